@@ -1,0 +1,70 @@
+# make demo | test | test-faults | bench | lint | env    (VENV=DIR uses another environment)
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.intl-bench
+JOBS ?= 2
+# index: the wheel on PyPI, no compiler needed.  source: the authors' repository, needs internet and a compiler.
+DETECTRON2 ?= index
+DISK_GB := 7
+
+DATASET ?= fashion_mnist
+DATA ?=
+SEED ?= 0
+OUTPUT ?= runs/demo_$(DATASET)_seed$(SEED)
+
+.PHONY: help env demo test test-faults bench lint
+help:
+	@echo "make demo         set up, run everything small on this machine, end with a report (DATASET=fashion_mnist|cifar10, DATA=DIR, SEED=0)"
+	@echo "make test         set up and run the tests"
+	@echo "make test-faults  tests that kill processes, fill disks and start a SLURM cluster"
+	@echo "make bench        speed and memory beside plain references"
+	@echo "make lint         ruff and mypy"
+	@echo "make env          only set up the environment in VENV=$(VENV)"
+
+env: $(STAMP)
+
+# The stamp is written last: an installation that was cut off is taken up again by the next make.
+$(STAMP): setup.cfg
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 10) else "error: Python %d.%d found, 3.10 or newer is needed: install one and name it, make PYTHON=python3.11 ..." % v)'
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || { echo "error: '$(PYTHON) -m pip' does not run; install it (Debian: apt-get install python3-pip)" >&2; exit 1; }
+	@mkdir -p "$(VENV)"
+	@if [ ! -x "$(PY)" ]; then \
+	  free=$$(df -Pk "$(VENV)" | awk 'NR==2 {print int($$4 / 1048576)}'); \
+	  if [ "$$free" -lt $(DISK_GB) ]; then echo "error: $$free GB free for $(VENV), about $(DISK_GB) GB are needed: free some, or name another place with VENV=DIR" >&2; exit 1; fi; \
+	  $(PYTHON) -m venv --without-pip "$(VENV)" && $(PYTHON) -m pip --python "$(PY)" install -q pip || exit 1; \
+	fi
+	@echo "installing into $(VENV) (PyTorch and what goes with it: some gigabytes, minutes on the first run)"
+	@$(PY) -m pip install --disable-pip-version-check -q -e '.[test]' || { echo "error: a package did not install (see above); is the package index reachable? Run make again to go on" >&2; exit 1; }
+	@$(MAKE) --no-print-directory detectron2-$(DETECTRON2) || { echo "error: detectron2 did not install (see above); run make again to go on" >&2; exit 1; }
+	@$(PY) -c 'import torch, torchvision, timm, detectron2' || { echo "error: the environment in $(VENV) does not import; remove it and run make again" >&2; exit 1; }
+	@touch "$@"
+
+.PHONY: detectron2-index detectron2-source
+# The wheel is tagged for CPython 3.10 alone; its Python code runs on later ones too, and nothing here needs its compiled part.
+detectron2-index:
+	@$(PY) -c 'import importlib.metadata as m; m.version("sal-detectron2")' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -q --no-deps --only-binary=:all: --python-version 3.10 \
+	  --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" sal-detectron2==0.7.2
+detectron2-source:
+	@$(PY) -m pip install -q setuptools wheel && $(PY) -m pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'
+
+demo: $(STAMP)
+	@$(PY) -m slurm demo --dataset $(DATASET) $(if $(DATA),--data-dir '$(DATA)') --seed $(SEED) --output '$(OUTPUT)'
+
+test: $(STAMP)
+	$(PY) -m pytest -n $(JOBS) -m "not faults"
+
+test-faults: $(STAMP)
+	$(PY) -m pytest -m faults
+
+bench: $(STAMP)
+	$(PY) -m benchmarks
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy

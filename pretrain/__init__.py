@@ -1,0 +1,1 @@
+"""Spectral transformation, INTL, and the training of a timm ResNet with it."""

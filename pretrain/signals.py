@@ -1,0 +1,63 @@
+"""SIGTERM and SIGUSR2 enter; a flag that a loop reads between two steps leaves.
+
+Preemption, a time limit and an administrator's kill all say so by signal some seconds ahead. A loop asks
+`stop.requested` after each step, saves, and leaves the `with` block by `stop.hand_over()`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state; the same command continues it."""
+
+
+class StopSignals:
+    """Turn SIGTERM and SIGUSR2 into the flag `requested` for as long as the block lasts.
+
+    Outside the main thread, where Python allows no handlers, the flag stays False.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._earlier: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self.received is not None
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def _restore(self) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        self._earlier.clear()
+
+    def hand_over(self) -> None:
+        """After saving: give the signal to whoever handled it before, or raise Stopped.
+
+        Under submitit the earlier handler of SIGUSR2 asks for the job to be queued again.
+        """
+        assert self.received is not None
+        earlier = self._earlier.get(self.received)
+        self._restore()
+        if callable(earlier):
+            os.kill(os.getpid(), self.received)
+        raise Stopped(f"stopped by {signal.Signals(self.received).name} with everything saved")

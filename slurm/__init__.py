@@ -1,0 +1,1 @@
+"""The suite as a graph of jobs, on one machine or on SLURM."""

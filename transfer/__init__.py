@@ -1,0 +1,1 @@
+"""Judging a self-supervised ResNet checkpoint."""
