@@ -1,4 +1,4 @@
-"""argv enters; a frozen settings object, progress and an exit code leave. The look and feel of every command."""
+"""argv enters; frozen settings, progress and an exit code leave: the look and feel of every command."""
 
 from __future__ import annotations
 
