@@ -1,0 +1,124 @@
+"""Real images for the tests: the folder BENCH_TEST_DATA where it is set, else Fashion-MNIST."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+TRAIN_PER_CLASS, TEST_PER_CLASS = 64, 16
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Several test workers share the cores: one torch thread each, here and in what tests start."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    yield
+
+
+def _shared_once(name: str, make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder made once for all workers of a run: the first to rename its own copy into place wins."""
+    root = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        root = root.parent
+    final = root / name
+    if not final.exists():
+        aside = tmp_path_factory.mktemp(name)
+        make(aside)
+        try:
+            aside.rename(final)
+        except OSError:  # another worker was first
+            shutil.rmtree(aside)
+    return final
+
+
+def _archive(name: str) -> Path | None:
+    folder = os.environ.get("BENCH_TEST_DATA")
+    path = Path(folder) / name if folder else None
+    return path if path is not None and path.exists() else None
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist_dir() -> Path:
+    """The four Fashion-MNIST files, wherever `make demo` would find or put them."""
+    from pretrain.fashion_mnist import find_or_fetch
+
+    from pretrain.cli import UserError
+
+    try:
+        return find_or_fetch()
+    except UserError as error:
+        pytest.skip(f"Fashion-MNIST is not to be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def cifar_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """{train,test}/<10 classes>/*.jpg: 64 and 16 real images a class (CIFAR-10, else Fashion-MNIST)."""
+
+    def make(folder: Path) -> None:
+        archive = _archive("cifar10-images.tar.gz")
+        if archive is not None:
+            _unpack_some_cifar(archive, folder)
+        else:
+            _write_some_fashion_mnist(request.getfixturevalue("fashion_mnist_dir"), folder)
+
+    return _shared_once("cifar_folder", make, tmp_path_factory)
+
+
+def _unpack_some_cifar(archive: Path, folder: Path) -> None:
+    taken: dict[tuple[str, str], int] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            parts = Path(member.name).parts
+            if not member.isfile() or len(parts) != 4:
+                continue
+            _, split, name, file = parts
+            limit = TRAIN_PER_CLASS if split == "train" else TEST_PER_CLASS
+            if taken.get((split, name), 0) >= limit:
+                continue
+            taken[split, name] = taken.get((split, name), 0) + 1
+            target = folder / split / name / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data = tar.extractfile(member)
+            assert data is not None
+            target.write_bytes(data.read())
+
+
+def _write_some_fashion_mnist(source: Path, folder: Path) -> None:
+    from pretrain.data import open_dataset
+
+    for split, limit in (("train", TRAIN_PER_CLASS), ("test", TEST_PER_CLASS)):
+        data = open_dataset("fashion_mnist", source, split)
+        for label, name in enumerate(data.classes):
+            target = folder / split / name.replace("/", "-").replace(" ", "-")
+            target.mkdir(parents=True)
+            for i in (data.labels_N == label).nonzero()[0][:limit]:
+                data.image(int(i)).resize((32, 32)).save(target / f"{i:05d}.jpg", quality=95)
+
+
+@pytest.fixture(scope="session")
+def coco_mini(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """images/ and instances.json in COCO's format: 128 COCO images, else composed scenes."""
+
+    def make(folder: Path) -> None:
+        archive = _archive("coco-mini.tar.gz")
+        if archive is not None:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder, filter="data")
+            inner = folder / "coco-mini"
+            (inner / "images").rename(folder / "images")
+            (inner / "instances.json").rename(folder / "instances.json")
+        else:
+            from transfer.scenes import compose
+
+            compose(request.getfixturevalue("fashion_mnist_dir"), folder, train=0, test=64, size=160, seed=0)
+            (folder / "test").rename(folder / "images")
+            (folder / "test.json").rename(folder / "instances.json")
+
+    return _shared_once("coco_mini", make, tmp_path_factory)
