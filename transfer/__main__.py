@@ -1,0 +1,60 @@
+"""`python -m transfer COMMAND ...` enters; the command's own module runs and its exit code leaves."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+
+from pretrain.cli import EXIT_CODES, UserError, run
+
+# command: (module with `main(argv)`, one line of help). Modules are imported only when they are called.
+COMMANDS = {
+    "inspect": ("transfer.inspection", "say what a checkpoint file holds and whether its backbone loads"),
+    "formats": ("transfer.formats", "list the checkpoint formats that can be read"),
+    "knn": ("transfer.knn", "classify by nearest neighbours in feature space"),
+    "linear": ("transfer.linear", "train linear heads on the frozen backbone"),
+    "semisup": ("transfer.semisup", "fine-tune with 1 %, 10 % or all of the labels"),
+    "convert": ("transfer.convert", "turn a checkpoint into detectron2 weights, proved equal"),
+    "plan": ("transfer.plan", "say what a detection run will cost before it starts"),
+    "export": ("transfer.export", "write the backbone for timm, torchvision, detectron2 or Hugging Face"),
+    "report": ("transfer.report", "tables and plots of all results, beside published numbers"),
+    "scenes": ("transfer.scenes", "compose a small detection data set from classification images"),
+    "spectrum-study": ("transfer.spectrum_study", "which g(λ) avoid collapse: train, judge, draw"),
+}
+
+
+def usage() -> str:
+    """The commands with one line of help each."""
+    lines = [f"  {name:15s} {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join([
+        "usage: python -m transfer COMMAND [options]      (COMMAND --help lists the options)", "",
+        "Judge any self-supervised ResNet checkpoint.", "", "commands:", *lines, "",
+        "Detection and segmentation: python -m transfer.train_net --help", "", EXIT_CODES,
+    ])  # fmt: skip
+
+
+def dispatch(argv: list[str]) -> int | None:
+    """Run the command named by the first word."""
+    if not argv:
+        print(usage(), file=sys.stderr)
+        return 2
+    name, *rest = argv
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{name!r} is no command of transfer: {', '.join(COMMANDS)}{hint}")
+    module, _ = COMMANDS[name]
+    return importlib.import_module(module).main(rest)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script: exit code 0, 1, 2, 75 or 130."""
+    return run(dispatch, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
