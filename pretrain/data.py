@@ -1,0 +1,264 @@
+"""A data set's name and folder enter; labelled RGB images, one at a time, leave.
+
+Conversions: every image becomes 8-bit RGB as `PIL.Image.convert("RGB")` makes it (an alpha channel is
+dropped, CMYK and palettes are converted, EXIF rotation is not applied, as in the published pipelines); 16-bit
+grey keeps its upper eight bits.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from pretrain.cli import UserError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test", "validation")}
+SMALL_SIDE = 64  # px: an image set whose images all are at most this large is evaluated without cropping
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+class BrokenImage(UserError):
+    """An image file that cannot be decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataset:
+    """Images with labels: files on disk (`files`) or uint8 arrays in memory (`pixels`: N x H x W [x 3])."""
+
+    name: str
+    split: str
+    classes: list[str]
+    labels_N: np.ndarray
+    native_size: int | None
+    root: Path
+    files: Sequence[str] | None = None
+    pixels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def key(self, i: int) -> str:
+        """The file's name under `root`, or the index of an image that has no file."""
+        return self.files[i] if self.files is not None else str(i)
+
+    def image(self, i: int) -> Image.Image:
+        """Image `i` as 8-bit RGB. Raises BrokenImage naming the file."""
+        if self.pixels is not None:
+            return Image.fromarray(self.pixels[i]).convert("RGB")
+        return read_image(self.root / self.key(i))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash that changes with the data: of the bytes, or of names, sizes and modification times."""
+        digest = hashlib.sha256(f"{self.name} {self.split}".encode())
+        digest.update(self.labels_N.tobytes())
+        if self.pixels is not None:
+            digest.update(self.pixels.tobytes())
+        for file in self.files or ():
+            stat = os.stat(self.root / file)
+            digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+
+def read_image(path: str | Path, *, draft_size: tuple[int, int] | None = None) -> Image.Image:
+    """Decode an image file to 8-bit RGB; `draft_size` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size,
+    never smaller than that. Raises BrokenImage naming the file."""
+    try:
+        with Image.open(path) as image:
+            if draft_size is not None:
+                image.draft("RGB", draft_size)
+            return to_rgb(image)
+    except FileNotFoundError as error:
+        raise BrokenImage(f"{path}: the file is gone since the folder was read") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).replace(str(path), "it")
+        raise BrokenImage(
+            f"{path}: not a readable image ({reason}); replace the file or take it out of the folder"
+        ) from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB, see the module's first lines."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
+    """The `split` ("train" or "test"; for ImageNet-like folders "test" is val/) of `name` in `data_dir`.
+
+    Raises UserError for an unknown name or split, a missing or empty folder, a cut-off file.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}; choose one of: {', '.join(DATASETS)}")
+    if split not in SPLIT_FOLDERS:
+        raise UserError(f"unknown split {split!r}; choose train or test")
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder; --data-dir must name the folder that holds {name}")
+    return DATASETS[name](name, root, split)
+
+
+def _open_folder(
+    name: str, root: Path, split: str, classes: Sequence[str] | None = None, native_size: int | None = None
+) -> ImageDataset:
+    """`root`/<split>/<class>/<image>; with `classes`, these alone and in this order."""
+    folder = next((root / n for n in SPLIT_FOLDERS[split] if (root / n).is_dir()), None)
+    if folder is None:
+        wanted = " or ".join(f"{n}/" for n in SPLIT_FOLDERS[split])
+        raise UserError(
+            f"{root}: has no {wanted}; wanted {root}/{SPLIT_FOLDERS[split][0]}/<class>/<image files>"
+        )
+    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not found:
+        flat = any(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in os.scandir(folder))
+        hint = (
+            "holds images but no class folders; sort them into one folder a class (for ImageNet's validation "
+            "images, the script valprep.sh does so)"
+            if flat
+            else "is empty; wanted one folder a class with image files in it"
+        )
+        raise UserError(f"{folder}: {hint}")
+    if classes is not None:
+        missing = sorted(set(classes) - set(found))
+        if missing:
+            raise UserError(
+                f"{folder}: {len(missing)} of the {len(classes)} class folders of {name} are missing "
+                f"({', '.join(missing[:3])} ...); wanted ImageNet's folder names (n01440764 ...)"
+            )
+    files: list[str] = []
+    labels: list[int] = []
+    for label, class_name in enumerate(classes or found):
+        names = sorted(_image_files(folder / class_name))
+        if not names:
+            raise UserError(
+                f"{folder / class_name}: no image in this class folder; add images or remove the folder "
+                f"(wanted {', '.join(sorted(IMAGE_SUFFIXES))})"
+            )
+        files += [f"{class_name}/{n}" for n in names]
+        labels += [label] * len(names)
+    return ImageDataset(
+        name=name, split=split, classes=list(classes or found), labels_N=np.asarray(labels, np.int64),
+        native_size=native_size or _common_small_side(folder, files), root=folder, files=files,
+    )  # fmt: skip
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Image files anywhere under `folder`, relative to it."""
+    out = []
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            out += [f"{entry.name}/{n}" for n in _image_files(Path(entry.path))]
+        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            out.append(entry.name)
+    return out
+
+
+def _common_small_side(folder: Path, files: Sequence[str]) -> int | None:
+    """The side of the images where 32 files spread over the set are all square, equal and small."""
+    sizes = set()
+    for file in files[:: max(1, len(files) // 32)]:
+        try:
+            with Image.open(folder / file) as image:
+                sizes.add(image.size)
+        except OSError:
+            continue
+        if len(sizes) > 1 or max(image.size) > SMALL_SIDE:
+            return None
+    width, height = sizes.pop() if sizes else (0, 1)
+    return width if width == height else None
+
+
+def _open_imagenet100(name: str, root: Path, split: str) -> ImageDataset:
+    """The 100 classes of Tian et al. (CMC), from a folder of all of ImageNet or of these classes alone."""
+    classes = (Path(__file__).parent / "imagenet100.txt").read_text().split()
+    return _open_folder(name, root, split, classes)
+
+
+def _open_cifar(name: str, root: Path, split: str) -> ImageDataset:
+    """torchvision's python batches (with its checksums), or an image folder {train,test}/<class>/."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR10 if name == "cifar10" else CIFAR100
+    for parent in (root, root.parent):
+        if (parent / kind.base_folder).is_dir() and (parent == root or root.name == kind.base_folder):
+            try:
+                data = kind(str(parent), train=split == "train", download=False)
+            except RuntimeError as error:
+                raise UserError(
+                    f"{parent / kind.base_folder}: incomplete or damaged; delete it and download it again"
+                ) from error
+            return ImageDataset(
+                name=name, split=split, classes=list(data.classes),
+                labels_N=np.asarray(data.targets, np.int64), native_size=32,
+                root=parent / kind.base_folder, pixels=np.asarray(data.data),
+            )  # fmt: skip
+    if not (root / "train").is_dir():
+        raise UserError(
+            f"{root}: holds no {name}; wanted {kind.base_folder}/ as torchvision downloads it, or a "
+            "folder of images train/<class>/ and test/<class>/"
+        )
+    return _open_folder(name, root, split, native_size=32)
+
+
+def _open_fashion_mnist(name: str, root: Path, split: str) -> ImageDataset:
+    """The idx files, gzipped or not: in `root`, in fashion-mnist/ or in FashionMNIST/raw/ under it."""
+    prefix = "train" if split == "train" else "t10k"
+    for folder in (root, root / "fashion-mnist", root / "FashionMNIST" / "raw"):
+        images = _first_file(folder, f"{prefix}-images-idx3-ubyte")
+        labels = _first_file(folder, f"{prefix}-labels-idx1-ubyte")
+        if images and labels:
+            pixels, labels_N = _read_idx(images), _read_idx(labels).astype(np.int64)
+            if pixels.ndim != 3 or labels_N.shape != pixels.shape[:1]:
+                raise UserError(f"{folder}: {images.name} and {labels.name} do not belong together")
+            return ImageDataset(
+                name=name, split=split, classes=list(FASHION_MNIST_CLASSES), labels_N=labels_N,
+                native_size=pixels.shape[1], root=folder, pixels=pixels,
+            )  # fmt: skip
+    raise UserError(f"{root}: holds no Fashion-MNIST; wanted {prefix}-images-idx3-ubyte.gz and its labels")
+
+
+def _first_file(folder: Path, name: str) -> Path | None:
+    return next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An array of uint8 in the idx format (http://yann.lecun.com/exdb/mnist/): magic, sizes, values."""
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged or cut off ({error}); delete it and fetch it again") from error
+    if len(data) < 16 or data[:3] != b"\x00\x00\x08":
+        raise UserError(f"{path}: not an idx file of bytes; delete it and fetch it again")
+    shape = np.frombuffer(data, ">u4", count=data[3], offset=4)
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
+    if values.size != shape.prod():
+        raise UserError(
+            f"{path}: cut off, holds {values.size} of {shape.prod()} values; delete it and fetch it again"
+        )
+    return values.reshape(shape)
+
+
+DATASETS: dict[str, Callable[[str, Path, str], ImageDataset]] = {
+    "imagenet": _open_folder,
+    "imagenet100": _open_imagenet100,
+    "imagefolder": _open_folder,
+    "cifar10": _open_cifar,
+    "cifar100": _open_cifar,
+    "fashion_mnist": _open_fashion_mnist,
+}
