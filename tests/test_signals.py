@@ -1,0 +1,75 @@
+"""Stop signals: noted in the loop, handed over after saving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from pretrain.signals import Stopped, StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_becomes_a_flag_and_then_stopped(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=number.name), StopSignals() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        stop.hand_over()
+    assert signal.getsignal(number) == before
+
+
+def test_the_earlier_handler_gets_the_signal_once_after_saving() -> None:
+    """This is how submitit's handler, which asks for the job to be queued again, comes to its turn."""
+    seen: list[str] = []
+
+    def requeue(number: int, frame: object) -> None:
+        seen.append("requeue")
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit), StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            seen.append("saved")
+            stop.hand_over()
+        assert seen == ["saved", "requeue"]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_outside_the_main_thread_nothing_is_installed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found: list[object] = []
+
+    def work() -> None:
+        with StopSignals() as stop:
+            found.append(signal.getsignal(signal.SIGTERM))
+            found.append(stop.requested)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before, False]
+
+
+def test_a_command_stopped_after_saving_exits_with_75_and_says_how_to_go_on() -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from pretrain.cli import run\n"
+        "from pretrain.signals import StopSignals\n"
+        "def main(argv):\n"
+        "    with StopSignals() as stop:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        stop.hand_over()\n"
+        "sys.exit(run(main, []))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75
+    assert "run the same command again" in done.stderr
+    assert "Traceback" not in done.stderr
