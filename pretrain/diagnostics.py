@@ -1,0 +1,94 @@
+"""An embedding enters; numbers that say how its spectrum looks, and whether it has collapsed, leave.
+
+Letters of shapes: N images, D features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+COLLAPSED_SPREAD = 1e-3
+COLLAPSED_RANK_SHARE = 0.02
+
+
+@torch.no_grad()
+def diagnose(z_ND: Tensor) -> dict[str, float]:
+    """How the spectrum of one embedding looks; float64, one Gram matrix and one eigh of min(N, D) each.
+
+    For collapse, from the covariance of the column-centred embeddings (a feature minus its mean over the
+    batch), whose min(N − 1, D) largest eigenvalues λ are the ones that can differ from zero:
+
+    - condition_number: λ_max / λ_min over them, at most 1 / epsilon of float64 (4.5e15), so always finite;
+    - stable_rank: Σ λ / λ_max, between 1 and min(N − 1, D);
+    - largest_share: λ_max / Σ λ;
+    - rankme: exp(−Σ p log p) with p = σ / Σ σ + 1e-7, σ the min(N, D) singular values of Z as it is, uncentred:
+      Eq. 1 and 2 of Garrido et al., "RankMe", ICML 2023, https://arxiv.org/abs/2210.02885;
+    - spread: 1 − ‖mean of the embeddings scaled to length 1‖², 0 when all point the same way.
+
+    For modulation, from the N x N covariance of the row-centred embeddings (an embedding minus the mean of its
+    features), the one that channel whitening and so INTL acts on, over its min(N, D − 1) largest eigenvalues:
+
+    - row_condition_number: as above;
+    - row_entropy_rank: exp of the entropy of λ / Σ λ; it is min(N, D − 1) when all are equal.
+
+    An embedding of zeros has condition numbers at their limit, ranks of 1, a share of 1 and no spread.
+    """
+    if z_ND.ndim != 2 or min(z_ND.shape) < 2:
+        raise ValueError(f"embeddings must be N x D with N, D >= 2, got shape {tuple(z_ND.shape)}")
+    z = z_ND.detach().double()
+    n, d = z.shape
+    columns = _eigenvalues(z - z.mean(0))[: min(n - 1, d)]
+    rows = _eigenvalues(z - z.mean(1, keepdim=True))[: min(n, d - 1)]
+    unit = torch.nn.functional.normalize(z, dim=1)
+    return {
+        "condition_number": _condition_number(columns),
+        "stable_rank": _ratio(columns.sum(), columns[0], empty=1.0),
+        "largest_share": _ratio(columns[0], columns.sum(), empty=1.0),
+        "rankme": _entropy_rank(_eigenvalues(z).sqrt(), epsilon=1e-7),
+        "spread": 1 - float(unit.mean(0).square().sum()) if bool(z.any()) else 0.0,
+        "row_condition_number": _condition_number(rows),
+        "row_entropy_rank": _entropy_rank(rows),
+    }
+
+
+def collapse(diagnosis: dict[str, float], *, n: int, d: int) -> str | None:
+    """One sentence when the N x D embedding so diagnosed has collapsed, fully or in dimension; else None.
+
+    Fully: all point the same way (spread under 0.001). In dimension: RankMe under 2 % of min(N, D), or under 2.
+    """
+    if not all(math.isfinite(v) for v in diagnosis.values()):
+        return "the embedding is not finite"
+    if diagnosis["spread"] < COLLAPSED_SPREAD:
+        return f"full collapse: all embeddings point the same way (spread {diagnosis['spread']:.2g})"
+    least = max(2.0, COLLAPSED_RANK_SHARE * min(n, d))
+    if diagnosis["rankme"] < least:
+        return f"dimensional collapse: RankMe {diagnosis['rankme']:.1f} of at most {min(n, d)} (under {least:.1f})"
+    return None
+
+
+def _eigenvalues(z: Tensor) -> Tensor:
+    """Squared singular values of z, the largest first, from the smaller Gram matrix."""
+    gram = z @ z.mT if z.shape[0] <= z.shape[1] else z.mT @ z
+    if not torch.isfinite(gram).all():
+        return torch.full(gram.shape[:1], torch.nan, dtype=z.dtype, device=z.device)
+    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+
+
+def _condition_number(eigenvalues: Tensor) -> float:
+    eps = torch.finfo(eigenvalues.dtype).eps
+    return _ratio(eigenvalues[0], torch.maximum(eigenvalues[-1], eps * eigenvalues[0]), empty=1 / eps)
+
+
+def _entropy_rank(values: Tensor, *, epsilon: float = 0.0) -> float:
+    total = values.sum()
+    if total == 0:
+        return 1.0
+    share = values / total + epsilon
+    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+
+
+def _ratio(above: Tensor, below: Tensor, *, empty: float) -> float:
+    return float(above / below) if below != 0 else empty

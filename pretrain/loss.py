@@ -1,0 +1,208 @@
+"""Embeddings of several views enter; the INTL loss, its alignment and its trace penalty leave.
+
+Section 4 of Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024,
+https://arxiv.org/abs/2305.16789. Each view's embeddings go through IterNorm (`pretrain.spectral`); the aligned
+view and the target, view 0, meet in the cosine; the penalty Σ_i (Ŝ_ii − 1)² evens the spectrum out.
+
+Letters of shapes: V views, N images of the global batch, n of this rank's, D features, d of this rank's share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pretrain.spectral import Whitening, iternorm, newton_inverse_root, no_autocast, wide
+
+
+class INTLLoss(NamedTuple):
+    """total = alignment + trade_off · trace. Scalars of float32 (float64 for float64 embeddings)."""
+
+    total: Tensor
+    alignment: Tensor
+    """Mean over views i >= 1 of 2 − 2·mean_n cos(view i, view 0)."""
+    trace: Tensor
+    """Mean over views i >= 1 of the penalties of view i and view 0 (of view i alone with a momentum target)."""
+
+
+def intl_loss(
+    embeddings: Sequence[Tensor],
+    *,
+    iterations: int = 4,
+    trade_off: float | None = None,
+    whitening: Whitening = "channel",
+    momentum_target: bool = False,
+) -> INTLLoss:
+    """The INTL loss of V >= 2 views (Eq. 7 and 8), computed in Gram space, outside autocast.
+
+    embeddings: V tensors n x D, view 0 the target; with `momentum_target` it is a constant and has no penalty.
+    `trade_off=None` gives `default_trade_off` of the global batch (channel) or of D (batch).
+
+    Channel whitening needs only N x N matrices after the row-centred embeddings Zc: with
+    G_ab = Zc_a Zc_bᵀ and W_a = Φ(G_aa / (D − 1)),  Ẑ_a Ẑ_bᵀ = W_a G_ab W_b.
+    Raises ValueError for fewer than two views, shapes that differ, or a default trade-off at n <= 8.
+    """
+    _check(embeddings, whitening, iterations)
+    n, d = embeddings[0].shape
+    if trade_off is None:
+        trade_off = default_trade_off(n if whitening == "channel" else d)
+    elif not (math.isfinite(trade_off) and trade_off >= 0):
+        raise ValueError(f"trade_off must be a finite number of at least 0, got {trade_off}")
+    with no_autocast(embeddings[0]):
+        terms = _channel_terms if whitening == "channel" else _batch_terms
+        cosine_V, penalty_V = terms(embeddings, iterations, momentum_target)
+        alignment = (2 - 2 * cosine_V).mean()
+        trace = penalty_V[1:].mean()
+        if not momentum_target:
+            trace = trace + penalty_V[0]
+        return INTLLoss(alignment + trade_off * trace, alignment, trace)
+
+
+def default_trade_off(n: int) -> float:
+    """0.01·(log2(n) − 3), n the global batch (channel whitening) or the embedding size (batch whitening)."""
+    if n <= 8:
+        raise ValueError(
+            f"the default trade-off 0.01·(log2(n) − 3) is {'zero' if n == 8 else 'negative'} at n = {n}: "
+            "take a larger batch (batch whitening: a larger embedding) or set the trade-off yourself"
+        )
+    return 0.01 * (math.log2(n) - 3)
+
+
+def loss_floor(
+    n: int,
+    d: int,
+    *,
+    iterations: int = 4,
+    trade_off: float | None = None,
+    whitening: Whitening = "channel",
+    momentum_target: bool = False,
+) -> float:
+    """What the loss of an N x D embedding cannot fall under: all aligned, the spectrum as even as it can be."""
+    if trade_off is None:
+        trade_off = default_trade_off(n if whitening == "channel" else d)
+    floor = trace_floor(n, d, iterations=iterations, whitening=whitening)
+    return trade_off * floor * (1 if momentum_target else 2)
+
+
+def trace_floor(n: int, d: int, *, iterations: int = 4, whitening: Whitening = "channel") -> float:
+    """The least penalty Σ_i (Ŝ_ii − 1)² of one view: 209.6 at N = 256, T = 4, channel whitening, D > N.
+
+    IterNorm maps an eigenvalue x of the trace-normalised spectrum to h(x) = x g_T(x)², rising, concave and
+    below 1. Of the M eigenvalues r = min(M, K − 1) can be positive, K the averaged side; their sum tr Ŝ is at
+    most r h(1 / r), and the penalty at least (M − tr Ŝ)² / M, reached when all Ŝ_ii are equal.
+    """
+    m, k = (n, d) if whitening == "channel" else (d, n)
+    rank = min(m, k - 1)
+    x = torch.full((rank,), 1 / rank, dtype=torch.float64)
+    largest = float((x * iternorm(iterations)(x) ** 2).sum())  # tr Ŝ at equal eigenvalues
+    return (m - largest) ** 2 / m
+
+
+def _check(embeddings: Sequence[Tensor], whitening: str, iterations: int) -> None:
+    if whitening not in ("channel", "batch"):
+        raise ValueError(f"whitening must be 'channel' or 'batch', got {whitening!r}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if len(embeddings) < 2:
+        raise ValueError(f"INTL compares at least 2 views, got {len(embeddings)}")
+    shapes = {tuple(z.shape) for z in embeddings}
+    if len(shapes) > 1 or embeddings[0].ndim != 2:
+        raise ValueError(f"all views must be N x D embeddings of one shape, got {sorted(shapes)}")
+
+
+def _channel_terms(
+    embeddings: Sequence[Tensor], iterations: int, momentum_target: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean cosines of views 1 … V − 1 with view 0 and the penalties of all views, through Gram matrices."""
+    d = embeddings[0].shape[1]
+    own_VNN, cross_VNN = _Grams.apply(momentum_target, *embeddings)
+    own_VNN = own_VNN / (d - 1)
+    w_VNN = newton_inverse_root(own_VNN, iterations)
+    norms_VN = ((w_VNN @ own_VNN) * w_VNN).sum(
+        -1
+    )  # Ŝ_ii: W is symmetric, the diagonal needs no third product
+    dots_VN = ((w_VNN[1:] @ cross_VNN) * w_VNN[0]).sum(-1) / (d - 1)
+    return _mean_cosine(dots_VN, norms_VN), _penalty(norms_VN)
+
+
+def _mean_cosine(dots_VN: Tensor, norms_VN: Tensor) -> Tensor:
+    """Mean over images of <ẑ_i, ẑ_0> / (‖ẑ_i‖ ‖ẑ_0‖), from squared norms."""
+    tiny = torch.finfo(norms_VN.dtype).tiny
+    return (dots_VN / (norms_VN[1:] * norms_VN[0]).clamp_min(tiny).sqrt()).mean(-1)
+
+
+def _penalty(variances_VM: Tensor) -> Tensor:
+    return (variances_VM - 1).square().sum(-1)
+
+
+class _Grams(torch.autograd.Function):
+    """Row-centred Gram matrices G_aa (V x N x N) and G_a0 (a = 1 … V − 1) of V views, with a backward of its own.
+
+    dZc_a = (dG_aa + dG_aaᵀ) Zc_a + what the cross products add. Rows of Zc have mean 0, so have rows of dZc:
+    the centring needs no backward. Kept between the two: Zc alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, momentum_target: bool, *views_nD: Tensor) -> tuple[Tensor, Tensor]:
+        zc_VND = _centred_stack(views_nD)
+        v, n, d = zc_VND.shape
+        ctx.save_for_backward(zc_VND)
+        ctx.momentum_target, ctx.dtype = momentum_target, views_nD[0].dtype
+        own_VNN = zc_VND.new_empty(v, n, n)
+        torch.bmm(zc_VND, zc_VND.mT, out=own_VNN)
+        cross_VNN = (zc_VND[1:].reshape(-1, d) @ zc_VND[0].mT).view(v - 1, n, n)
+        return own_VNN, cross_VNN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_own_VNN: Tensor, d_cross_VNN: Tensor) -> tuple[Tensor | None, ...]:
+        (zc_VND,) = ctx.saved_tensors
+        v, n, d = zc_VND.shape
+        with no_autocast(zc_VND):
+            a_VNN = d_own_VNN + d_own_VNN.mT
+            first = 1 if ctx.momentum_target else 0
+            grads: list[Tensor | None] = [None] * v
+            for i in range(1, v):
+                left = torch.cat([d_cross_VNN[i - 1], a_VNN[i]], 1)
+                grads[i] = left[:, :n] @ zc_VND[0]
+                grads[i].addmm_(left[:, n:], zc_VND[i])
+            if first == 0:
+                row = torch.cat([a_VNN[0], *d_cross_VNN.mT], 1)
+                grads[0] = row @ zc_VND.view(-1, d)
+        return None, *(g if g is None else g.to(ctx.dtype) for g in grads)
+
+
+def _centred_stack(views_nD: Sequence[Tensor]) -> Tensor:
+    """Views minus their rows' means as one V x n x D tensor, float32 or float64."""
+    first = views_nD[0]
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    out = torch.empty((len(views_nD), *first.shape), dtype=dtype, device=first.device)
+    for z_nD, slot_nD in zip(views_nD, out):
+        slot_nD.copy_(z_nD)
+        slot_nD -= slot_nD.mean(1, keepdim=True)
+    return out
+
+
+def _batch_terms(
+    embeddings: Sequence[Tensor], iterations: int, momentum_target: bool
+) -> tuple[Tensor, Tensor]:
+    """The same of batch whitening; Ẑ by the smaller side, for Zc g(Zcᵀ Zc) = g(Zc Zcᵀ) Zc."""
+    whitened_VND = []
+    for i, z_ND in enumerate(embeddings):
+        z_ND = wide(z_ND.detach() if momentum_target and i == 0 else z_ND)
+        n, d = z_ND.shape
+        zc_ND = z_ND - z_ND.mean(0)
+        if n < d:
+            whitened_VND.append(newton_inverse_root(zc_ND @ zc_ND.mT / (n - 1), iterations) @ zc_ND)
+        else:
+            whitened_VND.append(zc_ND @ newton_inverse_root(zc_ND.mT @ zc_ND / (n - 1), iterations))
+    target_ND = whitened_VND[0]
+    norms_VN = torch.stack([z.square().sum(1) for z in whitened_VND])
+    dots_VN = torch.stack([(z * target_ND).sum(1) for z in whitened_VND[1:]])
+    variances_VD = torch.stack([z.square().sum(0) for z in whitened_VND]) / (n - 1)
+    return _mean_cosine(dots_VN, norms_VN), _penalty(variances_VD)
