@@ -1,0 +1,149 @@
+"""A YAML file, a weights file's record and KEY VALUE overrides enter; detectron2's frozen config leaves.
+
+Later ones win: the file, then what the weights were made with (groups, width, pixel mean and deviation),
+then the command line. What could not work (a C4 head on a ResNet-18, a batch that the ranks cannot share) is
+refused here, before anything starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from pretrain.cli import UserError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "detection_configs"
+# Not part of the protocol: the place, the machine, the seed, and what belongs to the weights.
+NOT_PROTOCOL = (
+    "OUTPUT_DIR", "SEED", "VIS_PERIOD", "VERSION", "PROTOCOL", "CUDNN_BENCHMARK", "MODEL.WEIGHTS",
+    "MODEL.DEVICE", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT", "MODEL.RESNETS.DEPTH",
+    "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP", "MODEL.RESNETS.RES2_OUT_CHANNELS",
+    "MODEL.RESNETS.STRIDE_IN_1X1", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
+)  # fmt: skip
+# What may differ when a run goes on where it stopped: none of it changes the numbers.
+NOT_THE_RUN = ("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS",
+               "SOLVER.CHECKPOINT_PERIOD")  # fmt: skip
+
+
+def load_config(
+    file: str | Path, overrides: Sequence[str], record: Mapping[str, Any] | None, *, ranks: int = 1
+) -> CfgNode:
+    """The config to run with. `record` is what `convert` wrote into the weights file, if it did."""
+    path = _find(file)
+    cfg = get_cfg()
+    cfg.PROTOCOL = f"{path.stem}@1"  # the name under which results may be compared
+    try:
+        cfg.merge_from_file(str(path))
+        if record:
+            _merge_record(cfg, record)
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} {' '.join(overrides)}: {error}") from error
+    _suit_the_machine(cfg)
+    _check(cfg, record, ranks)
+    cfg.freeze()
+    return cfg
+
+
+def protocol_of(cfg: CfgNode) -> dict[str, str]:
+    """Name, version and hash of what makes two results comparable."""
+    name, _, version = cfg.PROTOCOL.partition("@")
+    return {"name": name, "version": version or "1", "hash": digest(cfg, without=NOT_PROTOCOL)}
+
+
+def digest(cfg: CfgNode, *, without: Sequence[str]) -> str:
+    """sha256 of a config, some keys left out."""
+    values = {k: v for k, v in flat(cfg).items() if k not in without}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def flat(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as {"MODEL.RESNETS.DEPTH": 18, ...}, tuples as lists."""
+    values: dict[str, Any] = {}
+    for key, value in cfg.items():
+        if isinstance(value, Mapping):
+            values.update(flat(value, f"{prefix}{key}."))
+        else:
+            values[prefix + key] = json.loads(json.dumps(value, default=str))
+    return values
+
+
+def _find(file: str | Path) -> Path:
+    """The file, also when named as in detection_configs/ (with or without .yaml)."""
+    for path in (Path(file), CONFIGS / file, CONFIGS / f"{file}.yaml", CONFIGS / Path(file).name):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.stem.startswith("Base")))
+    raise UserError(f"--config-file {file}: no such file; known names: {known}")
+
+
+def _merge_record(cfg: CfgNode, record: Mapping[str, Any]) -> None:
+    """Take groups, width and normalisation from the weights; the depth must be the config's own."""
+    options = record.get("options", {})
+    keys = ("NUM_GROUPS", "WIDTH_PER_GROUP", "STRIDE_IN_1X1")
+    cfg.merge_from_list([v for k in keys for v in _pair(options, f"MODEL.RESNETS.{k}")])
+    metadata = record.get("metadata", {})
+    cfg.INPUT.FORMAT = "RGB"
+    for name, key in (("mean", "PIXEL_MEAN"), ("std", "PIXEL_STD")):
+        if metadata.get(name):
+            values = metadata[name]
+            numbers = [float(v) for v in (values.split(",") if isinstance(values, str) else values)]
+            cfg.MODEL[key] = [round(255 * v, 4) for v in numbers]
+
+
+def _pair(options: Mapping[str, Any], key: str) -> list[Any]:
+    return [key, options[key]] if key in options else []
+
+
+def _suit_the_machine(cfg: CfgNode) -> None:
+    """Without a GPU: device cpu, and detectron2's own synchronised BatchNorm, since torch's refuses CPU
+    tensors. naiveSyncBN computes the same where all ranks have as many pixels."""
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.DEVICE == "cpu":
+        for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+            if node.NORM == "SyncBN":
+                node.NORM = "naiveSyncBN"
+
+
+def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
+    """Refuse what detectron2 would build and half-load, or fail on late."""
+    depth = cfg.MODEL.RESNETS.DEPTH
+    if depth < 50 and "Res5ROIHeads" in cfg.MODEL.ROI_HEADS.NAME:
+        raise UserError(
+            f"a C4 config with a ResNet-{depth}: detectron2's res5 head is built of bottleneck blocks and "
+            "would be left unloaded; use an FPN config with ResNet-18 and 34"
+        )
+    if depth < 50 and cfg.MODEL.RESNETS.RES2_OUT_CHANNELS != 64:
+        raise UserError(f"a ResNet-{depth} has 64 channels in res2: add MODEL.RESNETS.RES2_OUT_CHANNELS 64")
+    if record:
+        wanted = record.get("options", {})
+        ours = flat(cfg)
+        wrong = {k: v for k, v in wanted.items() if ours.get(k) != v}
+        if wrong:
+            raise UserError(
+                f"the weights are those of a {record.get('arch', 'different ResNet')}, the config says "
+                + ", ".join(f"{k} {ours.get(k)}" for k in wrong)
+                + "; add "
+                + " ".join(f"{k} {v}" for k, v in wrong.items())
+            )
+    if cfg.SOLVER.IMS_PER_BATCH % ranks:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared by {ranks} processes; "
+            "`python -m transfer plan` states an equivalent schedule"
+        )
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu":
+        raise UserError("SOLVER.AMP.ENABLED True needs a GPU: set it to False on a CPU")
+    steps = list(cfg.SOLVER.STEPS)
+    if cfg.SOLVER.MAX_ITER < 1 or steps != sorted(steps):
+        raise UserError(
+            f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} STEPS {tuple(steps)}: wanted at least one iteration and "
+            "steps in rising order"
+        )

@@ -1,0 +1,208 @@
+"""A detectron2 config and weights enter; a fine-tuned detector, its metrics and results.jsonl leave.
+
+`python -m transfer.train_net` follows detectron2's own conventions (--config-file, --num-gpus, --eval-only,
+--resume, trailing KEY VALUE). It goes on by itself where it stopped: model, optimizer, schedule, gradient scaler
+and iteration are in the checkpoint, and data order, augmentation and sampling follow from (SEED, iteration). A
+run on CPUs cut off at any moment therefore ends with the numbers of an undisturbed one, to the bit while the
+number of processes and threads stays the same. On GPUs detectron2's kernels add in no fixed order: there the
+same data is seen, and the numbers agree up to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+
+from pretrain.cli import EXIT_CODES, UserError, run
+from pretrain.files import read_jsonl, sha256_of, write_text
+from transfer import detection_data, detection_heads, detection_weights
+from transfer.detection_config import load_config, protocol_of
+from transfer.detection_eval import evaluate
+from transfer.detection_launch import launch, world_size
+from transfer.detection_loop import fine_tune
+
+__all__ = ["detection_heads", "main"]  # importing detection_heads registers its class in detectron2
+logger = logging.getLogger(__name__)
+TASKS = {"bbox": "detection", "segm": "segmentation"}
+RANDOM = {"path": None, "sha256": None, "format": "random initialisation", "branch": None}
+
+
+def parser() -> argparse.ArgumentParser:
+    """detectron2's command line, and this project's additions."""
+    p = argparse.ArgumentParser(
+        prog="python -m transfer.train_net",
+        description="Fine-tune and evaluate a detector in detectron2. Run again, it goes on where it stopped.",
+        epilog=EXIT_CODES,
+    )
+    p.add_argument("--config-file", required=True, help="YAML file, or a name in detection_configs/")
+    p.add_argument("--num-gpus", type=int, default=1, help="GPUs of this machine; 0: the CPU (default 1)")
+    p.add_argument("--num-machines", type=int, default=1, help="machines taking part (default 1)")
+    p.add_argument("--machine-rank", type=int, default=0, help="number of this machine (default 0)")
+    p.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0, for several machines")
+    p.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, train nothing")
+    p.add_argument("--resume", action="store_true",
+                   help="go on from OUTPUT_DIR's checkpoint even if the settings have changed")  # fmt: skip
+    p.add_argument("--random-init", action="store_true", help="start from random weights, on purpose")
+    p.add_argument("--dataset", action="append", default=[], metavar="NAME=ANNOTATIONS.json:IMAGES",
+                   help="a COCO-format folder under a name of yours; may be given several times")  # fmt: skip
+    p.add_argument("--label", default=None, help="name of this row in reports")
+    p.add_argument("--show", default=None, metavar="DIR", help="write pictures of predictions into DIR only")
+    p.add_argument("--force", default="false", choices=("true", "false"), help="run again when finished")
+    p.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="any key of detectron2's config"
+    )
+    return p
+
+
+def main(argv: list[str]) -> int | None:
+    """Check everything that can be checked, then run on every rank."""
+    args = parser().parse_args(argv)
+    opts = _overrides(args.opts)
+    on_cpu = args.num_gpus == 0 or opts.get("MODEL.DEVICE") == "cpu"
+    ranks = world_size(args.num_gpus, args.num_machines, on_cpu=on_cpu)
+    detection_data.register(args.dataset)
+    cfg = load_config(args.config_file, args.opts, None, ranks=ranks)
+    cfg, origin = _with_weights(args, cfg, ranks, on_cpu)
+    training = not (args.eval_only or args.show)
+    if training and args.force == "false" and _is_finished(cfg, origin):
+        print(f"{cfg.OUTPUT_DIR}: finished already (--force true runs it again)")
+        return None
+    if training and args.force == "true":
+        (Path(cfg.OUTPUT_DIR) / "last_checkpoint").unlink(missing_ok=True)
+    for line in detection_data.check(cfg, train=training):
+        logger.info(line)
+    if args.show:
+        from transfer.detection_pictures import show
+
+        show(cfg, Path(args.show))
+        return None
+    launch(
+        _on_each_rank, (args, cfg, origin), num_gpus=args.num_gpus, num_machines=args.num_machines,
+        machine_rank=args.machine_rank, dist_url=args.dist_url,
+    )  # fmt: skip
+    return None
+
+
+def _overrides(words: list[str]) -> dict[str, str]:
+    """The trailing KEY VALUE pairs."""
+    if len(words) % 2:
+        raise UserError(f"{' '.join(words)}: wanted pairs of KEY VALUE after the options")
+    return dict(zip(words[::2], words[1::2]))
+
+
+def _with_weights(
+    args: argparse.Namespace, cfg: CfgNode, ranks: int, on_cpu: bool
+) -> tuple[CfgNode, dict[str, Any]]:
+    """The config made to suit the weights, and where these come from."""
+    overrides = [*args.opts, *(("MODEL.DEVICE", "cpu") if on_cpu else ())]
+    if args.random_init:
+        if "MODEL.WEIGHTS" in _overrides(args.opts) and cfg.MODEL.WEIGHTS:
+            raise UserError(f"--random-init and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: give one of the two")
+        cfg = load_config(args.config_file, [*overrides, "MODEL.WEIGHTS", ""], None, ranks=ranks)
+        return cfg, {**RANDOM, "arch": f"resnet{cfg.MODEL.RESNETS.DEPTH}"}
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError(
+            "no weights: add MODEL.WEIGHTS FILE.pkl (see `python -m transfer convert`), or --random-init to "
+            "train from scratch on purpose"
+        )
+    path = detection_weights.local_path(cfg.MODEL.WEIGHTS)
+    record = detection_weights.record_of(path)
+    origin = record or {
+        "path": cfg.MODEL.WEIGHTS, "sha256": sha256_of(path), "format": "detectron2", "branch": "online",
+        "arch": f"resnet{cfg.MODEL.RESNETS.DEPTH}",
+    }  # fmt: skip
+    return load_config(args.config_file, overrides, record, ranks=ranks), origin
+
+
+def _on_each_rank(args: argparse.Namespace, cfg: CfgNode, origin: dict[str, Any]) -> None:
+    """Build, train, evaluate; the main rank writes results.jsonl."""
+    started, began = datetime.datetime.now(datetime.timezone.utc), time.monotonic()
+    detection_data.register(args.dataset)  # a spawned process starts with detectron2's own data sets only
+    output = Path(cfg.OUTPUT_DIR)
+    if comm.is_main_process():
+        write_text(output / "config.yaml", cfg.dump())
+    _log_to(output / "log.txt")
+    seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+    torch.manual_seed(seed)
+    model = build_model(cfg)
+
+    def judge(network: nn.Module) -> dict[str, dict[str, float]]:
+        return evaluate(cfg, network, cfg.DATASETS.TEST[0])
+
+    if args.eval_only:
+        held = detection_weights.StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        iteration, seed = held.get("iteration", -1) + 1, held.get("run", {}).get("seed", seed)
+    else:
+        fine_tune(cfg, model, judge, seed=seed, origin=origin, resume_changed=args.resume)
+        iteration = cfg.SOLVER.MAX_ITER
+    for name in cfg.DATASETS.TEST:
+        outcome = evaluate(cfg, model, name)
+        if comm.is_main_process():
+            _write_results(
+                args, cfg, outcome, name, origin, iteration=iteration, seed=seed,
+                started_at=started.isoformat(timespec="seconds"), seconds=time.monotonic() - began,
+            )  # fmt: skip
+
+
+def _write_results(
+    args: argparse.Namespace,
+    cfg: CfgNode,
+    outcome: Mapping[str, Mapping[str, float]],
+    name: str,
+    origin: Mapping[str, Any],
+    **rest: Any,
+) -> None:
+    """One line a task into OUTPUT_DIR/results.jsonl, and the numbers on the screen."""
+    from pretrain.files import append_jsonl
+
+    dataset, _, split = name.rpartition("_")
+    for task, metrics in outcome.items():
+        append_jsonl(Path(cfg.OUTPUT_DIR) / "results.jsonl", {
+            "task": TASKS[task], "dataset": dataset or name, "split": split, "metrics": metrics,
+            "protocol": protocol_of(cfg), "arch": origin["arch"], "weights": {k: origin[k] for k in RANDOM},
+            "label": args.label, "selection": "last", "label_percent": None, **rest,
+        })  # fmt: skip
+        print(f"{name} {TASKS[task]}: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()))
+
+
+def _is_finished(cfg: CfgNode, origin: Mapping[str, Any]) -> bool:
+    """Whether OUTPUT_DIR holds the results that this command would give."""
+    return any(
+        line.get("protocol") == protocol_of(cfg)
+        and line.get("iteration") == cfg.SOLVER.MAX_ITER
+        and line.get("weights", {}).get("sha256") == origin["sha256"]
+        and cfg.SEED in (-1, line.get("seed"))
+        for line in read_jsonl(Path(cfg.OUTPUT_DIR) / "results.jsonl")
+    )
+
+
+def _log_to(file: Path) -> None:
+    """detectron2's own messages go to log.txt, its warnings to the screen too."""
+    for name in ("detectron2", "fvcore"):
+        log = logging.getLogger(name)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        for handler in list(log.handlers):
+            log.removeHandler(handler)
+        screen = logging.StreamHandler()
+        screen.setLevel(logging.WARNING)
+        log.addHandler(screen)
+        if comm.is_main_process():
+            log.addHandler(logging.FileHandler(file))
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(run(main))
