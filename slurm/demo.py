@@ -42,7 +42,7 @@ class Demo:
     """Recipe name or file; demo_DATASET when not given."""
     pretrain_options: str = ""
     """Further options for pretraining and its control, as one text: "--epochs 2"."""
-    detection_config: str = "demo"
+    detection_config: str = "scenes_R18_FPN"
     """Name of a file in detection_configs, or a file."""
     detection_options: str = ""
     """Further options for detection, as one text: "SOLVER.MAX_ITER 20"."""
@@ -169,9 +169,6 @@ def _scenes(root: Path, images: Images, asked: Demo) -> Step:
 
 def _detections(root: Path, intl: Subject, converted: Step, scenes: Step, asked: Demo) -> list[Step]:
     """Mask R-CNN from INTL and from random initialisation, in pairs of one seed."""
-    config = asked.detection_config
-    if not Path(config).suffix:
-        config = f"detection_configs/{config}.yaml"
     sets = [f"scenes_{s}={root / 'scenes' / f'{s}.json'}:{root / 'scenes' / s}" for s in ("train", "test")]
     random = Subject(name="random", label="random init", weights="")
     steps = []
@@ -180,7 +177,7 @@ def _detections(root: Path, intl: Subject, converted: Step, scenes: Step, asked:
             needs = (scenes.name, converted.name) if weights else (scenes.name,)
             steps.append(
                 tasks.detection(
-                    root, subject, task="scenes", config=config, seed=seed, weights=weights, needs=needs,
+                    root, subject, task="scenes", config=asked.detection_config, seed=seed, weights=weights, needs=needs,
                     datasets=sets, extra=asked.detection_options.split(),
                 )
             )  # fmt: skip

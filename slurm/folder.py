@@ -33,7 +33,8 @@ def locked(root: Path, wait_s: float = 0.0) -> Iterator[None]:
                     file.seek(0)
                     raise UserError(
                         f"{root} is in use by another suite ({file.read().strip() or 'unknown process'}); "
-                        "wait for it, look at it with `python -m slurm status`, or stop it with `python -m slurm cancel`"
+                        "wait for it, look at it with `python -m slurm status`, "
+                        "or stop it with `python -m slurm cancel`"
                     ) from error
                 time.sleep(0.2)
         file.truncate(0)

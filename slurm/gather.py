@@ -36,7 +36,7 @@ def missing(root: Path) -> list[dict[str, str]]:
 
 def main(argv: list[str]) -> int | None:
     """Write `output`/index.html and `output`/missing.json."""
-    from transfer import report
+    from transfer.report import main as write_report
 
     asked = parse_settings(Gather, argv, prog="python -m slurm.gather", description=__doc__ or "")
     root, output = Path(asked.root), Path(asked.output)
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int | None:
     folders = [str(root / name) for name in REPORTED if (root / name).is_dir()]
     if not any((root / name).rglob("results.jsonl") for name in REPORTED):
         raise UserError(f"no step in {root} left a result to report")
-    code = report.main([*folders, "--output", str(output)])
+    write_report([*folders, "--output", str(output)])
     for gap in gaps:
         print(f"missing: {gap['step']} ({gap['state']}) {gap['why']}")
-    return code
+    return None

@@ -1,4 +1,4 @@
-"""Steps enter; an ordered, checked graph and a key for each step (a hash of all that decides its result) leave."""
+"""Steps enter; a checked graph leaves, with a key for each step: a hash of all that decides its result."""
 
 from __future__ import annotations
 

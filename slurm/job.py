@@ -1,11 +1,11 @@
-"""A step enters; it runs inside a submitit job, survives preemption, and leaves a done marker or its real error.
+"""A step enters; it runs in a submitit job, survives preemption, and leaves a done marker or its real error.
 
 One class for all steps. What a signal means here:
 
-    SIGUSR2   time limit or preemption. A training loop saves and gives the signal back; submitit's handler
-              calls `checkpoint()` and queues the job again, which goes on from its last checkpoint.
-    SIGTERM   on SLURM a kill follows, and SLURM alone knows whether the job is queued again (preempted without
-              a user signal, requeued by hand) or not (cancelled): save, then wait for the kill.
+    SIGUSR2   time limit or preemption. A training loop saves and gives the signal back; submitit's
+              handler calls `checkpoint()` and queues the job again, which goes on from its last checkpoint.
+    SIGTERM   on SLURM a kill follows, and SLURM alone knows whether the job is queued again (preempted
+              without a user signal, requeued by hand) or not (cancelled): save, then wait for the kill.
               On one machine it is a cancellation: save and leave.
 """
 

@@ -110,7 +110,7 @@ class LocalRun:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> list[View]:
-        """Run what is not done yet; returns how every step stands. Ctrl-C and SIGTERM stop all jobs cleanly."""
+        """Run what is not done yet and return how every step stands. Ctrl-C and SIGTERM stop all jobs."""
         self._take_stock()
         began = time.monotonic()
         with _terminate_as_interrupt(), self._shown() as show:

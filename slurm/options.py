@@ -30,3 +30,11 @@ def spread(argv: list[str], lists: list[str], flags: list[str]) -> list[str]:
 def _parts(name: str, value: str) -> list[str]:
     """a,b is two values; [a, b] is as the parser's own help spells a list."""
     return [v.strip() for v in value.strip("[]").replace('"', "").split(",") if v.strip()]
+
+
+def positional(argv: list[str], option: str, place: int = 1) -> list[str]:
+    """The `place`-th word at the front that is no option becomes `option`'s value: `status DIR`."""
+    at = place - 1
+    if len(argv) > at and not any(w.startswith("-") for w in argv[: at + 1]):
+        return [*argv[:at], *argv[at + 1 :], option, argv[at]]
+    return argv

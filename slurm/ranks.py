@@ -1,4 +1,4 @@
-"""submitit's environment enters; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT and a process group leave.
+"""submitit's environment enters; RANK, WORLD_SIZE, MASTER_ADDR and their like, and a process group, leave.
 
 Rank 0 binds the port before it tells the others, through a file in the job's folder: a port that somebody
 else took in between is met at the bind and the next one is tried.

@@ -1,4 +1,4 @@
-"""A backbone to judge and a data set enter; the steps that judge it leave. What a task is, is said here alone."""
+"""A backbone and a data set enter; the steps that judge it leave. What a task is, is said here alone."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def detection(
     num_gpus: int = 0,
     extra: Sequence[str] = (),
 ) -> Step:
-    """detectron2 fine-tuning into `root`/detection/<task>/<subject>/seedN; no `weights`: random initialisation."""
+    """Fine-tuning into `root`/detection/<task>/<subject>/seedN; no `weights`: random initialisation."""
     name = f"detection/{task}/{subject.name}/seed{seed}"
     output = root / name
     words = ["--config-file", config, "--num-gpus", str(num_gpus)]

@@ -1,0 +1,56 @@
+"""A suite's folder enters; its jobs are stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+
+from pretrain.cli import UserError, parse_settings
+from slurm.folder import holder
+from slurm.local import STOP_WAIT_S, is_alive, kill_job, stop_job
+from slurm.options import positional
+from slurm.queue import live_steps
+from slurm.record import Record
+from slurm.status import suite_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel:
+    """Settings of `python -m slurm cancel`."""
+
+    dir: str
+    """The suite's output folder."""
+
+
+def main(argv: list[str]) -> int | None:
+    """Stop what is queued or running; what is saved stays, and submitting again goes on."""
+    asked = parse_settings(
+        Cancel, positional(argv, "--dir"), prog="python -m slurm cancel", description=__doc__ or ""
+    )
+    root = suite_folder(asked.dir)
+    live = live_steps(root)
+    sent = {name: Record(root, name).submitted for name in live}
+    on_slurm = [s["job_id"] for s in sent.values() if s["cluster"] == "slurm"]
+    here = [str(s["job_id"]) for s in sent.values() if s["cluster"] == "local"]
+    if on_slurm:
+        done = subprocess.run(["scancel", *on_slurm], capture_output=True, text=True, timeout=60)
+        if done.returncode != 0:
+            raise UserError(f"scancel failed: {done.stderr.strip()}")
+    driver = holder(root)
+    if driver is not None:  # a run on this machine stops its own jobs, and starts no further ones
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(driver, signal.SIGTERM)
+    for job_id in here:
+        stop_job(job_id)
+    deadline = time.monotonic() + STOP_WAIT_S
+    while any(is_alive(j) for j in here) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for job_id in here:
+        if is_alive(job_id):
+            kill_job(job_id)
+    print(f"cancelled: {', '.join(live)}" if live else "nothing was queued or running")
+    return None
