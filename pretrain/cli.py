@@ -38,6 +38,10 @@ class UserError(ValueError):
     """A mistake the user can mend: the message says what we got, what we wanted and what to do."""
 
 
+class RunFailed(RuntimeError):
+    """A run that cannot go on for a reason that its message gives in full: exit code 1, no traceback."""
+
+
 class _Parser(ArgumentParser):
     """jsonargparse with options spelt the usual way: --data-dir, stored as data_dir."""
 
@@ -125,6 +129,9 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except Stopped as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)
         return EXIT_STOPPED

@@ -29,6 +29,8 @@ FASHION_MNIST_CLASSES = (
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
+SizeRule = Callable[[tuple[int, int]], tuple[int, int]]
+
 
 class BrokenImage(UserError):
     """An image file that cannot be decoded."""
@@ -54,11 +56,14 @@ class ImageDataset:
         """The file's name under `root`, or the index of an image that has no file."""
         return self.files[i] if self.files is not None else str(i)
 
-    def image(self, i: int) -> Image.Image:
-        """Image `i` as 8-bit RGB. Raises BrokenImage naming the file."""
-        if self.pixels is not None:
-            return Image.fromarray(self.pixels[i]).convert("RGB")
-        return read_image(self.root / self.key(i))
+    def image(self, i: int, *, least_size: SizeRule | None = None) -> Image.Image:
+        """Image `i` as 8-bit RGB, see `read_image`. Raises BrokenImage naming the file."""
+        if self.pixels is None:
+            return read_image(self.root / self.key(i), least_size=least_size)
+        image = Image.fromarray(self.pixels[i])
+        if least_size is not None:
+            least_size(image.size)
+        return image.convert("RGB")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,13 +78,14 @@ class ImageDataset:
         return digest.hexdigest()
 
 
-def read_image(path: str | Path, *, draft_size: tuple[int, int] | None = None) -> Image.Image:
-    """Decode an image file to 8-bit RGB; `draft_size` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size,
-    never smaller than that. Raises BrokenImage naming the file."""
+def read_image(path: str | Path, *, least_size: SizeRule | None = None) -> Image.Image:
+    """Decode an image file to 8-bit RGB. `least_size`, asked with the image's (width, height), answers with a
+    size: a JPEG is then decoded at 1/2, 1/4 or 1/8 where that is no smaller. Raises BrokenImage naming the file.
+    """
     try:
         with Image.open(path) as image:
-            if draft_size is not None:
-                image.draft("RGB", draft_size)
+            if least_size is not None:
+                image.draft(None, least_size(image.size))
             return to_rgb(image)
     except FileNotFoundError as error:
         raise BrokenImage(f"{path}: the file is gone since the folder was read") from error

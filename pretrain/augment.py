@@ -1,0 +1,225 @@
+"""Images and (seed, epoch, image index) enter; augmented, normalised views leave.
+
+The published recipe (winci-ai/INTL, src/transform.py; protocol of BYOL and SimCLR) in two parts: per image, on
+the CPU, decoding and resized crops kept as uint8 (`crop_box`, `resized_crop`); per batch, wherever the batch
+lies, colour jitter, greyscale, blur, solarisation, flip and normalisation (`finish`), each image with parameters
+of its own. Every random number is a hash of (seed, epoch, image index, view, slot): neither the number of
+workers or ranks nor an interruption changes any of them.
+
+Each operation equals torchvision's tensor functional of the same parameters on float images. Choices: the order
+of brightness, contrast, saturation and hue is random per image, as in torchvision; the blur is torchvision's
+with a kernel of 13 px (3 standard deviations at 2 px), where the published code has Pillow's approximation.
+
+Letters of shapes: N images, S side of the view in px.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
+BLUR_KERNEL = 13
+GREY = (0.2989, 0.587, 0.114)  # torchvision.transforms.functional.rgb_to_grayscale
+SLOTS = 2 * CROP_TRIES + 14
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+ORDERS = np.array(list(itertools.permutations(range(3))))  # of brightness, contrast, saturation
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """How one view is made: see the options of the same names in `pretrain.settings`."""
+
+    size: int
+    min_scale: float = 0.08
+    max_scale: float = 1.0
+    interpolation: str = "bicubic"
+    jitter: tuple[float, ...] = (0.4, 0.4, 0.2, 0.1)
+    jitter_p: float = 0.8
+    grey_p: float = 0.2
+    blur_p: float = 0.5
+    blur_sigma: tuple[float, ...] = (0.1, 2.0)
+    solarise_p: float = 0.1
+    flip_p: float = 0.5
+
+
+def uniforms(seed: int, epoch: int, images_N: np.ndarray, view: int, count: int = SLOTS) -> np.ndarray:
+    """N x `count` numbers in [0, 1), a function of the arguments alone (SplitMix64, Steele et al. 2014)."""
+    state = np.zeros((len(images_N), 1), np.uint64)
+    for part in (seed, epoch, np.asarray(images_N)[:, None], view, np.arange(count)[None, :]):
+        state = _mix(state ^ np.asarray(part, np.uint64))
+    return (state >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def crop_box(u: np.ndarray, width: int, height: int, view: View) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop.get_params from 22 uniform numbers: left, top, width, height in px."""
+    area = width * height
+    for k in range(CROP_TRIES):
+        target = area * (view.min_scale + (view.max_scale - view.min_scale) * u[2 * k])
+        ratio = math.exp(LOG_RATIO[0] + (LOG_RATIO[1] - LOG_RATIO[0]) * u[2 * k + 1])
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = (
+                int(u[2 * CROP_TRIES] * (width - w + 1)),
+                int(u[2 * CROP_TRIES + 1] * (height - h + 1)),
+            )
+            return left, top, w, h
+    ratio = min(max(width / height, 3 / 4), 4 / 3)
+    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def resized_crop(image: Image.Image, box: tuple[float, float, float, float], view: View) -> np.ndarray:
+    """S x S x 3 uint8: the part (left, top, width, height) of an RGB image, antialiased."""
+    left, top, w, h = box
+    size = (view.size, view.size)
+    part = image.resize(size, INTERPOLATIONS[view.interpolation], box=(left, top, left + w, top + h))
+    return np.asarray(part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Colours:
+    """What `finish` does to each of N images; index lists instead of flags, so that a GPU need not be asked."""
+
+    blend_3N: Tensor
+    """Factors of the three blending operations, in the order they are applied; 1 where nothing is to be done."""
+    grey_share_3N: Tensor
+    """1 where that operation blends with the greyscale image (saturation), else 0."""
+    mean_share_3N: Tensor
+    """1 where it blends with the mean of the greyscale image (contrast), else 0; both 0: black (brightness)."""
+    hue_N: Tensor
+    """Shift of the hue, in turns."""
+    hue_at: tuple[Tensor, ...]
+    """Indices of the images whose hue is shifted before blending operation 0, 1, 2 and after the last."""
+    grey: Tensor
+    """Indices of the images made grey, and so on."""
+    blur: Tensor
+    sigma_N: Tensor
+    solarise: Tensor
+    flip: Tensor
+
+    def to(self, device: torch.device) -> Colours:
+        def move(value: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+            if isinstance(value, tuple):
+                return tuple(v.to(device, non_blocking=True) for v in value)
+            return value.to(device, non_blocking=True)
+
+        return Colours(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    def pin_memory(self) -> Colours:
+        def pin(value: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+            return tuple(v.pin_memory() for v in value) if isinstance(value, tuple) else value.pin_memory()
+
+        return Colours(**{f.name: pin(getattr(self, f.name)) for f in fields(self)})
+
+
+def draw_colours(u: np.ndarray, view: View) -> Colours:
+    """Parameters from N x 14 uniform numbers, distributed as in torchvision's ColorJitter and the rest."""
+    jittered = u[:, 0] < view.jitter_p
+    strength = np.array(view.jitter[:3])
+    low = np.maximum(0, 1 - strength)
+    factors = low + (1 + strength - low) * u[:, 1:4]
+    order = ORDERS[np.minimum((u[:, 5] * 6).astype(int), 5)]
+    hue_place = np.where(jittered & (view.jitter[3] > 0), (u[:, 6] * 4).astype(int), -1)
+    blend = np.where(jittered[:, None], np.take_along_axis(factors, order, 1), 1.0)
+    sigma = view.blur_sigma[0] + (view.blur_sigma[1] - view.blur_sigma[0]) * u[:, 9]
+    return Colours(
+        blend_3N=_float(blend.T), mean_share_3N=_float(order.T == 1), grey_share_3N=_float(order.T == 2),
+        hue_N=_float(view.jitter[3] * (2 * u[:, 4] - 1)),
+        hue_at=tuple(_where(hue_place == k) for k in range(4)),
+        grey=_where(u[:, 7] < view.grey_p), blur=_where(u[:, 8] < view.blur_p), sigma_N=_float(sigma),
+        solarise=_where(u[:, 10] < view.solarise_p), flip=_where(u[:, 11] < view.flip_p),
+    )  # fmt: skip
+
+
+def _float(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+
+
+def _where(flags: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(flags))
+
+
+@torch.no_grad()
+def finish(crops: Tensor, colours: Colours, *, mean: Tensor, std: Tensor) -> Tensor:
+    """N x S x S x 3 uint8 crops -> N x 3 x S x S float32 normalised, channels_last, on the crops' device."""
+    x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    for k in range(4):
+        _subset(x, colours.hue_at[k], lambda part, k=k: shift_hue(part, colours.hue_N[colours.hue_at[k]]))
+        if k < 3:
+            blend(x, colours.blend_3N[k], colours.grey_share_3N[k], colours.mean_share_3N[k])
+    _subset(x, colours.grey, lambda part: greyscale(part).expand_as(part))
+    _subset(x, colours.blur, lambda part: gaussian_blur(part, colours.sigma_N[colours.blur]))
+    _subset(x, colours.solarise, solarise)
+    _subset(x, colours.flip, lambda part: part.flip(-1))
+    x = x.sub_(mean[:, None, None]).div_(std[:, None, None])
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _subset(x: Tensor, indices: Tensor, operation) -> None:  # type: ignore[no-untyped-def]
+    if len(indices):
+        x[indices] = operation(x[indices])
+
+
+def greyscale(x: Tensor) -> Tensor:
+    """N x 3 x H x W -> N x 1 x H x W."""
+    return (x[:, :1] * GREY[0]).add_(x[:, 1:2], alpha=GREY[1]).add_(x[:, 2:], alpha=GREY[2])
+
+
+def blend(x: Tensor, factor_N: Tensor, grey_share_N: Tensor, mean_share_N: Tensor) -> None:
+    """In place: x <- clamp(factor · x + (1 - factor) · base), base black, grey or mean grey, per image."""
+    grey = greyscale(x)
+    rest = (1 - factor_N)[:, None, None, None]
+    base = grey.mean((2, 3), keepdim=True).mul_(rest * mean_share_N[:, None, None, None])
+    base = grey.mul_(rest * grey_share_N[:, None, None, None]).add_(base)
+    x.mul_(factor_N[:, None, None, None]).add_(base).clamp_(0, 1)
+
+
+def shift_hue(x: Tensor, turns_N: Tensor) -> Tensor:
+    """Rotate the hue of N x 3 x H x W images in [0, 1] by `turns_N`, value and saturation kept (HSV)."""
+    r, g, b = x.unbind(1)
+    high, low = x.amax(1), x.amin(1)
+    chroma = high - low
+    per_chroma = 1 / chroma.clamp_min(1e-12)
+    hue6 = torch.where(
+        high == r, (g - b) * per_chroma,
+        torch.where(high == g, (b - r) * per_chroma + 2, (r - g) * per_chroma + 4),
+    )  # fmt: skip
+    hue6 = hue6 + 6 * turns_N[:, None, None]
+    # HSV to RGB without cases: channel = value - chroma · clamp(min(k, 4 - k), 0, 1), k = (5, 3, 1) + 6 hue mod 6.
+    out = torch.empty_like(x)
+    for channel, offset in enumerate((5, 3, 1)):
+        k = torch.remainder(hue6 + offset, 6)
+        torch.sub(high, torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma), out=out[:, channel])
+    return out
+
+
+def gaussian_blur(x: Tensor, sigma_N: Tensor, kernel: int = BLUR_KERNEL) -> Tensor:
+    """N x 3 x H x W blurred with a standard deviation per image in px, reflected at the borders."""
+    n, c, height, width = x.shape
+    half = min(kernel // 2, height - 1, width - 1)
+    at = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
+    weights = torch.exp(-0.5 * (at / sigma_N[:, None]) ** 2)
+    weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(c, 0)
+    padded = torch.nn.functional.pad(x, [half] * 4, mode="reflect").view(1, n * c, height + 2 * half, -1)
+    padded = torch.nn.functional.conv2d(padded, weights[:, None, None, :], groups=n * c)
+    return torch.nn.functional.conv2d(padded, weights[:, None, :, None], groups=n * c).view_as(x)
+
+
+def solarise(x: Tensor) -> Tensor:
+    """Invert what is at least 128 / 255 bright."""
+    return torch.where(x >= 128 / 255, 1 - x, x)

@@ -1,0 +1,109 @@
+"""The state of a run enters and leaves: files that any kill, at any moment, leaves whole."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pretrain.cli import RunFailed, UserError
+from pretrain.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "intl-bench/1"
+
+
+class NotSaved(RunFailed):
+    """A checkpoint could not be written; the one before it is still there."""
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` (tensors and plain values) atomically. Raises NotSaved; `path` then keeps what it had."""
+    try:
+        with atomic_path(path) as aside:
+            torch.save({"format": FORMAT, **state}, aside)
+    except (OSError, RuntimeError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = full or (not isinstance(error, OSError) and "write" in str(error))
+        reason = "the disk is full" if full else str(error).splitlines()[0]
+        kept = "the last good one is kept" if path.exists() else "there is none before it"
+        raise NotSaved(f"{path}: checkpoint not saved, {reason}; {kept}") from error
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this project, running nothing from it. Raises UserError for any other file."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); remove it") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path}: not a checkpoint of this project; choose another --output")
+    return state
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread, so that training goes on; at most one is on its way."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread: threading.Thread | None = None
+        self._error: NotSaved | None = None
+
+    def save(self, state: Mapping[str, Any], *, also: Path | None = None) -> None:
+        """Copy `state` now and write it soon, to a second file too where `also` names one."""
+        self.wait()
+        copied = to_host(state)
+
+        def write() -> None:
+            try:
+                save_checkpoint(self.path, copied)
+                if also is not None:
+                    save_checkpoint(also, copied)
+            except NotSaved as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def wait(self, *, must_be_saved: bool = False) -> None:
+        """Wait for the last write; when it failed, log that, or raise NotSaved if `must_be_saved`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            if must_be_saved:
+                raise error
+            logger.error("%s; training goes on and will try again", error)
+
+
+def to_host(value: Any) -> Any:
+    """A copy of nested dicts, lists and tensors, on the CPU, that later steps cannot change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {k: to_host(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_host(v) for v in value]
+    return value
+
+
+def save_backbone(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """The backbone alone under timm's keys, for exchange; metadata values become strings."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    with atomic_path(path) as aside:
+        save_file(tensors, aside, metadata={"format": FORMAT, **{k: _spell(v) for k, v in metadata.items()}})
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,98 @@
+"""Losses and diagnoses of a run enter; JSON lines, TensorBoard files and, on request, W&B charts leave."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.cli import RunFailed, UserError
+from pretrain.files import append_jsonl, read_jsonl, write_text
+
+
+class LossLog:
+    """The loss terms of the steps since the last look, kept on the device so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._terms: list[Tensor] = []
+        self._steps: list[int] = []
+        self._lrs: list[float] = []
+        self._since = time.monotonic()
+
+    def note(self, step: int, terms: tuple[Tensor, ...], lr: float) -> None:
+        """Remember the (total, alignment, trace) of a step."""
+        self._terms.append(torch.stack([t.detach() for t in terms]))
+        self._steps.append(step)
+        self._lrs.append(lr)
+
+    def take(self) -> dict[str, float]:
+        """Means since the last call, and steps per second. Raises RunFailed at the first loss that is not finite."""
+        terms = torch.stack(self._terms).cpu().double()
+        for step, (total, alignment, trace), lr in zip(self._steps, terms.tolist(), self._lrs):
+            if not math.isfinite(total):
+                raise RunFailed(
+                    f"the loss is not finite at step {step}: total {total}, alignment {alignment}, trace {trace}, "
+                    f"learning rate {lr:.4g}; nothing was saved after it. Lower --lr, lengthen --warmup-epochs or "
+                    "take --precision float32, with another --output or from the last checkpoint"
+                )
+        now = time.monotonic()
+        mean = terms.mean(0).tolist()
+        out = dict(zip(("loss", "alignment", "trace"), mean), steps_per_s=len(terms) / (now - self._since))
+        self._terms, self._steps, self._lrs, self._since = [], [], [], now
+        return out
+
+    def __len__(self) -> int:
+        return len(self._terms)
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and `tensorboard/`; what was logged after `start` by a run cut off goes."""
+
+    def __init__(self, output: Path, *, start: int, wandb: str | None, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = output / "metrics.jsonl"
+        earlier = read_jsonl(self._file)
+        kept = [r for r in earlier if r.get("step", 0) <= start]
+        if len(kept) < len(earlier):
+            write_text(self._file, "".join(json.dumps(r) + "\n" for r in kept))
+        self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
+        self._wandb = _start_wandb(wandb, output, config) if wandb else None
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """One line; numbers that are not finite are left out of it."""
+        finite = {k: v for k, v in record.items() if math.isfinite(v)}
+        append_jsonl(self._file, finite)
+        for key, value in finite.items():
+            if key not in ("step", "epoch"):
+                self._tensorboard.add_scalar(key, value, int(record["step"]))
+        self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(finite, step=int(record["step"]))
+
+    def close(self) -> None:
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, output: Path, config: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb needs the wandb package: pip install 'intl-bench[wandb]'") from error
+    return wandb.init(
+        project=project,
+        name=output.name,
+        id=output.name,
+        resume="allow",
+        dir=str(output),
+        config=dict(config),
+    )

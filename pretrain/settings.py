@@ -1,0 +1,189 @@
+"""Options and recipes enter; frozen settings of a pretraining run, checked, leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from pretrain.cli import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+FREE_TO_CHANGE = frozenset({
+    "data_dir", "output", "workers", "log_every", "save_every", "keep_every_epochs", "wandb", "on_collapse",
+    "max_broken_images", "hook", "hook_every_epochs", "compile", "augment_on",
+})  # fmt: skip
+"""Settings that a continued run may change: all others shape the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data_dir: str
+    """Folder with the data set."""
+    output: str
+    """Folder for the checkpoint, the backbone, logs and the settings used; an unfinished run in it goes on."""
+    dataset: str = "imagenet"
+    """imagenet, imagenet100, imagefolder (train/<class>/ and val/<class>/), cifar10, cifar100, fashion_mnist."""
+    seed: int = 0
+    """Of initialisation, order and augmentation."""
+
+    arch: str = "resnet50"
+    """Any timm ResNet with a plain stem: resnet18, 34, 50, 101, 152, wide_resnet50_2 ..."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """cifar: 3x3 convolution (padding 2) and no max-pool in place of the 7x7 stem."""
+    zero_init_last: bool | None = None
+    """Start the last BN of each residual branch at zero; default: yes, except for resnet18 and resnet34."""
+    projector_hidden: int = 8192
+    """Width of the projector's hidden layers."""
+    projector_output: int = 8192
+    """Size of the embedding."""
+    projector_layers: int = 3
+    """Linear layers of the projector."""
+
+    iterations: int = 4
+    """Newton iterations of IterNorm."""
+    trade_off: float | None = None
+    """Weight of the trace penalty; default 0.01 (log2 n - 3), n the global batch (channel) or embedding size."""
+    whitening: Literal["channel", "batch"] = "channel"
+    """Whiten the N x N (channel) or the D x D (batch) covariance."""
+    ema: bool = False
+    """Let view 0 be embedded by a momentum encoder."""
+    ema_momentum: float = 0.996
+    """Its momentum at the start, rising to 1 by a cosine."""
+
+    epochs: int = 100
+    """Passes over the data; 0 writes the random control: same initialisation, BN statistics estimated."""
+    max_steps: int | None = None
+    """End the schedule after so many steps instead of after all epochs."""
+    batch_global: int = 256
+    """Images per step over all ranks."""
+    lr: float = 0.5
+    """Learning rate at a batch of 256; scaled by batch_global / 256."""
+    lr_final_ratio: float = 0.001
+    """Learning rate of the last step, as a share of the highest."""
+    warmup_epochs: float = 2.0
+    """Epochs of linear warm-up."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """The optimizer."""
+    momentum: float = 0.9
+    """Of the optimizer."""
+    weight_decay: float = 1e-5
+    """Weight decay."""
+    decay_1d: bool = False
+    """Let biases and BN parameters decay too."""
+
+    view_sizes: list[int] = dataclasses.field(default_factory=lambda: [224, 224])
+    """Side in px of each view; as many views as sizes, view 0 the target."""
+    min_scales: list[float] = dataclasses.field(default_factory=lambda: [0.08])
+    """Least share of the image's area in a crop, one for each view or one for all."""
+    max_scales: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    """Largest share of the image's area in a crop, one for each view or one for all."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Of the resized crop, with antialiasing."""
+    jitter: list[float] = dataclasses.field(default_factory=lambda: [0.4, 0.4, 0.2, 0.1])
+    """Strengths of brightness, contrast, saturation and hue."""
+    jitter_p: list[float] = dataclasses.field(default_factory=lambda: [0.8])
+    """Probability of colour jitter, one for each view or one for all."""
+    grey_p: list[float] = dataclasses.field(default_factory=lambda: [0.2])
+    """Probability of greyscale, one for each view or one for all."""
+    blur_p: list[float] = dataclasses.field(default_factory=lambda: [1.0, 0.1])
+    """Probability of Gaussian blur, one for each view or one for all."""
+    blur_sigma: list[float] = dataclasses.field(default_factory=lambda: [0.1, 2.0])
+    """Least and largest standard deviation of the blur in px."""
+    solarise_p: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.2])
+    """Probability of solarisation, one for each view or one for all."""
+    flip_p: list[float] = dataclasses.field(default_factory=lambda: [0.5])
+    """Probability of a horizontal flip, one for each view or one for all."""
+    mean: list[float] = dataclasses.field(default_factory=lambda: list(IMAGENET_MEAN))
+    """Mean of the normalisation."""
+    std: list[float] = dataclasses.field(default_factory=lambda: list(IMAGENET_STD))
+    """Standard deviation of the normalisation."""
+    eval_size: int | None = None
+    """Image size that the weights' evaluation should use; default: that of view 0."""
+    jpeg_draft: bool = True
+    """Decode a large JPEG at 1/2, 1/4 or 1/8 of its size where every crop of it is shrunk at least as much."""
+
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the backbone and projector; auto: bfloat16 where the device has it natively. The loss has float32."""
+    compile: bool = False
+    """torch.compile the encoder: faster after minutes of compiling, needs a C++ compiler."""
+    augment_on: Literal["auto", "workers", "device"] = "auto"
+    """Where colour, blur and solarisation run; auto: on a GPU where there is one, else in the workers."""
+    workers: int | None = None
+    """Data loading processes of each rank; 0 loads in the training process; default: by cores."""
+    max_broken_images: int = 50
+    """Unreadable image files that are skipped with a warning before the run stops."""
+
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl, with a diagnosis of the embedding's spectrum."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    keep_every_epochs: int | None = None
+    """Keep a copy of the checkpoint every so many epochs."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+    """What to do when the embedding collapses."""
+    hook: str | None = None
+    """MODULE:FUNCTION called with (backbone, settings) every hook_every_epochs; its numbers are logged."""
+    hook_every_epochs: int = 10
+    """Epochs between two calls of the hook."""
+    wandb: str | None = None
+    """Weights & Biases project to log to."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("epochs", 0), ("batch_global", 2), ("projector_layers", 1), ("projector_hidden", 1),
+            ("projector_output", 2), ("iterations", 1), ("log_every", 1), ("save_every", 1), ("seed", 0),
+            ("hook_every_epochs", 1), ("max_broken_images", 0), ("warmup_epochs", 0), ("lr", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(f"{_option(name)} must be at least {least}, got {getattr(self, name)}")
+        if len(self.view_sizes) < 2:
+            raise UserError(f"--view-sizes must name at least 2 views, got {self.view_sizes}")
+        if min(self.view_sizes) < 8:
+            raise UserError(f"--view-sizes must be at least 8 px, got {self.view_sizes}")
+        for name in _PER_VIEW:
+            values = getattr(self, name)
+            if len(values) not in (1, len(self.view_sizes)):
+                raise UserError(
+                    f"{_option(name)} has {len(values)} values for {len(self.view_sizes)} views; "
+                    "give one for each view or one for all"
+                )
+            if min(values) < 0 or max(values) > 1:
+                raise UserError(f"{_option(name)} must lie between 0 and 1, got {values}")
+        if any(a > b or b == 0 for a, b in zip(self.per_view("min_scales"), self.per_view("max_scales"))):
+            raise UserError(f"each of --min-scales {self.min_scales} must be at most its --max-scales")
+        if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise UserError(
+                f"--jitter wants brightness, contrast, saturation, hue (<= 0.5), got {self.jitter}"
+            )
+        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise UserError(f"--blur-sigma wants two numbers 0 < least <= largest, got {self.blur_sigma}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"--mean and --std want three numbers each, got {self.mean} and {self.std}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise UserError(
+                f"--max-steps must be at least 1, got {self.max_steps}; for the control: --epochs 0"
+            )
+        if self.whitening == "channel" and self.trade_off is None and self.batch_global <= 8:
+            raise UserError(
+                f"the default trade-off is zero or negative at --batch-global {self.batch_global}: "
+                "take more than 8 images or set --trade-off"
+            )
+
+    def per_view(self, name: str) -> list[float]:
+        """The values of a per-view setting, one for each view."""
+        values = getattr(self, name)
+        return values * len(self.view_sizes) if len(values) == 1 else values
+
+    @property
+    def image_size(self) -> int:
+        """Side in px at which the backbone is to be evaluated."""
+        return self.eval_size or self.view_sizes[0]
+
+
+_PER_VIEW = ("min_scales", "max_scales", "jitter_p", "grey_p", "blur_p", "solarise_p", "flip_p")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
