@@ -1,7 +1,7 @@
 """Data sets by name or folder enter; checked records, and batches that can go on where they stopped, leave.
 
-The order of images, their augmentation and everything random in a step follow from (seed, position) alone, so a
-resumed run sees what an undisturbed one sees, whatever the number of loader workers.
+The order of images and their augmentation follow from (seed, position) alone, so a resumed run sees what an
+undisturbed one sees, whatever the number of loader workers.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def check(cfg: CfgNode, *, train: bool = True) -> list[str]:
 def _check_one(name: str, cfg: CfgNode) -> str:
     if name not in DatasetCatalog.list():
         raise UserError(
-            f"data set {name!r} is not known: give --dataset {name}=ANNOTATIONS.json:IMAGES, or put a standard "
-            "set under the folder that DETECTRON2_DATASETS names"
+            f"data set {name!r} is not known: give --dataset {name}=ANNOTATIONS.json:IMAGES, or put a "
+            "standard set under the folder that DETECTRON2_DATASETS names"
         )
     metadata = MetadataCatalog.get(name)
     if metadata.get("json_file"):

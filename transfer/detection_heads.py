@@ -1,8 +1,8 @@
 """MoCo's R50-C4 head: detectron2's Res5ROIHeads with a BatchNorm after res5.
 
-Importing this module registers the class under its name, as `MODEL.ROI_HEADS.NAME` needs it. The extra norm is
-what lets a self-supervised res5, whose scale was never fixed by a classifier, be fine-tuned (MoCo, appendix;
-https://arxiv.org/abs/1911.05722).
+Importing this module registers the class under its name, as `MODEL.ROI_HEADS.NAME` needs it. The extra norm
+lets a self-supervised res5, whose scale no classifier has fixed, be fine-tuned (He et al., "Momentum
+Contrast", appendix; https://arxiv.org/abs/1911.05722).
 """
 
 from __future__ import annotations

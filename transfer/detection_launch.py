@@ -36,8 +36,8 @@ def world_size(num_gpus: int, num_machines: int, *, on_cpu: bool) -> int:
     there = torch.cuda.device_count()
     if num_gpus > there and not on_cpu:
         raise UserError(
-            f"--num-gpus {num_gpus}: this machine has {there}; --num-gpus 0 runs on the CPU, MODEL.DEVICE cpu "
-            "with --num-gpus N on N CPU processes"
+            f"--num-gpus {num_gpus}: this machine has {there}; --num-gpus 0 runs on the CPU, MODEL.DEVICE "
+            "cpu with --num-gpus N on N CPU processes"
         )
     return max(num_gpus, 1) * num_machines
 

@@ -90,13 +90,15 @@ class StrictCheckpointer(DetectionCheckpointer):
             found = [
                 f"{len(names)} {what} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
                 for what, names in (
-                    ("not in the file", missing), ("unknown to the model", extra), ("of another shape", shapes)
+                    ("not in the file", missing),
+                    ("unknown to the model", extra),
+                    ("of another shape", shapes),
                 )
                 if names
             ]  # fmt: skip
             raise UserError(
-                f"{self._path} does not fit the config's model; tensors: {'; '.join(found)}. Use the config of "
-                "this architecture, or ask for --random-init"
+                f"{self._path} does not fit the config's model; tensors: {'; '.join(found)}. Use the config "
+                "of this architecture, or ask for --random-init"
             )
         incompatible.missing_keys.clear()
         incompatible.unexpected_keys.clear()

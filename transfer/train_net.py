@@ -1,11 +1,11 @@
 """A detectron2 config and weights enter; a fine-tuned detector, its metrics and results.jsonl leave.
 
 `python -m transfer.train_net` follows detectron2's own conventions (--config-file, --num-gpus, --eval-only,
---resume, trailing KEY VALUE). It goes on by itself where it stopped: model, optimizer, schedule, gradient scaler
-and iteration are in the checkpoint, and data order, augmentation and sampling follow from (SEED, iteration). A
-run on CPUs cut off at any moment therefore ends with the numbers of an undisturbed one, to the bit while the
-number of processes and threads stays the same. On GPUs detectron2's kernels add in no fixed order: there the
-same data is seen, and the numbers agree up to rounding.
+--resume, trailing KEY VALUE). It goes on by itself where it stopped: model, optimizer, schedule, gradient
+scaler and iteration are in the checkpoint, and data order, augmentation and sampling follow from (SEED,
+iteration). A run on CPUs cut off at any moment therefore ends with the numbers of an undisturbed one, to the
+bit while the number of processes and threads stays the same. On GPUs detectron2's kernels add in no fixed
+order: there the same data is seen, and the numbers agree up to rounding.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     """detectron2's command line, and this project's additions."""
     p = argparse.ArgumentParser(
         prog="python -m transfer.train_net",
-        description="Fine-tune and evaluate a detector in detectron2. Run again, it goes on where it stopped.",
+        description="Fine-tune and evaluate a detector in detectron2; run again, it goes on.",
         epilog=EXIT_CODES,
     )
     p.add_argument("--config-file", required=True, help="YAML file, or a name in detection_configs/")
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dataset", action="append", default=[], metavar="NAME=ANNOTATIONS.json:IMAGES",
                    help="a COCO-format folder under a name of yours; may be given several times")  # fmt: skip
     p.add_argument("--label", default=None, help="name of this row in reports")
-    p.add_argument("--show", default=None, metavar="DIR", help="write pictures of predictions into DIR only")
+    p.add_argument("--show", default=None, metavar="DIR", help="only draw predictions into DIR")
     p.add_argument("--force", default="false", choices=("true", "false"), help="run again when finished")
     p.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="any key of detectron2's config"
