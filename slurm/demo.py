@@ -116,7 +116,7 @@ def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
     recipe = asked.recipe or f"demo_{asked.dataset}"
     extra = asked.pretrain_options.split()
     trained = tasks.pretraining(root, recipe, images, asked.seed, extra)
-    untrained = tasks.control(root, recipe, images, asked.seed, _without(extra, "--epochs"))
+    untrained = tasks.control(root, recipe, images, asked.seed, tasks.without(extra, "--epochs"))
     intl = Subject(
         name="intl",
         label="INTL",
@@ -144,14 +144,6 @@ def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
     return Graph([*steps, tasks.report(root, [trained, untrained, *detections, *evaluations])])
 
 
-def _without(words: list[str], option: str) -> list[str]:
-    """`words` without an option and its value: the control sets its own --epochs."""
-    if option not in words:
-        return words
-    at = words.index(option)
-    return words[:at] + words[at + 2 :]
-
-
 def _scenes(root: Path, images: Images, asked: Demo) -> Step:
     output = root / "scenes"
     words = ["--data-dir", str(images.data_dir), "--output", str(output), "--seed", "0"]
@@ -177,8 +169,8 @@ def _detections(root: Path, intl: Subject, converted: Step, scenes: Step, asked:
             needs = (scenes.name, converted.name) if weights else (scenes.name,)
             steps.append(
                 tasks.detection(
-                    root, subject, task="scenes", config=asked.detection_config, seed=seed, weights=weights, needs=needs,
-                    datasets=sets, extra=asked.detection_options.split(),
+                    root, subject, task="scenes", config=asked.detection_config, seed=seed, weights=weights,
+                    needs=needs, datasets=sets, extra=asked.detection_options.split(),
                 )
             )  # fmt: skip
     return steps

@@ -21,7 +21,9 @@ def live_jobs(job_ids: Iterable[str]) -> dict[str, str]:
     if not wanted:
         return {}
     if shutil.which("squeue") is None:
-        raise UserError("jobs of this suite are on SLURM, but there is no squeue here: call this on the cluster")
+        raise UserError(
+            "jobs of this suite are on SLURM, but there is no squeue here: call this on the cluster"
+        )
     whole = sorted({i.partition("_")[0] for i in wanted})
     told = _squeue(whole)
     if told is None:  # an id that SLURM has forgotten fails the whole query on some versions
@@ -39,7 +41,9 @@ def _squeue(ids: list[str]) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired as error:
-        raise UserError("squeue did not answer within a minute: is the cluster up? Nothing was done") from error
+        raise UserError(
+            "squeue did not answer within a minute: is the cluster up? Nothing was done"
+        ) from error
     if done.returncode == 0:
         return done.stdout
     if "Invalid job id" in done.stderr:

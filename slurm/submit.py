@@ -65,7 +65,9 @@ def plan(graph: Graph, root: Path, redo: set[str]) -> Plan:
     live = {n: s for n, s in live_steps(root).items() if n in graph.steps}
     busy = sorted(redo & set(live))
     if busy:
-        raise UserError(f"--force: {', '.join(busy)} is queued or running; `python -m slurm cancel {root}` first")
+        raise UserError(
+            f"--force: {', '.join(busy)} is queued or running; `python -m slurm cancel {root}` first"
+        )
     todo: list[Step] = []
     done: list[str] = []
     superseded: list[str] = []

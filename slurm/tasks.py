@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slurm.graph import Step
@@ -42,6 +42,14 @@ class Images:
         return ("--dataset", self.dataset, "--data-dir", str(self.data_dir))
 
 
+DETECTION = {
+    "coco_c4_2x": "coco_R50_C4_2x",
+    "coco_fpn_1x": "coco_R50_FPN_1x",
+    "voc_c4": "voc_R50_C4_24k",
+}
+"""Detection tasks by their short names, and the file in detection_configs."""
+
+
 def pretraining(root: Path, recipe: str, images: Images | None, seed: int, extra: Sequence[str] = ()) -> Step:
     """INTL pretraining into `root`/pretrain."""
     return _pretrain(root, "pretrain", "pretrain", recipe, images, seed, extra)
@@ -77,6 +85,19 @@ def _pretrain(
         inputs=(file.resolve(),) if own else (),
         makes=(output / "backbone.safetensors",),
     )
+
+
+def without(words: list[str], option: str) -> list[str]:
+    """`words` without an option and its value: the control sets its own --epochs."""
+    if option not in words:
+        return words
+    at = words.index(option)
+    return words[:at] + words[at + 2 :]
+
+
+def after(subject: Subject, step: Step) -> Subject:
+    """The same backbone, judged only after `step`."""
+    return replace(subject, needs=(*subject.needs, step.name))
 
 
 def proof(root: Path, subject: Subject) -> Step:

@@ -1,0 +1,157 @@
+"""A suite's settings enter; everything that would make its jobs fail, found before they wait, leaves."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.cli import UserError
+from slurm.graph import Graph
+from slurm.resources import Resources
+
+if TYPE_CHECKING:
+    from slurm.suite import Suite
+
+CHECKPOINT_GB = 2.0
+"""Disk that one training step may need: three checkpoints of a ResNet-50 with its projector."""
+
+
+def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources]) -> list[str]:
+    """Every problem as a line to print; an empty list when jobs may be submitted."""
+    problems = [
+        *_images(asked),
+        *_weights(asked),
+        *_protocols(asked),
+        *_detection(asked),
+        *_disk(graph, root),
+    ]
+    if asked.recipe:
+        problems += _recipe(asked)
+    if asked.cluster == "slurm":
+        problems += _cluster(graph, resources)
+    return problems
+
+
+def _images(asked: Suite) -> list[str]:
+    from pretrain.data import open_dataset
+
+    if not asked.data_dir:
+        return []
+    try:
+        for split in ("train", "test"):
+            open_dataset(asked.dataset, asked.data_dir, split)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _weights(asked: Suite) -> list[str]:
+    from transfer.backbone import load_backbone
+
+    problems = []
+    for path in asked.weights or []:
+        try:
+            load_backbone(path, branch=asked.branch)
+        except UserError as error:
+            problems.append(f"--weights {path}: {error}")
+    return problems
+
+
+def _protocols(asked: Suite) -> list[str]:
+    from transfer.protocols import load_protocol
+
+    chosen = {"knn": asked.knn_protocol, "linear": asked.linear_protocol, "semisup": asked.semisup_protocol}
+    problems = []
+    for kind, name in chosen.items():
+        if any(task.startswith(kind) for task in asked.tasks or []):
+            try:
+                load_protocol(name)
+            except UserError as error:
+                problems.append(f"--{kind}-protocol {name}: {error}")
+    return problems
+
+
+def _recipe(asked: Suite) -> list[str]:
+    """Parse the recipe with its overrides, as the job will."""
+    from pretrain.settings import settings_of
+
+    words = ["--recipe", asked.recipe or "", "--dataset", asked.dataset, "--data-dir", asked.data_dir or ""]
+    try:
+        settings_of([*words, *asked.pretrain_options.split(), "--output", str(asked.output)])
+    except UserError as error:
+        return [f"--recipe {asked.recipe}: {error}"]
+    except SystemExit:
+        return [f"--recipe {asked.recipe} with {asked.pretrain_options}: see the message above"]
+    return []
+
+
+def _detection(asked: Suite) -> list[str]:
+    """Configs exist and their data sets are there, as train_net itself checks it."""
+    from slurm.suite import CLASSIFICATION
+    from slurm.tasks import DETECTION
+
+    wanted = [t for t in asked.tasks or [] if t not in CLASSIFICATION]
+    if not wanted:
+        return []
+    from transfer import detection_config, detection_data
+
+    problems = []
+    for task in wanted:
+        try:
+            detection_data.register(asked.detection_data or [])
+            cfg = detection_config.load(DETECTION.get(task, task), asked.detection_options.split())
+            detection_data.check(cfg, train=True)
+        except UserError as error:
+            problems.append(f"--tasks {task}: {error}")
+    return problems
+
+
+def _disk(graph: Graph, root: Path) -> list[str]:
+    place = next(p for p in (root, *root.parents) if p.exists())
+    free_gb = shutil.disk_usage(place).free / 1e9
+    wanted_gb = CHECKPOINT_GB * sum(s.kind in ("pretrain", "semisup", "detection") for s in graph)
+    if free_gb < wanted_gb:
+        return [f"{place} has {free_gb:.1f} GB free, the suite may need {wanted_gb:.0f} GB"]
+    return []
+
+
+def _cluster(graph: Graph, resources: dict[str, Resources]) -> list[str]:
+    """Partition, account and qos are known to SLURM, and the job's size fits the partition."""
+    if shutil.which("sbatch") is None:
+        return [
+            "--cluster slurm: there is no sbatch here; call this on a login node, or take --cluster local"
+        ]
+    problems: list[str] = []
+    partitions = _lines("sinfo", "--noheader", "--format", "%R")
+    if partitions is None:
+        return ["sinfo does not answer: is the cluster up?"]
+    used = [resources[s.kind] for s in graph]
+    for name in sorted({r.partition for r in used if r.partition}):
+        for part in name.split(","):
+            if part not in partitions:
+                known = ", ".join(sorted(set(partitions)))
+                problems.append(f"partition {part} is not known to the cluster; known: {known}")
+    accounts = _lines("sacctmgr", "--noheader", "--parsable2", "show", "account", "format=account")
+    for name in sorted({r.account for r in used if r.account}):
+        if accounts is not None and name not in accounts:
+            problems.append(
+                f"account {name} is not known to the cluster; known: {', '.join(sorted(set(accounts)))}"
+            )
+    levels = _lines("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=name")
+    for name in sorted({r.qos for r in used if r.qos}):
+        if levels is not None and name not in levels:
+            problems.append(
+                f"qos {name} is not known to the cluster; known: {', '.join(sorted(set(levels)))}"
+            )
+    return problems
+
+
+def _lines(*command: str) -> list[str] | None:
+    """What a SLURM command prints, or None where it does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return [x.strip() for x in done.stdout.splitlines() if x.strip()] if done.returncode == 0 else None
