@@ -1,0 +1,107 @@
+"""Folders of runs enter; one report of all their results leaves: HTML, Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from pretrain.cli import UserError, parse_settings, save_settings
+from transfer.reporting import page, tables
+from transfer.reporting.collect import collect
+from transfer.reporting.methods import group
+from transfer.reporting.tables import Table
+
+DESCRIPTION = (
+    "Tables and plots of all results under DIR..., beside published numbers of the same protocol. "
+    "Usage: python -m transfer report DIR... --output DIR"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What `python -m transfer report` needs to know."""
+
+    output: str
+    """Folder for index.html, report.md, tables/, plots/ and pictures/."""
+    dirs: list[str] = dataclasses.field(default_factory=list)
+    """Folders to search for results; the words without a dash mean the same."""
+    title: str = "Transfer results"
+    """Heading of the report."""
+    pool: bool = False
+    """Take the same label in several DIRs for seeds of one method, instead of setting them side by side."""
+    pictures: int = 6
+    """At most so many pictures of each folder of pictures."""
+
+    def __post_init__(self) -> None:
+        if not self.dirs:
+            raise UserError("no folder given; usage: python -m transfer report DIR... --output DIR")
+        if self.pictures < 0:
+            raise UserError(f"--pictures {self.pictures}: a number of at least 0 is wanted")
+
+
+def main(argv: list[str]) -> None:
+    """`python -m transfer report DIR... --output DIR`."""
+    settings = parse_settings(
+        ReportSettings, _with_dirs(argv), prog="python -m transfer report", description=DESCRIPTION
+    )
+    output = Path(settings.output)
+    evidence = collect(settings.dirs, skip=output)
+    results = group(evidence, pool=settings.pool)
+    report = page.compose(evidence, results, title=settings.title, per_folder=settings.pictures)
+    page.write(report, output)
+    save_settings(settings, output / "config.yaml")
+    show(report)
+    print(f"\nreport: {(output / 'index.html').resolve()}")
+
+
+def _with_dirs(argv: list[str]) -> list[str]:
+    """Words that belong to no option become the list of `--dirs`."""
+    dirs: list[str] = []
+    options: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            dirs.append(word)
+            continue
+        options.append(word)
+        if "=" not in word and word not in ("-h", "--help") and (value := next(words, None)) is not None:
+            options.append(value)
+    return [*options, f"--dirs={json.dumps(dirs)}"] if dirs else options
+
+
+def show(report: page.Page) -> None:
+    """Print what is missing, the verdict and its statements; coloured on a terminal, plain in a pipe."""
+    for alarm in report.alarms:
+        print(f"missing: {alarm}")
+    if report.verdict is None:
+        print("no result has been written yet")
+        return
+    if sys.stdout.isatty():
+        _show_rich(report.verdict)
+    else:
+        print(tables.to_text(report.verdict))
+    print()
+    for finding in report.findings:
+        print(f"- {finding.sentence}")
+
+
+def _show_rich(t: Table) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    styles = {"best": "bold green", "missing": "dim", "published": "italic", "stale": "yellow"}
+    shown = RichTable(title=t.title)
+    for c in t.columns:
+        shown.add_column(Text(c.text) + Text(f"\n{c.note}" if c.note else "", style="dim"))
+    for row in t.rows:
+        shown.add_row(
+            *(
+                Text(c.text, style=styles.get(c.kind, ""))
+                + Text(f"\n{c.note}" if c.note else "", style="dim")
+                for c in row
+            )
+        )
+    Console().print(shown)

@@ -1,0 +1,1 @@
+"""Records of finished runs enter; tables, plots and pages leave."""

@@ -1,0 +1,332 @@
+"""Results enter; the report's tables and plain statements leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transfer.reporting.collect import Evidence, Record, weights_name
+from transfer.reporting.compare import Summary, compare
+from transfer.reporting.methods import Results, Task, metric_name
+from transfer.reporting.published import Published, other_protocols, same_protocol
+from transfer.reporting.tables import MISSING, PUBLISHED, STALE, Cell, Table, cell, table
+
+NONE_KNOWN = "Published figures of this protocol and data set: none known."
+
+
+def value_text(summary: Summary) -> str:
+    """`82.60 ± 0.31` over trials (standard deviation, n − 1), `82.60` for a single one."""
+    return f"{summary.mean:.2f}" + ("" if summary.std is None else f" ± {summary.std:.2f}")
+
+
+def spread_text(summary: Summary) -> str:
+    """n, and the binomial standard error where it is all that is known."""
+    error = summary.binomial_error
+    return f"n {summary.n}" + ("" if error is None else f", SE {error:.2f}")
+
+
+def when(record: Record) -> str:
+    """The epoch or iteration that was judged."""
+    if record["epoch"] is not None:
+        return f"epoch {record['epoch']}"
+    return "" if record["iteration"] is None else f"iteration {record['iteration']}"
+
+
+def _published_value(p: Published, metric: str) -> Cell:
+    if metric not in p.metrics:
+        return cell("–", kind=MISSING)
+    spread = p.spread.get(metric)
+    trials = f"n {p.trials}" if p.trials else ""
+    return cell(
+        f"{p.metrics[metric]:.2f}" + ("" if spread is None else f" ± {spread:.2f}"),
+        note=trials, kind=PUBLISHED,
+    )  # fmt: skip
+
+
+def verdict(results: Results) -> Table:
+    """Every method in every task: the last epoch's headline metric, with the best epoch's beneath it."""
+    columns: list[str | Cell] = ["weights"]
+    for task in results.tasks:
+        metric = results.headline_metric(task)
+        columns.append(cell(f"{task.title} {metric_name(metric)}", note=task.setting))
+    rows = []
+    for method in results.methods:
+        rows.append([cell(method), *(_verdict_cell(results, method, task) for task in results.tasks)])
+    for index, task in enumerate(results.tasks):
+        metric = results.headline_metric(task)
+        for p in same_protocol(task):
+            if metric in p.metrics:
+                blank = [cell("", kind=MISSING) for _ in results.tasks]
+                blank[index] = _published_value(p, metric)
+                rows.append([cell(p.name, note="published", link=p.source, kind=PUBLISHED), *blank])
+    note = (
+        "Percent. ± is the standard deviation over n trials (n − 1); SE the binomial standard error of "
+        "one run over its images. Main figures are of the last epoch; the best one, where given, was chosen "
+        "on the reported split. Bold: the highest of a column; whether that is beyond noise is told under "
+        "Differences."
+    )
+    return table("verdict", "Verdict", columns, rows, note)
+
+
+def _verdict_cell(results: Results, method: str, task: Task) -> Cell:
+    summary = results.headline(method, task)
+    if summary is None:
+        return cell("–", kind=MISSING)
+    metric = results.headline_metric(task)
+    shown, *others = results.selections(method, task)
+    notes = [spread_text(summary)]
+    if shown == "best":
+        notes.append("best epoch")
+    for other in others:
+        second = results.summary(method, task, other, metric)
+        if second is not None:
+            at = when(results.records(method, task, other)[0]) if second.n == 1 else ""
+            notes.append(f"{other} {value_text(second)}" + (f" at {at}" if at else ""))
+    if any(r.stale for r in results.records(method, task, shown)):
+        return cell(value_text(summary), note="stale; " + "; ".join(notes), kind=STALE)
+    rivals = [s.mean for m in results.methods if (s := results.headline(m, task)) is not None]
+    best = len(rivals) > 1 and summary.mean == max(rivals)
+    return cell(value_text(summary), note="; ".join(notes), kind="best" if best else "")
+
+
+def task_table(results: Results, task: Task) -> Table:
+    """All metrics of one task under one protocol, published figures of that protocol below ours."""
+    metrics = results.metrics(task)
+    columns: list[str | Cell] = ["weights", "chosen", *(metric_name(m) for m in metrics)]
+    columns += ["n", "over", "seeds", "judged at", "source"]
+    rows = []
+    for method in results.methods:
+        for selection in results.selections(method, task):
+            records = results.records(method, task, selection)
+            values, first = [], None
+            for metric in metrics:
+                found = results.summary(method, task, selection, metric)
+                first = first or found
+                stale = STALE if any(r.stale for r in records) else ""
+                values.append(
+                    cell("–", kind=MISSING)
+                    if found is None
+                    else cell(value_text(found), note=_error_note(found), kind=stale)
+                )
+            if first is None:
+                continue
+            at = ", ".join(dict.fromkeys(filter(None, (when(r) for r in records))))
+            name = cell(method, note=_input_note(records))
+            tail = [cell(first.n), cell(first.over), cell(first.seeds), cell(at or "-"), cell("this report")]
+            rows.append([name, cell(selection), *values, *tail])
+    published = same_protocol(task)
+    for p in published:
+        values = [_published_value(p, m) for m in metrics]
+        tail = [
+            cell(p.trials or "not given"),
+            cell("-"),
+            cell("-"),
+            cell("-"),
+            cell("published", link=p.source),
+        ]
+        rows.append([cell(p.name, note=p.note, kind=PUBLISHED), cell("-"), *values, *tail])
+    note = f"Protocol {task.protocol}" + (f", hash {task.protocol_hash[:12]}" if task.protocol_hash else "")
+    note += (f", {task.images:,} images judged, each once." if task.images else ".") + (
+        "" if published else f" {NONE_KNOWN}"
+    )
+    return table(f"task-{task.slug}", f"{task.title}: {task.setting}", columns, rows, note)
+
+
+def _error_note(summary: Summary) -> str:
+    error = summary.binomial_error
+    return "" if error is None else f"SE {error:.2f}"
+
+
+def _input_note(records: tuple[Record, ...]) -> str:
+    sizes = sorted({r["image_size"] for r in records if isinstance(r["image_size"], int)})
+    return f"{', '.join(map(str, sizes))} px" if sizes else ""
+
+
+def published_elsewhere(results: Results) -> Table | None:
+    """Figures for the same data sets under other protocols: apart, never ranked."""
+    rows, seen = [], set()
+    for task in results.tasks:
+        for p in other_protocols(task):
+            stands_beside = any(p in same_protocol(other) for other in results.tasks)
+            if id(p) in seen or stands_beside:
+                continue
+            seen.add(id(p))
+            figures = ", ".join(
+                f"{metric_name(m)} {v:.2f}" + (f" ± {p.spread[m]:.2f}" if m in p.spread else "")
+                for m, v in p.metrics.items()
+            )
+            rows.append([
+                cell(p.name, kind=PUBLISHED), cell(task.title), cell(p.dataset), cell(figures),
+                cell(p.protocol or p.note or "the source's own"), cell("published", link=p.source),
+            ])  # fmt: skip
+    if not rows:
+        return None
+    columns: list[str | Cell] = ["method", "task", "data set", "figures", "protocol", "source"]
+    note = "Other protocols than those used above: not comparable with this report's figures, and not ranked."
+    return table("published-elsewhere", "Published under other protocols", columns, rows, note)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One pair of methods in one task."""
+
+    sentence: str
+    verdict: str
+
+
+def differences(results: Results) -> tuple[Table | None, tuple[Finding, ...]]:
+    """Every pair of methods in every task that both have under one protocol, and the first's in words."""
+    rows, findings = [], []
+    for task in results.tasks:
+        metric = results.headline_metric(task)
+        have = [m for m in results.methods if results.headline(m, task) is not None]
+        for first, second in combinations(have, 2):
+            a, b = results.headline(first, task), results.headline(second, task)
+            assert a is not None and b is not None
+            found = compare(a, b)
+            kind = {"beyond noise": "good", "within noise": "bad"}.get(found.verdict, MISSING)
+            rows.append([
+                cell(f"{task.title} {metric_name(metric)}", note=task.setting), cell(f"{first} − {second}"),
+                cell(f"{found.points:+.2f}"), cell(found.spread), cell(found.verdict, kind=kind),
+                cell(found.reason),
+            ])  # fmt: skip
+            if first == results.methods[0] or len(have) == 2:
+                lead = "above" if found.points > 0 else "below" if found.points < 0 else "level with"
+                points = f"{abs(found.points):.2f} points {lead}" if found.points else lead
+                findings.append(
+                    Finding(
+                        sentence=f"{task.title} {metric_name(metric)}: {first} is {points} {second}: "
+                        f"{found.verdict} ({found.reason}).",
+                        verdict=found.verdict,
+                    )
+                )
+    if not rows:
+        return None, ()
+    columns: list[str | Cell] = ["task", "difference", "points", "spread", "verdict", "test"]
+    note = (
+        "Welch's t test (two-sided, 5 %) where both sides have two trials or more, without correction for "
+        "the number of comparisons; single runs of top-1 are set against twice the binomial error of their "
+        "images; otherwise the reason why nothing can be said."
+    )
+    return table("differences", "Differences", columns, rows, note), tuple(findings)
+
+
+def judged(evidence: Evidence) -> Table | None:
+    """The weights behind the results: sha256, format, branch, pretraining, whether they are still there."""
+    rows: dict[tuple[str, ...], list[Cell]] = {}
+    counts: dict[tuple[str, ...], int] = {}
+    for record in evidence.records:
+        weights = record["weights"] or {}
+        key = (record.label, record.sha256, str(weights.get("branch") or ""))
+        counts[key] = counts.get(key, 0) + 1
+        if key in rows:
+            continue
+        path = str(weights.get("path") or "")
+        here = "stale: changed since" if "weights file" in record.stale else _presence(path, record.sha256)
+        rows[key] = [
+            cell(record.label), cell(weights_name(weights), note=path), cell(record.sha256[:16] or "-"),
+            cell(weights.get("format") or "-"), cell(weights.get("branch") or "-"),
+            cell(record["arch"] or "-"), cell(pretraining_of(path) or "-"),
+            cell(here, kind=STALE if here.startswith("stale") else ""),
+        ]  # fmt: skip
+    if not rows:
+        return None
+    columns: list[str | Cell] = [
+        "label", "weights", "sha256", "format", "branch", "architecture", "pretraining", "file today",
+        "results",
+    ]  # fmt: skip
+    body = [[*row, cell(counts[key])] for key, row in rows.items()]
+    return table("judged", "What was judged", columns, body)
+
+
+def _presence(path: str, sha256: str) -> str:
+    if not sha256 or not path:
+        return "-"
+    return "unchanged" if Path(path).is_file() else "not found from here"
+
+
+def pretraining_of(path: str) -> str:
+    """How weights of this project came about, from the configuration beside them."""
+    config = Path(path).parent / "config.yaml" if path else None
+    try:
+        values: Any = yaml.safe_load(config.read_text(encoding="utf-8")) if config else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return ""
+    if not isinstance(values, dict) or "epochs" not in values:
+        return ""
+    wanted = {"recipe": "recipe {}", "dataset": "{}", "epochs": "{} epochs", "batch_global": "batch {}"}
+    wanted |= {"batch_size": "batch {}", "image_size": "{} px", "seed": "seed {}"}
+    return ", ".join(
+        text.format(values[k]) for k, text in wanted.items() if isinstance(values.get(k), (str, int))
+    )
+
+
+def gaps(evidence: Evidence, results: Results) -> Table | None:
+    """What is missing, failed or stale."""
+    rows = [
+        [cell(g.name), cell(g.state, kind="bad"), cell(g.detail)]
+        for g in evidence.gaps
+    ]  # fmt: skip
+    stale: dict[tuple[str, str, str], int] = {}
+    for r in evidence.records:
+        if r.stale:
+            key = (r.label, f"{r['task']} {r.protocol}", r.stale)
+            stale[key] = stale.get(key, 0) + 1
+    for (label, what, why), count in stale.items():
+        rows.append(
+            [cell(f"{label}: {what}"), cell("stale", kind=STALE), cell(f"{why} ({count} result lines)")]
+        )
+    rows += [[cell("note"), cell("replaced"), cell(n)] for n in results.notes]
+    rows += [[cell("input"), cell("unreadable", kind="bad"), cell(p)] for p in evidence.problems]
+    if not rows:
+        return None
+    return table("gaps", "Missing, failed and stale", ["what", "state", "detail"], rows)
+
+
+def costs(evidence: Evidence) -> Table | None:
+    """Wall time and device hours of each evaluation, a run's lines counted once."""
+    rows, seen = [], set()
+    for r in evidence.records:
+        run = (r.folder, r["started_at"], r["seconds"], r["seed"])
+        if not isinstance(r["seconds"], (int, float)) or run in seen:
+            continue
+        seen.add(run)
+        settings = r["settings"] or {}
+        devices = settings.get("world_size") or settings.get("num_gpus") or 1
+        rows.append([
+            cell(r.label), cell(r["task"]), cell(r.protocol), cell("-" if r["seed"] is None else r["seed"]),
+            cell(r["device"] or "-"), cell(f"{r['seconds']:.0f}"),
+            cell(f"{r['seconds'] * max(int(devices), 1) / 3600:.3f}"), cell(str(r["commit"] or "-")[:12]),
+        ])  # fmt: skip
+    if not rows:
+        return None
+    columns: list[str | Cell] = [
+        "weights", "task", "protocol", "seed", "device", "seconds", "device-hours", "commit",
+    ]  # fmt: skip
+    return table("costs", "Wall time", columns, rows)
+
+
+def measurements(results: Results) -> Table:
+    """Every mean as numbers alone, one a line, for further analysis (CSV only)."""
+    columns: list[str | Cell] = [
+        "method", "task", "label_percent", "dataset", "split", "images", "protocol", "protocol_hash",
+        "selection", "metric", "mean", "std", "n", "binomial_se", "over", "seeds",
+    ]  # fmt: skip
+    rows = []
+    for method, task, selection in results.groups:
+        for metric in results.metrics(task):
+            s = results.summary(method, task, selection, metric)
+            if s is None:
+                continue
+            error = s.binomial_error
+            rows.append([cell(v) for v in (
+                method, task.name, task.label_percent, task.dataset, task.split, task.images, task.protocol,
+                task.protocol_hash, selection, metric, f"{s.mean:.6f}",
+                None if s.std is None else f"{s.std:.6f}", s.n,
+                None if error is None else f"{error:.6f}", s.over, s.seeds,
+            )])  # fmt: skip
+    return table("measurements", "All figures", columns, rows)

@@ -1,0 +1,142 @@
+"""Evidence enters; index.html, report.md, tables/, plots/ and pictures/ leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pretrain.files import atomic_path, write_text
+from transfer.reporting import content, pictures, plots, tables
+from transfer.reporting.collect import Evidence
+from transfer.reporting.content import Finding
+from transfer.reporting.methods import Results
+from transfer.reporting.pictures import Shown
+from transfer.reporting.plots import Plot
+from transfer.reporting.tables import Table
+
+TEMPLATES = Path(__file__).parent.parent / "templates"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading with what stands below it."""
+
+    slug: str
+    title: str
+    text: str = ""
+    tables: tuple[Table, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    pictures: tuple[Shown, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    title: str
+    roots: tuple[str, ...]
+    verdict: Table | None
+    findings: tuple[Finding, ...]
+    alarms: tuple[str, ...]
+    sections: tuple[Section, ...]
+    measurements: Table
+
+    @property
+    def tables(self) -> list[Table]:
+        first = [self.verdict] if self.verdict else []
+        return [*first, *(t for s in self.sections for t in s.tables)]
+
+
+def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int) -> Page:
+    """Everything that the report says, in its order; sections with nothing in them are left out."""
+    shown, left_out = pictures.load(evidence.pictures, per_folder=per_folder)
+    evidence = dataclasses.replace(evidence, problems=(*evidence.problems, *left_out))
+    difference_table, findings = content.differences(results)
+    missing = content.gaps(evidence, results)
+    elsewhere = content.published_elsewhere(results)
+    wall = content.costs(evidence)
+    weights = content.judged(evidence)
+    curves = plots.pretraining_plots(evidence.pretraining)
+    detection = plots.detection_plots(evidence.detection, results)
+    sections = [
+        Section(slug="differences", title="Differences", tables=_some(difference_table)),
+        Section(slug="missing", title="Missing, failed and stale", tables=_some(missing)),
+        Section(slug="judged", title="What was judged", tables=_some(weights)),
+        Section(
+            slug="tasks", title="Tasks",
+            text="One table for each task and protocol; results of different protocols are never ranked.",
+            tables=tuple(content.task_table(results, task) for task in results.tasks),
+            plots=tuple(plots.classification_plots(results)),
+        ),
+        Section(slug="elsewhere", title="Published under other protocols", tables=_some(elsewhere)),
+        Section(slug="pretraining", title="Pretraining", plots=tuple(curves)),
+        Section(slug="detection", title="Detection and segmentation", plots=tuple(detection)),
+        Section(slug="pictures", title="Predictions beside ground truth", pictures=tuple(shown)),
+        Section(slug="costs", title="Wall time", tables=_some(wall), plots=tuple(plots.cost_plots(evidence))),
+    ]  # fmt: skip
+    return Page(
+        title=title,
+        roots=tuple(str(r) for r in evidence.roots),
+        verdict=content.verdict(results) if results.tasks else None,
+        findings=findings,
+        alarms=tuple(f"{g.name}: {g.state} ({g.detail})" for g in evidence.gaps),
+        sections=tuple(s for s in sections if s.tables or s.plots or s.pictures),
+        measurements=content.measurements(results),
+    )
+
+
+def _some(found: Table | None) -> tuple[Table, ...]:
+    return (found,) if found is not None else ()
+
+
+def write(page: Page, output: Path) -> None:
+    """Write the report; files of an earlier one that this one does not have are removed."""
+    for name, suffixes in (
+        ("tables", (".csv", ".tex")),
+        ("plots", (".svg",)),
+        ("pictures", (".png", ".jpg")),
+    ):
+        folder = output / name
+        for file in folder.glob("*") if folder.is_dir() else ():
+            if file.suffix in suffixes:
+                file.unlink()
+    for t in page.tables:
+        write_text(output / "tables" / f"{t.name}.csv", tables.to_csv(t))
+        write_text(output / "tables" / f"{t.name}.tex", tables.to_tex(t))
+    write_text(output / "tables" / f"{page.measurements.name}.csv", tables.to_csv(page.measurements))
+    for section in page.sections:
+        for plot in section.plots:
+            write_text(output / "plots" / f"{plot.name}.svg", _standalone(plot))
+        for picture in section.pictures:
+            with atomic_path(output / "pictures" / picture.name) as aside:
+                aside.write_bytes(picture.data)
+    for name in ("tables", "plots", "pictures"):
+        if (output / name).is_dir() and not any((output / name).iterdir()):
+            shutil.rmtree(output / name)
+    write_text(output / "report.md", _render("report.md.j2", page))
+    write_text(output / "index.html", _render("report.html.j2", page))
+
+
+def _standalone(plot: Plot) -> str:
+    """The plot as a file of its own: dark ink on white."""
+    style = 'style="color:#1b1f24;background:#fff"'
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + plot.svg.replace("<svg ", f"<svg {style} ", 1) + "\n"
+
+
+def _render(template: str, page: Page) -> str:
+    html = template.endswith(".html.j2")
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["markdown_table"] = tables.to_markdown
+    environment.filters["numeric"] = tables.numeric
+    environment.globals["svg"] = lambda plot: Markup(plot.svg)
+    environment.globals["css"] = lambda: Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(page=page)

@@ -1,0 +1,123 @@
+"""Tables of text enter; Markdown, CSV, LaTeX and plain text leave, all with the same cells."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import re
+
+PUBLISHED = "published"
+MISSING = "missing"
+STALE = "stale"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    text: str
+    note: str = ""
+    """A second, smaller line: spread, n, best epoch …"""
+    link: str = ""
+    kind: str = ""
+    """"" or one of best, published, missing, stale, bad, good: how it is marked."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    name: str
+    """File name without suffix."""
+    title: str
+    columns: tuple[Cell, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    note: str = ""
+
+
+def cell(value: object, **rest: str) -> Cell:
+    return Cell(text="" if value is None else str(value), **rest)
+
+
+def table(name: str, title: str, columns: list[str | Cell], rows: list[list[Cell]], note: str = "") -> Table:
+    """A table whose rows all have as many cells as it has columns."""
+    heads = tuple(c if isinstance(c, Cell) else Cell(text=c) for c in columns)
+    assert all(len(row) == len(heads) for row in rows), name
+    return Table(name=name, title=title, columns=heads, rows=tuple(tuple(r) for r in rows), note=note)
+
+
+def numeric(t: Table, column: int) -> bool:
+    """Whether a column holds numbers alone (or dashes for missing ones), and is set flush right."""
+    texts = [row[column].text for row in t.rows if row[column].text not in ("", "-", "–")]
+    return bool(texts) and all(re.match(r"^[-+]?[\d.,]*\d( ± .*)?$", text) for text in texts)
+
+
+def _one_line(c: Cell) -> str:
+    mark = "stale: " if c.kind == STALE and not c.note.startswith("stale") else ""
+    return f"{mark}{c.text} ({c.note})" if c.note else mark + c.text
+
+
+def to_markdown(t: Table) -> str:
+    """A GitHub table; links stay links."""
+
+    def spell(c: Cell) -> str:
+        text = re.sub(r"([|\\`*_<>\[\]])", r"\\\1", _one_line(c)).replace("\n", " ")
+        text = f"**{text}**" if c.kind == "best" else text
+        return f"[{text}]({c.link})" if c.link else text
+
+    lines = [[spell(c) for c in t.columns]]
+    lines += [["---"] * len(t.columns)]
+    lines += [[spell(c) for c in row] for row in t.rows]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return body + (f"\n\n{t.note}" if t.note else "")
+
+
+def to_csv(t: Table) -> str:
+    """Texts and notes; a link is a column of its own when there is one in the table."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    linked = any(c.link for row in t.rows for c in row)
+    writer.writerow([_one_line(c) for c in t.columns] + (["link"] if linked else []))
+    for row in t.rows:
+        links = [next((c.link for c in row if c.link), "")] if linked else []
+        writer.writerow([_one_line(c) for c in row] + links)
+    return out.getvalue()
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "−": "$-$",
+    "–": "--", "·": r"$\cdot$", "×": r"$\times$", "λ": r"$\lambda$", "…": r"\dots{}", "<": "$<$", ">": "$>$",
+}  # fmt: skip
+
+
+def tex_escape(text: str) -> str:
+    """Text as LaTeX shows it literally, with pdflatex and any font."""
+    return "".join(_TEX.get(c, c) for c in text)
+
+
+def to_tex(t: Table) -> str:
+    r"""A `tabular` in the rules of booktabs, ready to \input."""
+
+    def spell(c: Cell) -> str:
+        text = tex_escape(c.text)
+        text = rf"\textbf{{{text}}}" if c.kind == "best" else text
+        return text + (rf" {{\scriptsize {tex_escape(c.note)}}}" if c.note else "")
+
+    lines = [
+        f"% {t.title}. Needs \\usepackage{{booktabs}}.".replace("\n", " "),
+        rf"\begin{{tabular}}{{{''.join('r' if numeric(t, i) else 'l' for i in range(len(t.columns)))}}}",
+        r"\toprule",
+        " & ".join(spell(c) for c in t.columns) + r" \\",
+        r"\midrule",
+        *(" & ".join(spell(c) for c in row) + r" \\" for row in t.rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_text(t: Table) -> str:
+    """Aligned plain text, for pipes and logs."""
+    lines = [[_one_line(c) for c in t.columns], *([_one_line(c) for c in row] for row in t.rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(t.columns))]
+    rule = "  ".join("-" * w for w in widths)
+    spelt = ["  ".join(f"{text:{w}s}" for text, w in zip(line, widths)).rstrip() for line in lines]
+    return "\n".join([t.title, "", spelt[0], rule, *spelt[1:]])
