@@ -1,9 +1,10 @@
 """A checkpoint file from a stranger enters; tensors and plain values leave, and nothing in it was run.
 
-`torch.load(weights_only=True)` reads what it can. Honest files that it refuses (argparse.Namespace, OmegaConf,
-NumPy scalars) are read by `InertUnpickler`, which rebuilds tensors and turns every other global into an inert
-`Placeholder`: it imports nothing and calls nothing. The same unpickler looks through each file first, so that
-a size that lies is refused before anything of that size is allocated; its tensors are views of the mapped file.
+`torch.load(weights_only=True)` reads what it can. Honest files that it refuses (argparse.Namespace, NumPy
+scalars, OmegaConf objects) are read by `InertUnpickler`, which rebuilds tensors and turns every other global
+into an inert `Placeholder`: it imports nothing and calls nothing. The same unpickler looks through each file
+first, so that a size that lies is refused before anything of that size is allocated; the tensors it makes are
+views of the mapped file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -92,7 +93,11 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
     `find_storage(persistent_id)` gives a tensor's storage. `placeholders` collects the names not followed.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    readline: Callable[[], bytes]
 
     def __init__(self, file: Any, find_storage: FindStorage) -> None:
         super().__init__(file, encoding="utf-8", errors="replace")
@@ -211,7 +216,7 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
 
 def _plain_key(key: Any) -> Any:
-    """Only plain values, or tuples of them, are hashed: a tuple nested a million deep would end the process."""
+    """Only plain values and tuples of them are hashed: a tuple nested a million deep ends the process."""
     if isinstance(key, _PLAIN_KEYS) or (
         isinstance(key, tuple) and all(isinstance(k, _PLAIN_KEYS) for k in key)
     ):
@@ -267,7 +272,7 @@ _REBUILD: dict[str, Callable[..., Any]] = {
 
 
 def load_file(path: str | Path) -> RawFile:
-    """Read `path`, whatever it is packed as. Raises UserError for what is no checkpoint or not safe to read."""
+    """Read `path`, however it is packed. Raises UserError for what is no checkpoint or not safe to read."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
@@ -286,8 +291,8 @@ def load_file(path: str | Path) -> RawFile:
         raise
     except Exception as error:  # a broken file fails in many places of three libraries; none of them is ours
         raise UserError(
-            f"{path} cannot be read safely: {error or type(error).__name__}. It is damaged, or not a checkpoint; "
-            "compare its size with the published one and download it again"
+            f"{path} cannot be read safely: {str(error) or type(error).__name__}. "
+            "It is damaged or no checkpoint; compare its size with the published one and download it again"
         ) from error
     raise UserError(f"{path} is no checkpoint that can be read safely: {_what_else(path, head)}")
 
@@ -347,7 +352,7 @@ def _read_zip(path: Path, with_data: bool) -> tuple[Any, set[str]]:
 
 
 def _read_legacy(path: Path, with_data: bool) -> tuple[Any, set[str]]:
-    """torch.save before 1.6: pickles of magic number, version, system, value, storage keys; then the storages."""
+    """torch.save before 1.6: pickles of magic number, version, system, value, storage keys; data."""
     size = path.stat().st_size
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         storages: dict[str, _Storage] = {}
@@ -406,7 +411,7 @@ def _read_legacy(path: Path, with_data: bool) -> tuple[Any, set[str]]:
 
 
 def _aligned(data: torch.UntypedStorage, start: int) -> torch.UntypedStorage:
-    """A storage at an odd place of the mapped file is copied: kernels expect elements on their own boundary."""
+    """A storage at an odd place of the mapped file is copied: kernels expect aligned elements."""
     return data if start % 16 == 0 else data.clone()
 
 
@@ -433,7 +438,7 @@ def _load_safetensors(path: Path) -> RawFile:
 
     with safe_open(str(path), framework="pt", device="cpu") as file:
         metadata = {str(k): str(v) for k, v in (file.metadata() or {}).items()}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: no iterator
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     return RawFile(value=tensors, metadata=metadata, container="safetensors")
 
 
@@ -471,12 +476,14 @@ def _what_pickle(path: Path) -> str:
         value = None
     if isinstance(value, dict) and ("experiment_state" in value or "target_params" in value):
         return (
-            "it is DeepMind's BYOL pickle, whose arrays are rebuilt by functions named in the file. In a sandbox, "
-            "unpickle it with JAX and dm-haiku, take experiment_state.online_params and online_state, permute the "
-            "HWIO kernels by (3, 2, 0, 1) to torchvision's names, and save that with torch.save"
+            "it is DeepMind's BYOL pickle, whose arrays are rebuilt by functions named in the file. In a "
+            "sandbox, unpickle it with JAX and dm-haiku, take experiment_state.online_params and online_state, "
+            "permute the HWIO kernels by (3, 2, 0, 1), give torchvision's names, and save with torch.save"
         )
     if isinstance(value, dict) and isinstance(value.get("model"), dict):
         names = list(value["model"])
         if any(str(name).startswith(("stem.conv1", "backbone.bottom_up", "res2.")) for name in names):
-            return "it is a detectron2 pickle, a target of `transfer convert`; give the checkpoint it was made from"
+            return (
+                "it is a detectron2 pickle, made by `transfer convert`; give the checkpoint it was made from"
+            )
     return "it is a plain pickle, which can run code; save its tensors with torch.save or safetensors"
