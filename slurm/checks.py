@@ -27,8 +27,6 @@ def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources
         *_detection(asked),
         *_disk(graph, root),
     ]
-    if asked.recipe:
-        problems += _recipe(asked)
     if asked.cluster == "slurm":
         problems += _cluster(graph, resources)
     return problems
@@ -36,12 +34,13 @@ def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources
 
 def _images(asked: Suite) -> list[str]:
     from pretrain.data import open_dataset
+    from slurm.suite import dataset_of
 
     if not asked.data_dir:
         return []
     try:
         for split in ("train", "test"):
-            open_dataset(asked.dataset, asked.data_dir, split)
+            open_dataset(dataset_of(asked), asked.data_dir, split)
     except UserError as error:
         return [str(error)]
     return []
@@ -73,20 +72,6 @@ def _protocols(asked: Suite) -> list[str]:
     return problems
 
 
-def _recipe(asked: Suite) -> list[str]:
-    """Parse the recipe with its overrides, as the job will."""
-    from pretrain.settings import settings_of
-
-    words = ["--recipe", asked.recipe or "", "--dataset", asked.dataset, "--data-dir", asked.data_dir or ""]
-    try:
-        settings_of([*words, *asked.pretrain_options.split(), "--output", str(asked.output)])
-    except UserError as error:
-        return [f"--recipe {asked.recipe}: {error}"]
-    except SystemExit:
-        return [f"--recipe {asked.recipe} with {asked.pretrain_options}: see the message above"]
-    return []
-
-
 def _detection(asked: Suite) -> list[str]:
     """Configs exist and their data sets are there, as train_net itself checks it."""
     from slurm.suite import CLASSIFICATION
@@ -101,7 +86,9 @@ def _detection(asked: Suite) -> list[str]:
     for task in wanted:
         try:
             detection_data.register(asked.detection_data or [])
-            cfg = detection_config.load(DETECTION.get(task, task), asked.detection_options.split())
+            cfg = detection_config.load_config(
+                DETECTION.get(task, task), asked.detection_options.split(), None
+            )
             detection_data.check(cfg, train=True)
         except UserError as error:
             problems.append(f"--tasks {task}: {error}")

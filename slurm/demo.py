@@ -140,7 +140,7 @@ def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
     scenes = _scenes(root, images, asked)
     converted = tasks.conversion(root, intl)
     detections = _detections(root, intl, converted, scenes, asked)
-    steps = [scenes, trained, untrained, converted, *detections, *evaluations]
+    steps = [trained, scenes, converted, *detections, untrained, *evaluations]
     return Graph([*steps, tasks.report(root, [trained, untrained, *detections, *evaluations])])
 
 

@@ -45,8 +45,9 @@ def look(record: Record, live: str | None, now: float | None = None) -> View:
 
     if done:
         return view(DONE, record.number, done.get("seconds"))
-    again = _times(max(0, state.get("starts", 1) - (live == "RUNNING" and state.get("state") == "running")))
-    if live == "RUNNING" and state.get("state") == "running":
+    here = live == "RUNNING" and state.get("state") == "running"
+    again = _times(max(0, state.get("starts", 0) - here))
+    if here:
         told = ", ".join(x for x in (_progress(record.progress), again) if x)
         return view(RUNNING, told or "starting", now - started if started else None)
     if live == "RUNNING":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError
@@ -132,7 +133,7 @@ def sbatch_text(batch: Batch, resources: dict[str, Resources], code: Path, root:
     """The submission file of a batch, with the names of what it waits for in place of job ids."""
     names = {n: f"<{n}>" for n in (*batch.needs, *batch.after)}
     auto = prepared(batch, resources, code, root / "jobs" / "logs" / "SUBMISSION", dependency(batch, names))
-    inner = auto._executor  # no public way to the text; submitit's own tests go this way
+    inner: Any = auto._executor  # no public way to the text; submitit's own tests go this way
     if len(batch.steps) > 1:
         inner.parameters["map_count"] = len(batch.steps)
     return inner._make_submission_file_text(inner._submitit_command_str, "dry")
@@ -158,7 +159,7 @@ def submit(
         except FailedJobError as error:
             raise UserError(
                 f"sbatch refused {batch.title}: {' '.join(str(error).split())}; submitted before: "
-                f"{', '.join(sent) or 'nothing'}. Mend the profile and run again: only what is missing is submitted"
+                f"{', '.join(sent) or 'nothing'}. Mend the profile and run again: only the rest is submitted"
             ) from error
         for step, job in zip(batch.steps, jobs):
             Record(root, step.name).submitted_as(job.job_id, logs)

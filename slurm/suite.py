@@ -47,8 +47,8 @@ class Suite:
     """With --recipe: judge the same initialisation, untrained, as well."""
     branch: Literal["online", "ema"] = "online"
     """Which of two networks of a checkpoint to judge."""
-    dataset: str = "imagenet"
-    """Labelled images, for pretraining too."""
+    dataset: str | None = None
+    """Labelled images, for pretraining too; the recipe's own when not given, imagenet for --weights."""
     data_dir: str | None = None
     """Where they are."""
     detection_data: list[str] | None = None
@@ -121,7 +121,7 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
     """The steps that the settings ask for."""
     steps: list[Step] = []
     subjects: list[Subject] = []
-    images = Images(dataset=asked.dataset, data_dir=Path(asked.data_dir or ".").resolve())
+    images = Images(dataset=dataset_of(asked), data_dir=Path(asked.data_dir or ".").resolve())
     if asked.recipe:
         extra = asked.pretrain_options.split()
         steps.append(tasks.pretraining(root, asked.recipe, images, asked.pretrain_seed, extra))
@@ -163,6 +163,22 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
                     ))  # fmt: skip
     report = tasks.report(root, [*(s for s in steps if s.kind in ("pretrain", "control")), *evaluations])
     return Graph([*steps, *evaluations, report])
+
+
+def dataset_of(asked: Suite) -> str:
+    """The data set's name; parses the recipe with its overrides, as the job will, where there is one."""
+    if not asked.recipe:
+        return asked.dataset or "imagenet"
+    from pretrain.settings import Settings
+    from pretrain.train import RECIPES
+
+    named = ["--dataset", asked.dataset] if asked.dataset else []
+    words = ["--recipe", asked.recipe, "--data-dir", asked.data_dir or "", *named, "--output", asked.output]
+    settings = parse_settings(
+        Settings, [*words, *asked.pretrain_options.split()], prog="python -m pretrain",
+        description="", config_flag="--recipe", presets=RECIPES,
+    )  # fmt: skip
+    return settings.dataset
 
 
 def _files(weights: list[str]) -> list[Path]:
