@@ -7,6 +7,7 @@ of the backbone is loaded exactly once and every other tensor of its container i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,15 @@ def load_backbone(path: str | Path, *, arch: str | None = None, branch: str = "o
     """
     if branch not in BRANCHES:
         raise UserError(f"--branch {branch}: there are online and ema")
-    path = Path(path)
     raw = load_file(path)
-    readings = read_all(raw, arch=arch)
-    reading = choose(readings, branch, path)
+    return load_reading(raw, read_all(raw, arch=arch), path, arch=arch, branch=branch)
+
+
+def load_reading(
+    raw: RawFile, readings: list[Reading], path: str | Path, *, arch: str | None, branch: str
+) -> Loaded:
+    """The backbone of `branch` by the complete one of `readings`; raises UserError as `load_backbone`."""
+    reading = choose(readings, branch, Path(path))
     metadata = own_metadata(raw, branch)
     model = _build(reading, metadata)
     assert reading.arch is not None
@@ -285,7 +291,12 @@ def faults_of(reading: Reading, limit: int = 8) -> list[str]:
         if keys:
             more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
             lines.append(f"{kind}: {', '.join(keys[:limit])}{more}")
-    return lines
+    return [printable(line) for line in lines]
+
+
+def printable(text: str) -> str:
+    """Without control characters: a key from a stranger's file must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def notes_of(reading: Reading, readings: list[Reading], raw: RawFile, arch: str | None) -> list[str]:
@@ -347,7 +358,7 @@ def _build(reading: Reading, metadata: dict[str, str]) -> nn.Module:
 
     assert reading.arch is not None
     for key, value in reading.tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not math.isfinite(value.sum(dtype=torch.float64)):
             raise UserError(
                 f"{key} of the {reading.branch} branch holds NaN or infinity; take an earlier checkpoint"
             )

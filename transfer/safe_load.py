@@ -476,9 +476,8 @@ def _what_pickle(path: Path) -> str:
         value = None
     if isinstance(value, dict) and ("experiment_state" in value or "target_params" in value):
         return (
-            "it is DeepMind's BYOL pickle, whose arrays are rebuilt by functions named in the file. In a "
-            "sandbox, unpickle it with JAX and dm-haiku, take experiment_state.online_params and online_state, "
-            "permute the HWIO kernels by (3, 2, 0, 1), give torchvision's names, and save with torch.save"
+            "it is DeepMind's BYOL pickle, whose arrays are rebuilt by functions that the file names. In a "
+            "sandbox, unpickle it with JAX and dm-haiku, take online_params and online_state, permute the HWIO kernels by (3, 2, 0, 1), give torchvision's names, and save with torch.save"
         )
     if isinstance(value, dict) and isinstance(value.get("model"), dict):
         names = list(value["model"])
