@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int | None:
     on_cpu = args.num_gpus == 0 or opts.get("MODEL.DEVICE") == "cpu"
     ranks = world_size(args.num_gpus, args.num_machines, on_cpu=on_cpu)
     detection_data.register(args.dataset)
-    cfg = load_config(args.config_file, args.opts, None, ranks=ranks)
+    cfg = load_config(args.config_file, args.opts, ranks=ranks)
     cfg, origin = _with_weights(args, cfg, ranks, on_cpu)
     training = not (args.eval_only or args.show)
     if training and args.force == "false" and _is_finished(cfg, origin):
@@ -109,7 +109,7 @@ def _with_weights(
     if args.random_init:
         if "MODEL.WEIGHTS" in _overrides(args.opts) and cfg.MODEL.WEIGHTS:
             raise UserError(f"--random-init and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: give one of the two")
-        cfg = load_config(args.config_file, [*overrides, "MODEL.WEIGHTS", ""], None, ranks=ranks)
+        cfg = load_config(args.config_file, [*overrides, "MODEL.WEIGHTS", ""], ranks=ranks)
         return cfg, {**RANDOM, "arch": f"resnet{cfg.MODEL.RESNETS.DEPTH}"}
     if not cfg.MODEL.WEIGHTS:
         raise UserError(
