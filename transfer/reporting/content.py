@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
-from transfer.reporting.collect import Evidence, Record, weights_name
+from transfer.reporting.collect import Evidence
 from transfer.reporting.compare import Summary, compare
 from transfer.reporting.methods import Results, Task, metric_name
 from transfer.reporting.published import Published, other_protocols, same_protocol
+from transfer.reporting.records import Record, weights_name
 from transfer.reporting.tables import MISSING, PUBLISHED, STALE, Cell, Table, cell, table
 
 NONE_KNOWN = "Published figures of this protocol and data set: none known."
@@ -110,7 +111,7 @@ def task_table(results: Results, task: Task) -> Table:
                 values.append(
                     cell("–", kind=MISSING)
                     if found is None
-                    else cell(value_text(found), note=_error_note(found), kind=stale)
+                    else cell(value_text(found), note=_error_note(found, stale), kind=stale)
                 )
             if first is None:
                 continue
@@ -136,9 +137,9 @@ def task_table(results: Results, task: Task) -> Table:
     return table(f"task-{task.slug}", f"{task.title}: {task.setting}", columns, rows, note)
 
 
-def _error_note(summary: Summary) -> str:
+def _error_note(summary: Summary, stale: str) -> str:
     error = summary.binomial_error
-    return "" if error is None else f"SE {error:.2f}"
+    return "; ".join(filter(None, [stale, "" if error is None else f"SE {error:.2f}"]))
 
 
 def _input_note(records: tuple[Record, ...]) -> str:

@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from transfer.reporting.collect import RAW_PIXELS, Evidence, Record
+from transfer.reporting.collect import Evidence
 from transfer.reporting.compare import Summary, Trial
+from transfer.reporting.records import RAW_PIXELS, Record
 
 TASK_NAMES = {
     "knn": "k-NN",
@@ -64,6 +65,11 @@ class Results:
 
     def records(self, method: str, task: Task, selection: str) -> tuple[Record, ...]:
         return self.groups.get((method, task, selection), ())
+
+    def all_records(self, method: str, task: Task) -> list[Record]:
+        return [
+            r for selection in self.selections(method, task) for r in self.groups[method, task, selection]
+        ]
 
     def selections(self, method: str, task: Task) -> list[str]:
         known = [s for s in SELECTIONS if (method, task, s) in self.groups]

@@ -52,7 +52,7 @@ class Page:
 def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int) -> Page:
     """Everything that the report says, in its order; sections with nothing in them are left out."""
     shown, left_out = pictures.load(evidence.pictures, per_folder=per_folder)
-    evidence = dataclasses.replace(evidence, problems=(*evidence.problems, *left_out))
+    evidence = dataclasses.replace(evidence, problems=[*evidence.problems, *left_out])
     difference_table, findings = content.differences(results)
     missing = content.gaps(evidence, results)
     elsewhere = content.published_elsewhere(results)

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 
 from transfer.reporting.collect import Evidence, Run
 from transfer.reporting.content import costs
-from transfer.reporting.methods import Results
+from transfer.reporting.methods import Results, Task
 
 INK = "#0a0b0c"
 """Stands for the page's text colour: replaced by currentColor in the SVG."""
 COLOURS = ("#3b82f6", "#ea7317", "#16a34a", "#c026d3", "#dc2626", "#0d9488", "#a16207", "#7c7c86")
 """Mid tones with at least 3:1 contrast against both white and the dark page."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "intl-bench", "font.family": "sans-serif", "font.size": 9.0,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "axes.grid": True,
@@ -46,8 +46,8 @@ class Plot:
 Series = list[tuple[str, Sequence[float], Sequence[float]]]
 
 
-def draw(name: str, title: str, paint: Callable[[Axes], None]) -> Plot:
-    """Let `paint` fill one axes and render it; ids are prefixed with `name`, for one page to hold several."""
+def draw(name: str, title: str, paint: Callable[..., None], *values: Any, **options: Any) -> Plot:
+    """Let `paint(axes, ...)` fill one axes and render it; ids get `name` as prefix, to share a page."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3.0), layout="constrained")
         FigureCanvasSVG(figure)
@@ -55,7 +55,7 @@ def draw(name: str, title: str, paint: Callable[[Axes], None]) -> Plot:
         axes.set_prop_cycle(color=COLOURS)
         figure.patch.set_alpha(0)
         axes.patch.set_alpha(0)
-        paint(axes)
+        paint(axes, *values, **options)
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
         out = io.StringIO()
@@ -143,46 +143,36 @@ def pretraining_plots(runs: Sequence[Run]) -> list[Plot]:
     for name, title, y, names, log in PRETRAINING_PLOTS:
         series = _curves(runs, "step", names)
         if series:
-            plots.append(
-                draw(
-                    f"pretrain-{name}",
-                    title,
-                    lambda a, s=series, y=y, g=log: _lines(a, s, x="step", y=y, log=g),
-                )
-            )
+            plots.append(draw(f"pretrain-{name}", title, _lines, series, x="step", y=y, log=log))
     return plots
+
+
+DETECTION_PLOTS = (
+    ("loss", "Detection: training loss", "total_loss", "loss"),
+    ("box", "Detection: box AP", "bbox/AP", "AP, percent"),
+    ("mask", "Detection: mask AP", "segm/AP", "AP, percent"),
+    ("lr", "Detection: learning rate", "lr", "learning rate"),
+)
 
 
 def detection_plots(runs: Sequence[Run], results: Results) -> list[Plot]:
     """Loss and AP over iterations, AP by object size."""
     plots = []
-    for name, title, key in (
-        ("loss", "Detection: training loss", "total_loss"),
-        ("box", "Detection: box AP", "bbox/AP"),
-        ("mask", "Detection: mask AP", "segm/AP"),
-        ("lr", "Detection: learning rate", "lr"),
-    ):
+    for name, title, key, y in DETECTION_PLOTS:
         series = _curves(runs, "iteration", {key: title})
         if series:
-            y = "AP, percent" if key.endswith("AP") else "learning rate" if key == "lr" else "loss"
-            plots.append(
-                draw(f"detection-{name}", title, lambda a, s=series, y=y: _lines(a, s, x="iteration", y=y))
-            )
+            plots.append(draw(f"detection-{name}", title, _lines, series, x="iteration", y=y))
     for task in results.tasks:
         sizes = [m for m in SIZES if m in results.metrics(task)]
         bars = _bars(results, task, sizes)
-        if sizes and bars:
-            plots.append(
-                draw(
-                    f"size-{task.slug}",
-                    f"{task.title} AP by object size ({task.dataset}, {task.protocol})",
-                    lambda a, b=bars, s=sizes: _bar_groups(a, b, [SIZES[m] for m in s], "AP, percent"),
-                )
-            )
+        if bars:
+            title = f"{task.title} AP by object size ({task.dataset}, {task.protocol})"
+            names = [SIZES[m] for m in sizes]
+            plots.append(draw(f"size-{task.slug}", title, _bar_groups, bars, names, "AP, percent"))
     return plots
 
 
-def _bars(results: Results, task: Any, metrics: list[str]) -> dict[str, list[tuple[float, float]]]:
+def _bars(results: Results, task: Task, metrics: list[str]) -> dict[str, list[tuple[float, float]]]:
     """(mean, std) of each metric by method; methods without any left out."""
     bars = {}
     for method in results.methods:
@@ -206,64 +196,58 @@ def _bar_groups(axes: Axes, bars: dict[str, list[tuple[float, float]]], names: l
     axes.set_ylabel(y)
 
 
+def _log_lines(axes: Axes, series: Series, ticks: Sequence[float] = (), *, x: str, y: str) -> None:
+    """Lines over a logarithmic x axis, labelled at `ticks` where they are given."""
+    _lines(axes, series, x=x, y=y, marker="o")
+    axes.set_xscale("log")
+    if ticks:
+        axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+
+
 def classification_plots(results: Results) -> list[Plot]:
     """Accuracy by k, by learning rate of the sweep, by share of labels."""
+    return [*_by_k_plots(results), *_sweep_plots(results), *_label_share_plots(results)]
+
+
+def _by_k_plots(results: Results) -> list[Plot]:
     plots = []
     for task in results.tasks:
         ks = sorted(int(m[6:]) for m in results.metrics(task) if re.fullmatch(r"top1_k\d+", m))
-        if len(ks) > 1:
-            series: Series = []
-            for method in results.methods:
-                found = [(k, s.mean) for k in ks if (s := results.headline(method, task, f"top1_k{k}"))]
-                if found:
-                    series.append((method, [k for k, _ in found], [v for _, v in found]))
-
-            def paint(axes: Axes, series: Series = series, ks: list[int] = ks) -> None:
-                _lines(axes, series, x="k", y="top-1, percent", marker="o")
-                axes.set_xscale("log")
-                axes.set_xticks(ks, [str(k) for k in ks])
-                axes.minorticks_off()
-
-            plots.append(draw(f"by-k-{task.slug}", f"k-NN by k ({task.dataset}, {task.protocol})", paint))
-    return plots + _sweep_plots(results) + _label_share_plots(results)
+        if len(ks) < 2:
+            continue
+        series: Series = []
+        for method in results.methods:
+            found = [(k, s.mean) for k in ks if (s := results.headline(method, task, f"top1_k{k}"))]
+            if found:
+                series.append((method, [k for k, _ in found], [v for _, v in found]))
+        title = f"k-NN by k ({task.dataset}, {task.protocol})"
+        plots.append(draw(f"by-k-{task.slug}", title, _log_lines, series, ks, x="k", y="top-1, percent"))
+    return plots
 
 
 def _sweep_plots(results: Results) -> list[Plot]:
-    """One curve a method from `settings.sweep`: a list of {lr, weight_decay, top1}."""
+    """One curve a method from `settings.sweep`, a list of {lr, weight_decay, top1}: the best of each rate."""
     plots = []
     for task in results.tasks:
         series: Series = []
         for method in results.methods:
-            for selection in results.selections(method, task):
-                record = results.records(method, task, selection)[0]
-                sweep = (record["settings"] or {}).get("sweep") or []
-                points = sorted(
-                    (float(p["lr"]), float(p["top1"]))
-                    for p in sweep
-                    if isinstance(p, dict) and {"lr", "top1"} <= set(p)
-                )
-                if len(points) > 1:
-                    best: dict[float, float] = {}
-                    for lr, value in points:
-                        best[lr] = max(value, best.get(lr, value))
-                    series.append((method, list(best), list(best.values())))
-                    break
+            best: dict[float, float] = {}
+            for record in results.all_records(method, task)[:1]:
+                for head in (record["settings"] or {}).get("sweep") or []:
+                    lr, value = float(head["lr"]), float(head["top1"])
+                    best[lr] = max(value, best.get(lr, value))
+            if len(best) > 1:
+                series.append((method, sorted(best), [best[lr] for lr in sorted(best)]))
         if series:
-
-            def paint(axes: Axes, series: Series = series) -> None:
-                _lines(axes, series, x="learning rate", y="held-out top-1, percent", marker="o")
-                axes.set_xscale("log")
-
-            plots.append(
-                draw(
-                    f"sweep-{task.slug}", f"Linear by learning rate ({task.dataset}, {task.protocol})", paint
-                )
-            )
+            title = f"Linear by learning rate ({task.dataset}, {task.protocol})"
+            names = {"x": "learning rate", "y": "top-1 of the selecting split, percent"}
+            plots.append(draw(f"sweep-{task.slug}", title, _log_lines, series, **names))
     return plots
 
 
 def _label_share_plots(results: Results) -> list[Plot]:
-    by_setting: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    by_setting: dict[tuple[str, str], list[Task]] = defaultdict(list)
     for task in results.tasks:
         if task.label_percent is not None:
             by_setting[task.dataset, task.protocol].append(task)
@@ -271,21 +255,14 @@ def _label_share_plots(results: Results) -> list[Plot]:
     for (dataset, protocol), tasks in by_setting.items():
         series: Series = []
         for method in results.methods:
-            found = [
-                (t.label_percent, s.mean) for t in tasks if (s := results.headline(method, t)) is not None
-            ]
+            found = [(t.label_percent or 0, s.mean) for t in tasks if (s := results.headline(method, t))]
             if found:
                 series.append((method, [p for p, _ in found], [v for _, v in found]))
         shares = sorted({x for _, xs, _ in series for x in xs})
-
-        def paint(axes: Axes, series: Series = series, shares: list[float] = shares) -> None:
-            _lines(axes, series, x="share of the labels, percent", y="top-1, percent", marker="o")
-            axes.set_xscale("log")
-            axes.set_xticks(shares, [f"{s:g}" for s in shares])
-            axes.minorticks_off()
-
         slug = f"labels-{dataset}-{protocol.replace('@', '-v')}"
-        plots.append(draw(slug, f"Fine-tuning by share of labels ({dataset}, {protocol})", paint))
+        title = f"Fine-tuning by share of labels ({dataset}, {protocol})"
+        names = {"x": "share of the labels, percent", "y": "top-1, percent"}
+        plots.append(draw(slug, title, _log_lines, series, shares, **names))
     return plots
 
 
@@ -298,11 +275,12 @@ def cost_plots(evidence: Evidence) -> list[Plot]:
     seconds: dict[str, float] = defaultdict(float)
     for row in found.rows:
         seconds[row[names.index("task")].text] += float(row[names.index("seconds")].text)
+    minutes = {task: s / 60 for task, s in seconds.items()}
+    return [draw("wall-time", "Wall time by task", _bars_across, minutes, "minutes, all runs of the task")]
 
-    def paint(axes: Axes) -> None:
-        axes.barh(list(seconds), [s / 60 for s in seconds.values()], color=COLOURS[0])
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("minutes, all runs of the task")
 
-    return [draw("wall-time", "Wall time by task", paint)]
+def _bars_across(axes: Axes, values: dict[str, float], x: str) -> None:
+    axes.barh(list(values), list(values.values()), color=COLOURS[0])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(x)

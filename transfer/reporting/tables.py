@@ -50,8 +50,7 @@ def numeric(t: Table, column: int) -> bool:
 
 
 def _one_line(c: Cell) -> str:
-    mark = "stale: " if c.kind == STALE and not c.note.startswith("stale") else ""
-    return f"{mark}{c.text} ({c.note})" if c.note else mark + c.text
+    return f"{c.text} ({c.note})" if c.note else c.text
 
 
 def to_markdown(t: Table) -> str:

@@ -1,0 +1,87 @@
+"""Folders of a suite or a run enter; what was planned or started and has no result leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gap:
+    """Something that was started or planned and has no result."""
+
+    name: str
+    state: str
+    detail: str
+
+
+def suite_of(root: Path) -> Path:
+    """The suite's folder that `root` is a part of, else `root` itself."""
+    return root.parent if is_jobs(root.resolve().parent / "jobs") else root
+
+
+def is_jobs(folder: Path) -> bool:
+    """Whether this is where a suite keeps its jobs' states, logs and replaced outputs."""
+    return folder.name == "jobs" and next(folder.glob("*/step.json"), None) is not None
+
+
+def job_gaps(jobs: Path, accounted: set[Path]) -> list[Gap]:
+    """Steps of a suite (jobs/<step>/step.json) that did not end well; their outputs go into `accounted`."""
+    gaps = []
+    steps = [(_read_json(path), path.parent) for path in jobs.glob("*/step.json")]
+    for step, folder in sorted(steps, key=lambda item: (item[0].get("order", 0), item[1].name)):
+        if step.get("kind") == "report" or not step.get("name"):
+            continue
+        accounted.add(Path(str(step.get("output"))).resolve())
+        if (folder / "done.json").is_file():
+            continue
+        failures = sorted(folder.glob("failure-*.json"), key=lambda p: p.stat().st_mtime)
+        error = _read_json(failures[-1]).get("error", "") if failures else ""
+        state = str(_read_json(folder / "state.json").get("state") or "")
+        gaps.append(
+            Gap(
+                name=str(step["name"]),
+                state="failed" if failures else state or "not started",
+                detail=str(error).strip().splitlines()[-1] if error else "see its log",
+            )
+        )
+    return gaps
+
+
+def run_gaps(folder: Path, name: str, files: frozenset[str]) -> list[Gap]:
+    """A run that wrote its configuration or progress, but no result."""
+    progress = _read_json(folder / "progress.json") if "progress.json" in files else {}
+    done, total = progress.get("done"), progress.get("total")
+    cut_off = isinstance(done, int) and isinstance(total, int) and done < total
+    expected = "config.yaml" in files and _is_evaluation(folder)
+    if "results.jsonl" in files or not (expected or cut_off):
+        return []
+    detail = f"{progress.get('label', 'progress')}: {done} of {total} {progress.get('unit', 'step')}s done"
+    return [
+        Gap(
+            name=name,
+            state="unfinished" if cut_off else "no result",
+            detail=detail if progress else "configured, but nothing was written to results.jsonl",
+        )
+    ]
+
+
+def _is_evaluation(folder: Path) -> bool:
+    """Whether the folder's configuration is of a command that appends to results.jsonl."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(config, dict) and ({"protocol", "weights"} <= set(config) or "SOLVER" in config)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
