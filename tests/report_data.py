@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from pretrain.cli import UserError
+from transfer.protocol import load_protocol
+from transfer.results import Result
 
 WEIGHTS = {
     "INTL": {"path": "runs/pretrain/backbone.safetensors", "sha256": "a1" * 32, "format": "intl-bench"},
@@ -22,19 +27,19 @@ WEIGHTS = {
 
 
 def record(label: str, task: str, metrics: dict[str, float], **changes: Any) -> dict[str, Any]:
-    """One line of results.jsonl."""
-    protocol = {"knn": "solo_knn", "linear": "cached_linear", "semisup": "intl_semisup_cosine"}.get(
-        task, "scenes_fpn"
-    )
+    """One line of results.jsonl, as transfer/results.py writes it."""
+    names = {"knn": "solo_knn", "linear": "cached_linear", "semisup": "intl_semisup_cosine"}
+    try:
+        protocol = load_protocol(f"{names[task]}@1").reference
+    except (KeyError, UserError):
+        protocol = {"name": names.get(task, "scenes_fpn"), "version": 1, "hash": "c3" * 6}
     values = {
         "task": task, "dataset": "fashion_mnist", "split": "test", "n": 10_000, "metrics": metrics,
-        "label_percent": None, "epoch": None, "iteration": None, "selection": "last",
-        "protocol": {"name": protocol, "version": 1, "hash": "c3" * 32}, "arch": "resnet18",
-        "weights": {**WEIGHTS[label], "branch": "online"}, "seed": None, "versions": {"torch": "2.15.0"},
-        "commit": "0123456789abcdef", "device": "cpu", "seconds": 12.5, "started_at": "2026-01-02T03:04:05Z",
-        "image_size": 48, "settings": {}, "label": label,
+        "protocol": protocol, "weights": {**WEIGHTS[label], "branch": "online"}, "arch": "resnet18",
+        "label": label, "image_size": 48, "seconds": 12.5, "started_at": "2026-01-02T03:04:05+00:00",
+        "device": "CPU (x86_64, 1 threads)", "versions": {"torch": "2.15.0"}, "commit": "0123456789abcdef",
     }  # fmt: skip
-    return {**values, **changes}
+    return dataclasses.asdict(Result(**{**values, **changes}))
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

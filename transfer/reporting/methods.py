@@ -29,7 +29,7 @@ class Task:
 
     order: int
     name: str
-    label_percent: float | None
+    label_percent: float
     dataset: str
     split: str
     protocol: str
@@ -37,8 +37,13 @@ class Task:
     images: int
 
     @property
+    def partly(self) -> bool:
+        """Whether the share of the labels is worth naming."""
+        return self.name == "semisup" or self.label_percent != 100
+
+    @property
     def title(self) -> str:
-        share = "" if self.label_percent is None else f" {self.label_percent:g} %"
+        share = f" {self.label_percent:g} %" if self.partly else ""
         return TASK_NAMES.get(self.name, self.name) + share
 
     @property
@@ -48,7 +53,7 @@ class Task:
 
     @property
     def slug(self) -> str:
-        share = "" if self.label_percent is None else f"-{self.label_percent:g}"
+        share = f"-{self.label_percent:g}" if self.partly else ""
         return (
             f"{self.name}{share}-{self.dataset}-{self.protocol.replace('@', '-v')}-{self.protocol_hash[:6]}"
         )
@@ -93,11 +98,11 @@ class Results:
         return next((n for n in wanted if n in names), names[0])
 
     def summary(self, method: str, task: Task, selection: str, metric: str) -> Summary | None:
-        """The trials' values, None where there is none (a missing or a null metric counts as none)."""
+        """The trials' values; None where there is none. COCO's −1 for "no such objects" is none."""
         trials = tuple(
             Trial(value=float(value), images=task.images, seed=r["seed"], sha256=r.sha256)
             for r in self.records(method, task, selection)
-            if isinstance(value := r["metrics"].get(metric), (int, float))
+            if isinstance(value := r["metrics"].get(metric), (int, float)) and value >= 0
         )
         return Summary(trials=trials, proportion=metric.startswith(PROPORTIONS)) if trials else None
 
@@ -120,11 +125,10 @@ def metric_name(metric: str) -> str:
 def task_of(record: Record) -> Task:
     name = str(record["task"])
     protocol: dict[str, Any] = record["protocol"] or {}
-    share = record["label_percent"]
     return Task(
         order=list(TASK_NAMES).index(name) if name in TASK_NAMES else len(TASK_NAMES),
         name=name,
-        label_percent=None if share is None or name != "semisup" else float(share),
+        label_percent=float(record["label_percent"] or 100),
         dataset=str(record["dataset"]),
         split=str(record["split"] or ""),
         protocol=record.protocol,

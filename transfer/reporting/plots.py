@@ -249,13 +249,13 @@ def _sweep_plots(results: Results) -> list[Plot]:
 def _label_share_plots(results: Results) -> list[Plot]:
     by_setting: dict[tuple[str, str], list[Task]] = defaultdict(list)
     for task in results.tasks:
-        if task.label_percent is not None:
+        if task.name == "semisup":
             by_setting[task.dataset, task.protocol].append(task)
     plots = []
     for (dataset, protocol), tasks in by_setting.items():
         series: Series = []
         for method in results.methods:
-            found = [(t.label_percent or 0, s.mean) for t in tasks if (s := results.headline(method, t))]
+            found = [(t.label_percent, s.mean) for t in tasks if (s := results.headline(method, t))]
             if found:
                 series.append((method, [p for p, _ in found], [v for _, v in found]))
         shares = sorted({x for _, xs, _ in series for x in xs})

@@ -7,7 +7,9 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from pretrain.cli import UserError
 from pretrain.files import sha256_of
+from transfer.protocol import load_protocol
 
 RAW_PIXELS = "raw-pixels"
 
@@ -86,8 +88,6 @@ def why_stale(line: dict[str, Any]) -> str:
 def protocol_hash_today(name: str) -> str:
     """Hash of the protocol file of this name, empty where this version of the project has none."""
     try:
-        from transfer.protocols import load_protocol
-
         return load_protocol(name).hash
-    except (ValueError, ImportError):
+    except UserError:
         return ""
