@@ -1,14 +1,14 @@
 """Images and (seed, epoch, image index) enter; augmented, normalised views leave.
 
-The published recipe (winci-ai/INTL, src/transform.py; protocol of BYOL and SimCLR) in two parts: per image, on
-the CPU, decoding and resized crops kept as uint8 (`crop_box`, `resized_crop`); per batch, wherever the batch
-lies, colour jitter, greyscale, blur, solarisation, flip and normalisation (`finish`), each image with parameters
-of its own. Every random number is a hash of (seed, epoch, image index, view, slot): neither the number of
+The published recipe (https://github.com/winci-ai/INTL, src/transform.py) in two parts: per image, on the CPU,
+decoding and resized crops kept as uint8 (`crop_box`, `resized_crop`); per batch, wherever the batch lies,
+colour jitter, greyscale, blur, solarisation, flip and normalisation (`finish`), each image with parameters of
+its own. Every random number is a hash of (seed, epoch, image index, view, slot): neither the number of
 workers or ranks nor an interruption changes any of them.
 
-Each operation equals torchvision's tensor functional of the same parameters on float images. Choices: the order
-of brightness, contrast, saturation and hue is random per image, as in torchvision; the blur is torchvision's
-with a kernel of 13 px (3 standard deviations at 2 px), where the published code has Pillow's approximation.
+Each operation equals torchvision's tensor functional of the same parameters on float images. Choices: the
+order of brightness, contrast, saturation and hue is random per image, as in torchvision; the blur is
+torchvision's with a kernel of 13 px (3 standard deviations at 2 px), for Pillow's in the published code.
 
 Letters of shapes: N images, S side of the view in px.
 """
@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,21 +88,23 @@ def crop_box(u: np.ndarray, width: int, height: int, view: View) -> tuple[int, i
 def resized_crop(image: Image.Image, box: tuple[float, float, float, float], view: View) -> np.ndarray:
     """S x S x 3 uint8: the part (left, top, width, height) of an RGB image, antialiased."""
     left, top, w, h = box
-    size = (view.size, view.size)
-    part = image.resize(size, INTERPOLATIONS[view.interpolation], box=(left, top, left + w, top + h))
-    return np.asarray(part)
+    x0, y0 = math.floor(left), math.floor(top)
+    # Cut out first: resize(box=...) alone would let pixels from outside the crop bleed in.
+    part = image.crop((x0, y0, math.ceil(left + w), math.ceil(top + h)))
+    inside = (left - x0, top - y0, left - x0 + w, top - y0 + h)
+    return np.asarray(part.resize((view.size, view.size), INTERPOLATIONS[view.interpolation], box=inside))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Colours:
-    """What `finish` does to each of N images; index lists instead of flags, so that a GPU need not be asked."""
+    """What `finish` does to each of N images; index lists, not flags, so that a GPU need not be asked."""
 
     blend_3N: Tensor
-    """Factors of the three blending operations, in the order they are applied; 1 where nothing is to be done."""
+    """Factors of the three blending operations, in the order they are applied; 1 does nothing."""
     grey_share_3N: Tensor
     """1 where that operation blends with the greyscale image (saturation), else 0."""
     mean_share_3N: Tensor
-    """1 where it blends with the mean of the greyscale image (contrast), else 0; both 0: black (brightness)."""
+    """1 where it blends with the mean of the greyscale image (contrast); both 0: black (brightness)."""
     hue_N: Tensor
     """Shift of the hue, in turns."""
     hue_at: tuple[Tensor, ...]
@@ -113,18 +117,17 @@ class Colours:
     flip: Tensor
 
     def to(self, device: torch.device) -> Colours:
-        def move(value: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-            if isinstance(value, tuple):
-                return tuple(v.to(device, non_blocking=True) for v in value)
-            return value.to(device, non_blocking=True)
-
-        return Colours(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Colours:
-        def pin(value: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-            return tuple(v.pin_memory() for v in value) if isinstance(value, tuple) else value.pin_memory()
+        return self._each(Tensor.pin_memory)
 
-        return Colours(**{f.name: pin(getattr(self, f.name)) for f in fields(self)})
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Colours:
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = tuple(map(change, value)) if isinstance(value, tuple) else change(value)
+        return Colours(**values)
 
 
 def draw_colours(u: np.ndarray, view: View) -> Colours:
@@ -170,7 +173,7 @@ def finish(crops: Tensor, colours: Colours, *, mean: Tensor, std: Tensor) -> Ten
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _subset(x: Tensor, indices: Tensor, operation) -> None:  # type: ignore[no-untyped-def]
+def _subset(x: Tensor, indices: Tensor, operation: Callable[[Tensor], Tensor]) -> None:
     if len(indices):
         x[indices] = operation(x[indices])
 
@@ -200,7 +203,7 @@ def shift_hue(x: Tensor, turns_N: Tensor) -> Tensor:
         torch.where(high == g, (b - r) * per_chroma + 2, (r - g) * per_chroma + 4),
     )  # fmt: skip
     hue6 = hue6 + 6 * turns_N[:, None, None]
-    # HSV to RGB without cases: channel = value - chroma · clamp(min(k, 4 - k), 0, 1), k = (5, 3, 1) + 6 hue mod 6.
+    # HSV to RGB without cases: value - chroma · clamp(min(k, 4 - k), 0, 1), k = (5, 3, 1) + 6 hue mod 6.
     out = torch.empty_like(x)
     for channel, offset in enumerate((5, 3, 1)):
         k = torch.remainder(hue6 + offset, 6)
@@ -215,9 +218,9 @@ def gaussian_blur(x: Tensor, sigma_N: Tensor, kernel: int = BLUR_KERNEL) -> Tens
     at = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
     weights = torch.exp(-0.5 * (at / sigma_N[:, None]) ** 2)
     weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(c, 0)
-    padded = torch.nn.functional.pad(x, [half] * 4, mode="reflect").view(1, n * c, height + 2 * half, -1)
+    padded = torch.nn.functional.pad(x, [half] * 4, mode="reflect").reshape(1, n * c, height + 2 * half, -1)
     padded = torch.nn.functional.conv2d(padded, weights[:, None, None, :], groups=n * c)
-    return torch.nn.functional.conv2d(padded, weights[:, None, :, None], groups=n * c).view_as(x)
+    return torch.nn.functional.conv2d(padded, weights[:, None, :, None], groups=n * c).reshape(x.shape)
 
 
 def solarise(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A randomly initialised backbone and images enter; its BN statistics, estimated, make it an honest control."""
+"""A random backbone and images enter; BN statistics estimated on them make it an honest control."""
 
 from __future__ import annotations
 

@@ -79,8 +79,10 @@ class ImageDataset:
 
 
 def read_image(path: str | Path, *, least_size: SizeRule | None = None) -> Image.Image:
-    """Decode an image file to 8-bit RGB. `least_size`, asked with the image's (width, height), answers with a
-    size: a JPEG is then decoded at 1/2, 1/4 or 1/8 where that is no smaller. Raises BrokenImage naming the file.
+    """Decode an image file to 8-bit RGB. Raises BrokenImage naming the file.
+
+    `least_size`, asked with the image's (width, height), answers with a size: a JPEG is then decoded at 1/2,
+    1/4 or 1/8 of its own where that is no smaller.
     """
     try:
         with Image.open(path) as image:
@@ -213,7 +215,7 @@ def _open_cifar(name: str, root: Path, split: str) -> ImageDataset:
                 labels_N=np.asarray(data.targets, np.int64), native_size=32,
                 root=parent / kind.base_folder, pixels=np.asarray(data.data),
             )  # fmt: skip
-    if not (root / "train").is_dir():
+    if not any((root / n).is_dir() for names in SPLIT_FOLDERS.values() for n in names):
         raise UserError(
             f"{root}: holds no {name}; wanted {kind.base_folder}/ as torchvision downloads it, or a "
             "folder of images train/<class>/ and test/<class>/"

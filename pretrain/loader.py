@@ -1,7 +1,8 @@
 """A data set and a step enter; batches of augmented views leave, the same for any number of workers.
 
-Step s of a run has, on rank r of W, images r, r + W ... of slice s mod steps_per_epoch of the epoch's permutation,
-a function of (seed, epoch) alone; one iteration spans all epochs, so that no epoch waits for workers to start.
+Step s of a run has, on rank r of W, images r, r + W ... of slice s mod steps_per_epoch of the epoch's
+permutation, a function of (seed, epoch) alone; one iteration spans all epochs, so that no epoch waits for
+workers to start.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Views(Dataset[Any]):
             full = size
             boxes[:] = [crop_box(u, *size, view) for u, view in zip(numbers, self.views)]
             shrink = min(min(w, h) / view.size for (_, _, w, h), view in zip(boxes, self.views))
-            shrink = max(shrink, 1.0) if self.jpeg_draft else 1.0
+            shrink = max(shrink / 2, 1.0) if self.jpeg_draft else 1.0
             return int(size[0] / shrink), int(size[1] / shrink)
 
         for after in range(MOST_BROKEN_IN_A_ROW):
@@ -129,9 +130,11 @@ class Views(Dataset[Any]):
             raise BrokenImage(
                 f"{MOST_BROKEN_IN_A_ROW} images in a row cannot be read, the last: {broken[-1]}"
             )
-        sx, sy = image.width / full[0], image.height / full[1]  # below 1 where a JPEG was decoded smaller
+        shrunk = round(
+            full[0] / image.width
+        )  # 2, 4 or 8 where a JPEG was decoded smaller; its size rounds up
         return [
-            resized_crop(image, (left * sx, top * sy, w * sx, h * sy), view)
+            resized_crop(image, (left / shrunk, top / shrunk, w / shrunk, h / shrunk), view)
             for (left, top, w, h), view in zip(boxes, self.views)
         ]
 
@@ -151,7 +154,7 @@ def default_workers(world_on_node: int, device: torch.device) -> int:
     return min(16, max(1, cores // world_on_node - 1)) if device.type == "cuda" else 1
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 

@@ -33,14 +33,14 @@ class LossLog:
         self._lrs.append(lr)
 
     def take(self) -> dict[str, float]:
-        """Means since the last call, and steps per second. Raises RunFailed at the first loss that is not finite."""
+        """Means since the last call and steps per second. Raises RunFailed if a loss was not finite."""
         terms = torch.stack(self._terms).cpu().double()
         for step, (total, alignment, trace), lr in zip(self._steps, terms.tolist(), self._lrs):
             if not math.isfinite(total):
                 raise RunFailed(
-                    f"the loss is not finite at step {step}: total {total}, alignment {alignment}, trace {trace}, "
-                    f"learning rate {lr:.4g}; nothing was saved after it. Lower --lr, lengthen --warmup-epochs or "
-                    "take --precision float32, with another --output or from the last checkpoint"
+                    f"the loss is not finite at step {step}: total {total}, alignment {alignment}, trace "
+                    f"{trace}, learning rate {lr:.4g}; the last good checkpoint is kept. Lower --lr, lengthen "
+                    "--warmup-epochs or take --precision float32"
                 )
         now = time.monotonic()
         mean = terms.mean(0).tolist()

@@ -48,14 +48,15 @@ def build_backbone(
         )
     if stem == "cifar":
         width = model.conv1.out_channels
-        model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=2, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
+        conv = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=2, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        model.add_module("conv1", conv)
+        model.add_module("maxpool", nn.Identity())
     return model
 
 
 def build_projector(features: int, *, hidden: int, output: int, layers: int) -> nn.Sequential:
-    """`layers` linear layers, the hidden ones without bias and followed by BN and ReLU, the last with bias."""
+    """`layers` linear layers, the hidden ones without bias, with BN and ReLU, the last one with bias."""
     modules: list[nn.Module] = []
     for _ in range(layers - 1):
         modules += [nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
@@ -64,7 +65,10 @@ def build_projector(features: int, *, hidden: int, output: int, layers: int) -> 
 
 
 class Encoder(nn.Module):
-    """Backbone and projector: views of any sizes -> their embeddings, each view with its own BN statistics."""
+    """Backbone and projector: views of any sizes -> embeddings, each view with its own BN statistics."""
+
+    backbone: nn.Module
+    projector: nn.Module
 
     def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
         super().__init__()
@@ -75,7 +79,7 @@ class Encoder(nn.Module):
         return [self.projector(self.backbone(view)) for view in views]
 
 
-def momentum_copy(encoder: nn.Module) -> nn.Module:
+def momentum_copy(encoder: Encoder) -> Encoder:
     """The EMA branch at its start: the same weights, no gradient, BN statistics of its own."""
     slow = copy.deepcopy(encoder)
     return slow.requires_grad_(False)
@@ -83,7 +87,7 @@ def momentum_copy(encoder: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def momentum_update(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
-    """slow <- momentum · slow + (1 - momentum) · fast, parameters only: each branch tracks its BN statistics."""
+    """slow <- momentum · slow + (1 - momentum) · fast; BN statistics stay those of each branch."""
     torch._foreach_lerp_(
         list(slow.parameters()), [p.detach() for p in fast.parameters()], weight=1 - momentum
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def lr_at(step: int, *, base: float, warmup: int, total: int, final_ratio: float = 0.001) -> float:
     """Linear warm-up to `base` over `warmup` steps, then a cosine to `final_ratio · base` at the last step.
 
-    As in the released INTL code (main.py): step 0 already has base / warmup, the last step has the final value.
+    As in the released INTL code (main.py): step 0 has base / warmup, the last step the final value.
     """
     if step < warmup:
         return base * (step + 1) / warmup

@@ -22,9 +22,9 @@ class Settings:
     data_dir: str
     """Folder with the data set."""
     output: str
-    """Folder for the checkpoint, the backbone, logs and the settings used; an unfinished run in it goes on."""
+    """Folder for checkpoint, backbone, logs and the settings used; an unfinished run in it goes on."""
     dataset: str = "imagenet"
-    """imagenet, imagenet100, imagefolder (train/<class>/ and val/<class>/), cifar10, cifar100, fashion_mnist."""
+    """imagenet, imagenet100, imagefolder (train/<class>/, val/<class>/), cifar10, cifar100, fashion_mnist."""
     seed: int = 0
     """Of initialisation, order and augmentation."""
 
@@ -44,7 +44,7 @@ class Settings:
     iterations: int = 4
     """Newton iterations of IterNorm."""
     trade_off: float | None = None
-    """Weight of the trace penalty; default 0.01 (log2 n - 3), n the global batch (channel) or embedding size."""
+    """Weight of the trace penalty; default 0.01 (log2 n - 3), n the global batch (batch: the embedding)."""
     whitening: Literal["channel", "batch"] = "channel"
     """Whiten the N x N (channel) or the D x D (batch) covariance."""
     ema: bool = False
@@ -102,10 +102,10 @@ class Settings:
     eval_size: int | None = None
     """Image size that the weights' evaluation should use; default: that of view 0."""
     jpeg_draft: bool = True
-    """Decode a large JPEG at 1/2, 1/4 or 1/8 of its size where every crop of it is shrunk at least as much."""
+    """Decode a large JPEG at 1/2, 1/4 or 1/8 of its size where each crop keeps twice its view's side."""
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the backbone and projector; auto: bfloat16 where the device has it natively. The loss has float32."""
+    """Of backbone and projector; auto: bfloat16 where the device has it natively. The loss has float32."""
     compile: bool = False
     """torch.compile the encoder: faster after minutes of compiling, needs a C++ compiler."""
     augment_on: Literal["auto", "workers", "device"] = "auto"

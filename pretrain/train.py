@@ -80,8 +80,8 @@ class Plan:
 class Learner:
     """Everything that learns, and so everything that a checkpoint holds."""
 
-    encoder: nn.Module
-    slow: nn.Module | None
+    encoder: Encoder
+    slow: Encoder | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
@@ -94,7 +94,8 @@ class Learner:
             backbone.num_features, hidden=settings.projector_hidden, output=settings.projector_output,
             layers=settings.projector_layers,
         )  # fmt: skip
-        encoder = Encoder(backbone, projector).to(device, memory_format=torch.channels_last)
+        encoder = Encoder(backbone, projector).to(device)
+        encoder.to(memory_format=torch.channels_last)
         slow = momentum_copy(encoder) if settings.ema else None
         optimizer = build_optimizer(
             encoder, name=settings.optimizer, momentum=settings.momentum,
@@ -296,9 +297,8 @@ def _diagnosis(settings: Settings, z_ND: Tensor, *, alarm: bool) -> dict[str, fl
     if problem is not None and is_main():
         logger.warning("%s", problem)
     if settings.on_collapse == "stop" and any_rank(problem is not None, z_ND.device):
-        raise RunFailed(
-            f"stopped: {problem or 'an embedding collapsed on another rank'}; the checkpoint before is kept"
-        )
+        what = problem or "an embedding collapsed on another rank"
+        raise RunFailed(f"stopped: {what}; the last checkpoint is kept")
     return diagnosis
 
 
