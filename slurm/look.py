@@ -54,14 +54,19 @@ def look(record: Record, live: str | None, now: float | None = None) -> View:
         return view(RUNNING, again or "starting")
     if live is not None:
         return view(QUEUED, again or live.lower().replace("pending", ""))
-    ended = state.get("ended_at") or now
+    ended = state.get("ended_at") or failure.get("at") or now
     seconds = ended - started if started else None
     if failure and state.get("state") != "stopped":
         return view(FAILED, failure["error"], seconds)
     if state.get("state") == "running":
         return view(FAILED, "ended without a word: killed, out of memory, or the machine went down", seconds)
-    if state or sent.get("job_id"):
-        return view(CANCELLED, "goes on when submitted again" if state else "", seconds)
+    if state:
+        return view(CANCELLED, "goes on when submitted again", seconds)
+    if sent.get("job_id"):
+        lacking = [n for n in record.step.get("needs", []) if not Record(record.root, n).done]
+        return view(
+            CANCELLED, f"never started: it needs {', '.join(lacking)}" if lacking else "before it started"
+        )
     return view(WAITING)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -17,57 +16,11 @@ from slurm.record import Record
 from slurm.resources import KINDS, Resources
 from slurm.snapshot import SOURCE
 
-STEPS = '''
-"""Tiny steps: say when they ran, fail, train slowly and go on."""
-import json, os, sys, time
-from pathlib import Path
-from pretrain.cli import UserError, Progress
-from pretrain.signals import StopSignals
-
-def main(argv):
-    what, out, *rest = argv
-    out = Path(out); out.mkdir(parents=True, exist_ok=True)
-    with open(out / "runs.txt", "a") as f:
-        f.write(f"{os.getpid()} {time.time()}\\n")
-    if what == "fail":
-        raise RuntimeError("the reason why")
-    if what == "mistake":
-        raise UserError("this is not a folder: nowhere")
-    if what == "code":
-        print("error: said on the way out", file=sys.stderr); return 2
-    if what == "nothing":
-        return 0
-    if what == "ranks":
-        import torch, torch.distributed as dist
-        t = torch.tensor([float(dist.get_rank() + 1)]); dist.all_reduce(t)
-        (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(
-            {"sum": t.item(), "world": dist.get_world_size(), "env": os.environ["WORLD_SIZE"], "local": os.environ["LOCAL_RANK"]}))
-    if what == "where":
-        import slurm.job
-        (out / "where.json").write_text(json.dumps({"slurm": slurm.job.__file__, "threads": os.environ["OMP_NUM_THREADS"], "cwd": os.getcwd()}))
-    if what == "train":
-        state = out / "state.json"
-        start = json.loads(state.read_text())["step"] if state.exists() else 0
-        total = int(rest[0])
-        with StopSignals() as stop, Progress(total, label="train", start=start, file=out / "progress.json") as bar:
-            for step in range(start, total):
-                time.sleep(0.1)
-                bar.update(1, loss=1.0 / (step + 1))
-                with open(out / "steps.txt", "a") as f:
-                    f.write(f"{step}\\n")
-                if stop.requested:
-                    state.write_text(json.dumps({"step": step + 1}))
-                    stop.hand_over()
-    (out / "made").write_text("yes")
-'''
-
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module `tinysteps` that jobs can import, and a folder for a suite."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "tinysteps.py").write_text(textwrap.dedent(STEPS))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    """A folder for a suite whose jobs can import tiny_steps."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     return tmp_path / "out"
 
 
@@ -81,7 +34,7 @@ def step(
     **rest,
 ) -> Step:
     return Step(
-        name=name, kind=kind, module="tinysteps", argv=(what, str(root / name), *more), output=root / name,
+        name=name, kind=kind, module="tiny_steps", argv=(what, str(root / name), *more), output=root / name,
         needs=needs, makes=(root / name / "made",), **rest,
     )  # fmt: skip
 
@@ -152,7 +105,7 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(world: Path) -> None:
     steps = (step(world, "long", "train", "25", kind="pretrain"), step(world, "next", needs=("long",)))
 
     def press(number: int) -> None:
-        while not (world / "long" / "steps.txt").exists():
+        while not (world / "long" / "steps0.txt").exists():
             time.sleep(0.05)
         time.sleep(0.3)
         os.kill(os.getpid(), number)
@@ -167,14 +120,14 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(world: Path) -> None:
         assert runs(world, "next") == 0
     views = run(world, *steps)
     assert views["long"].state == views["next"].state == "done"
-    assert [int(x) for x in (world / "long" / "steps.txt").read_text().split()] == list(range(25))
+    assert [int(x) for x in (world / "long" / "steps0.txt").read_text().split()] == list(range(25))
 
 
 def test_a_user_signal_queues_the_job_again(world: Path) -> None:
     """What a time limit and a preemption send: submitit starts the job again, which goes on."""
 
     def warn() -> None:
-        while not (world / "long" / "steps.txt").exists():
+        while not (world / "long" / "steps0.txt").exists():
             time.sleep(0.05)
         os.kill(Record(world, "long").state["pid"], signal.SIGUSR2)
 
@@ -183,7 +136,7 @@ def test_a_user_signal_queues_the_job_again(world: Path) -> None:
     views = run(world, step(world, "long", "train", "20", kind="pretrain"))
     thread.join()
     assert views["long"].state == "done" and Record(world, "long").state["starts"] == 2
-    assert [int(x) for x in (world / "long" / "steps.txt").read_text().split()] == list(range(20))
+    assert [int(x) for x in (world / "long" / "steps0.txt").read_text().split()] == list(range(20))
 
 
 def test_jobs_run_the_pinned_code_with_their_share_of_cores(world: Path) -> None:
