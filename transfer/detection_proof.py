@@ -79,7 +79,7 @@ def _detectron2_backbone(options: dict[str, object]) -> nn.Module:
 def _compare(timm_model: Any, backbone: nn.Module) -> float:
     """The largest |timm - detectron2| of any stage, relative to the stage's largest value."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, 96, 128, generator=generator)
+    x = torch.randn(2, 3, 64, 96, generator=generator)
     device = next(timm_model.parameters()).device
     was_training = timm_model.training
     timm_model.cpu().eval()

@@ -11,30 +11,32 @@ order: there the same data is seen, and the numbers agree up to rounding.
 from __future__ import annotations
 
 import argparse
-import datetime
 import logging
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
 from pretrain.cli import EXIT_CODES, UserError, run
-from pretrain.files import read_jsonl, sha256_of, write_text
-from transfer import detection_data, detection_heads, detection_weights
+from pretrain.files import sha256_of, write_text
+from transfer import detection_data, detection_heads
 from transfer.detection_config import load_config, protocol_of
 from transfer.detection_eval import evaluate
 from transfer.detection_launch import launch, world_size
 from transfer.detection_loop import fine_tune
+from transfer.detection_pictures import draw, draw_curves, show
+from transfer.detection_weights import StrictCheckpointer, local_path, record_of
+from transfer.results import Clock, Result, append, find, read
 
 __all__ = ["detection_heads", "main"]  # importing detection_heads registers its class in detectron2
 logger = logging.getLogger(__name__)
-TASKS = {"bbox": "detection", "segm": "segmentation"}
+TASKS: dict[str, Literal["detection", "segmentation"]] = {"bbox": "detection", "segm": "segmentation"}
 RANDOM = {"path": None, "sha256": None, "format": "random initialisation", "branch": None}
 
 
@@ -83,8 +85,6 @@ def main(argv: list[str]) -> int | None:
     for line in detection_data.check(cfg, train=training):
         logger.info(line)
     if args.show:
-        from transfer.detection_pictures import show
-
         show(cfg, Path(args.show))
         return None
     launch(
@@ -116,8 +116,8 @@ def _with_weights(
             "no weights: add MODEL.WEIGHTS FILE.pkl (see `python -m transfer convert`), or --random-init to "
             "train from scratch on purpose"
         )
-    path = detection_weights.local_path(cfg.MODEL.WEIGHTS)
-    record = detection_weights.record_of(path)
+    path = local_path(cfg.MODEL.WEIGHTS)
+    record = record_of(path)
     origin = record or {
         "path": cfg.MODEL.WEIGHTS, "sha256": sha256_of(path), "format": "detectron2", "branch": "online",
         "arch": f"resnet{cfg.MODEL.RESNETS.DEPTH}",
@@ -126,8 +126,8 @@ def _with_weights(
 
 
 def _on_each_rank(args: argparse.Namespace, cfg: CfgNode, origin: dict[str, Any]) -> None:
-    """Build, train, evaluate; the main rank writes results.jsonl."""
-    started, began = datetime.datetime.now(datetime.timezone.utc), time.monotonic()
+    """Build, train, evaluate; the main rank writes results.jsonl and pictures."""
+    clock = Clock()
     detection_data.register(args.dataset)  # a spawned process starts with detectron2's own data sets only
     output = Path(cfg.OUTPUT_DIR)
     if comm.is_main_process():
@@ -141,49 +141,69 @@ def _on_each_rank(args: argparse.Namespace, cfg: CfgNode, origin: dict[str, Any]
         return evaluate(cfg, network, cfg.DATASETS.TEST[0])
 
     if args.eval_only:
-        held = detection_weights.StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        held = StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
         iteration, seed = held.get("iteration", -1) + 1, held.get("run", {}).get("seed", seed)
     else:
-        fine_tune(cfg, model, judge, seed=seed, origin=origin, resume_changed=args.resume)
+        seed = fine_tune(cfg, model, judge, seed=seed, origin=origin, resume_changed=args.resume)["seed"]
         iteration = cfg.SOLVER.MAX_ITER
     for name in cfg.DATASETS.TEST:
         outcome = evaluate(cfg, model, name)
         if comm.is_main_process():
-            _write_results(
-                args, cfg, outcome, name, origin, iteration=iteration, seed=seed,
-                started_at=started.isoformat(timespec="seconds"), seconds=time.monotonic() - began,
-            )  # fmt: skip
+            results = _results(args, cfg, origin, name, outcome, iteration, seed, clock)
+            for result in results:
+                if args.eval_only and find(output, result):
+                    continue
+                append(output, result)
+            for result in results:
+                numbers = "  ".join(f"{k} {v:.2f}" for k, v in result.metrics.items())
+                print(f"{name} {result.task}: {numbers}")
+    if comm.is_main_process():
+        draw(cfg, model, output / "pictures")
+        draw_curves(output / "metrics.json", output / "curves.png")
 
 
-def _write_results(
-    args: argparse.Namespace,
-    cfg: CfgNode,
-    outcome: Mapping[str, Mapping[str, float]],
-    name: str,
-    origin: Mapping[str, Any],
-    **rest: Any,
-) -> None:
-    """One line a task into OUTPUT_DIR/results.jsonl, and the numbers on the screen."""
-    from pretrain.files import append_jsonl
-
+def _results(
+    args: argparse.Namespace, cfg: CfgNode, origin: Mapping[str, Any], name: str,
+    outcome: Mapping[str, Mapping[str, float]], iteration: int, seed: int, clock: Clock,
+) -> list[Result]:  # fmt: skip
+    """A result for boxes and one for masks. coco_2017_val is data set coco_2017, split val."""
     dataset, _, split = name.rpartition("_")
-    for task, metrics in outcome.items():
-        append_jsonl(Path(cfg.OUTPUT_DIR) / "results.jsonl", {
-            "task": TASKS[task], "dataset": dataset or name, "split": split, "metrics": metrics,
-            "protocol": protocol_of(cfg), "arch": origin["arch"], "weights": {k: origin[k] for k in RANDOM},
-            "label": args.label, "selection": "last", "label_percent": None, **rest,
-        })  # fmt: skip
-        print(f"{name} {TASKS[task]}: " + "  ".join(f"{k} {v:.2f}" for k, v in metrics.items()))
+    norms = {part: cfg.MODEL[part].NORM for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
+    return [
+        Result(
+            task=TASKS[task],
+            dataset=dataset or name,
+            split=split,
+            n=len(DatasetCatalog.get(name)),
+            metrics=dict(metrics),
+            protocol=protocol_of(cfg),
+            weights={k: origin.get(k) for k in RANDOM},
+            arch=origin["arch"],
+            label=args.label,
+            iteration=iteration,
+            seed=seed,
+            image_size=cfg.INPUT.MIN_SIZE_TEST,
+            settings={
+                "config_file": Path(args.config_file).stem,
+                "mixed_precision": cfg.SOLVER.AMP.ENABLED,
+                "norms": norms,
+                "processes": comm.get_world_size(),
+            },
+            **clock.stamp(torch.device(cfg.MODEL.DEVICE)),
+        )
+        for task, metrics in outcome.items()
+        if metrics
+    ]
 
 
 def _is_finished(cfg: CfgNode, origin: Mapping[str, Any]) -> bool:
     """Whether OUTPUT_DIR holds the results that this command would give."""
     return any(
-        line.get("protocol") == protocol_of(cfg)
-        and line.get("iteration") == cfg.SOLVER.MAX_ITER
-        and line.get("weights", {}).get("sha256") == origin["sha256"]
-        and cfg.SEED in (-1, line.get("seed"))
-        for line in read_jsonl(Path(cfg.OUTPUT_DIR) / "results.jsonl")
+        r.protocol == protocol_of(cfg)
+        and r.iteration == cfg.SOLVER.MAX_ITER
+        and r.weights.get("sha256") == origin["sha256"]
+        and cfg.SEED in (-1, r.seed)
+        for r in read(cfg.OUTPUT_DIR)
     )
 
 
