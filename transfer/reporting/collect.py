@@ -14,6 +14,8 @@ from transfer.reporting.gaps import Gap, is_jobs, job_gaps, run_gaps, suite_of
 from transfer.reporting.records import Record, why_stale
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+DRAWN_HERE = ("curves.png",)
+"""Pictures of what the report draws itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Ev
             runs.append(Run(label=name, folder=folder, rows=_last_of_each(rows, step)))
     if folder.name == "pictures":
         run = _label_and_seed(folder.parent, root)
-        for file in sorted(f for f in files if f.lower().endswith(PICTURE_SUFFIXES)):
+        for file in sorted(f for f in files - {*DRAWN_HERE} if f.lower().endswith(PICTURE_SUFFIXES)):
             found.pictures.append(Picture(path=folder / file, caption=f"{run}: {Path(file).stem}"))
     return name
 
