@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pretrain.cli import UserError
 from pretrain.files import sha256_of
 from transfer.architecture import COUNTER, SAME_SHAPES, blocks, match_arch
-from transfer.formats import FOREIGN, OWN_BACKBONE, OWN_BACKBONE_EMA, OWN_RUN, Format, Place
+from transfer.formats import CMC, FOREIGN, OWN_BACKBONE, OWN_BACKBONE_EMA, OWN_RUN, Format, Place
 from transfer.safe_load import RawFile, load_file
 
 OWN_FORMAT = "intl-bench/"
@@ -131,7 +131,7 @@ def read_all(raw: RawFile, *, arch: str | None = None) -> list[Reading]:
     A file that says it is this project's is read as nothing else.
     """
     value, hint = raw.value, None
-    formats: tuple[Format, ...] = FOREIGN
+    formats: tuple[Format, ...] = (*FOREIGN, CMC)
     if raw.metadata.get("format", "").startswith(OWN_FORMAT):
         held = raw.metadata.get("branch", "online")
         formats = (OWN_BACKBONE,) if held == "online" else (OWN_BACKBONE_EMA,)
@@ -144,8 +144,8 @@ def read_all(raw: RawFile, *, arch: str | None = None) -> list[Reading]:
     readings = []
     for format_ in formats:
         for branch in BRANCHES:
-            places = {_place(value, p) for p in (format_.online if branch == "online" else format_.ema)}
-            for place in sorted(places, key=lambda p: (p.container, p.prefix)):
+            places = format_.online if branch == "online" else format_.ema
+            for place in dict.fromkeys(_place(value, p) for p in places):
                 container = _container(value, place.container)
                 if container is not None:
                     readings.append(_read(format_, branch, place, container, arch, hint))

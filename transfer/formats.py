@@ -198,6 +198,11 @@ FOREIGN: tuple[Format, ...] = (
     ),
 )  # fmt: skip
 
+CMC = Format(
+    name="CMC", online=_at("model", "encoder1."), drop=(("encoder2.", "network of the ab channels"),)
+)
+"""Tried so that it is recognised; its one input channel is refused."""
+
 FORMATS: tuple[Format, ...] = (OWN_RUN, OWN_BACKBONE, OWN_BACKBONE_EMA, *FOREIGN)
 
 REFUSED = {

@@ -477,7 +477,8 @@ def _what_pickle(path: Path) -> str:
     if isinstance(value, dict) and ("experiment_state" in value or "target_params" in value):
         return (
             "it is DeepMind's BYOL pickle, whose arrays are rebuilt by functions that the file names. In a "
-            "sandbox, unpickle it with JAX and dm-haiku, take online_params and online_state, permute the HWIO kernels by (3, 2, 0, 1), give torchvision's names, and save with torch.save"
+            "sandbox, unpickle it with JAX and dm-haiku, take online_params and online_state, permute the "
+            "HWIO kernels by (3, 2, 0, 1) and save the arrays under torchvision's names with torch.save"
         )
     if isinstance(value, dict) and isinstance(value.get("model"), dict):
         names = list(value["model"])
