@@ -10,7 +10,7 @@ from typing import Any
 
 from pretrain.cli import UserError
 from pretrain.files import read_jsonl
-from transfer.reporting.gaps import Gap, is_jobs, job_gaps, run_gaps, suite_of
+from transfer.reporting.gaps import Gap, StepTime, is_jobs, job_gaps, job_times, run_gaps, suite_of
 from transfer.reporting.records import Record, why_stale
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -44,6 +44,7 @@ class Evidence:
     detection: list[Run] = dataclasses.field(default_factory=list)
     pictures: list[Picture] = dataclasses.field(default_factory=list)
     gaps: list[Gap] = dataclasses.field(default_factory=list)
+    times: list[StepTime] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
     """Input that could not be read or is not shown, each as a sentence."""
 
@@ -61,6 +62,7 @@ def collect(dirs: Sequence[str | Path], *, skip: Path | None = None) -> Evidence
     accounted: set[Path] = set()
     for suite in dict.fromkeys(suites):
         found.gaps += job_gaps(suite / "jobs", accounted)
+        found.times += job_times(suite / "jobs")
     seen: set[Path] = set()
     for root, suite in zip(found.roots, suites):
         for folder, files in _folders(root, skip):

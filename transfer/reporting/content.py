@@ -289,26 +289,33 @@ def gaps(evidence: Evidence, results: Results) -> Table | None:
 
 
 def costs(evidence: Evidence) -> Table | None:
-    """Wall time and device hours of each evaluation, a run's lines counted once."""
-    rows, seen = [], set()
-    for r in evidence.records:
-        run = (r.folder, r["started_at"], r["seconds"], r["seed"])
-        if not isinstance(r["seconds"], (int, float)) or run in seen:
-            continue
-        seen.add(run)
+    """Wall time and device-hours of each evaluation, lines of one run counted once, and of a suite's steps."""
+    rows = []
+    runs = {(r.folder, r["started_at"], r["seed"]): r for r in evidence.records if r["seconds"]}
+    for step in evidence.times:
+        if step.output not in {folder.resolve() for folder, _, _ in runs}:
+            rows.append([
+                cell(step.name), cell(step.kind), cell("-"), cell("-"), cell(f"{step.ranks} process(es)"),
+                *_time_cells(step.seconds, step.ranks), cell("-"),
+            ])  # fmt: skip
+    for r in runs.values():
         settings = r["settings"] or {}
         devices = settings.get("world_size") or settings.get("num_gpus") or 1
         rows.append([
             cell(r.label), cell(r["task"]), cell(r.protocol), cell("-" if r["seed"] is None else r["seed"]),
-            cell(r["device"] or "-"), cell(f"{r['seconds']:.0f}"),
-            cell(f"{r['seconds'] * max(int(devices), 1) / 3600:.3f}"), cell(str(r["commit"] or "-")[:12]),
+            cell(r["device"] or "-"), *_time_cells(r["seconds"], max(int(devices), 1)),
+            cell(str(r["commit"] or "-")[:12]),
         ])  # fmt: skip
     if not rows:
         return None
     columns: list[str | Cell] = [
-        "weights", "task", "protocol", "seed", "device", "seconds", "device-hours", "commit",
+        "what", "task", "protocol", "seed", "device", "seconds", "device-hours", "commit",
     ]  # fmt: skip
     return table("costs", "Wall time", columns, rows)
+
+
+def _time_cells(seconds: float, devices: int) -> tuple[Cell, Cell]:
+    return cell(f"{seconds:.0f}"), cell(f"{seconds * devices / 3600:.3f}")
 
 
 def measurements(results: Results) -> Table:

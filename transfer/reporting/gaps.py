@@ -29,13 +29,43 @@ def is_jobs(folder: Path) -> bool:
     return folder.name == "jobs" and next(folder.glob("*/step.json"), None) is not None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """How long a finished step of a suite took on how many ranks."""
+
+    name: str
+    kind: str
+    output: Path
+    seconds: float
+    ranks: int
+
+
+def job_times(jobs: Path) -> list[StepTime]:
+    """Finished steps of a suite in the graph's order, its report left out."""
+    times = []
+    for step, folder in _steps(jobs):
+        seconds = _read_json(folder / "done.json").get("seconds")
+        if isinstance(seconds, (int, float)):
+            ranks = _read_json(folder / "state.json").get("ranks") or 1
+            output = Path(str(step.get("output"))).resolve()
+            kind = str(step.get("kind") or "")
+            times.append(
+                StepTime(name=str(step["name"]), kind=kind, output=output, seconds=seconds, ranks=ranks)
+            )
+    return times
+
+
+def _steps(jobs: Path) -> list[tuple[dict[str, Any], Path]]:
+    """Every jobs/<step>/step.json but the report's, with its folder."""
+    steps = [(_read_json(path), path.parent) for path in jobs.glob("*/step.json")]
+    steps = [(step, folder) for step, folder in steps if step.get("name") and step.get("kind") != "report"]
+    return sorted(steps, key=lambda item: (item[0].get("order", 0), item[1].name))
+
+
 def job_gaps(jobs: Path, accounted: set[Path]) -> list[Gap]:
     """Steps of a suite (jobs/<step>/step.json) that did not end well; their outputs go into `accounted`."""
     gaps = []
-    steps = [(_read_json(path), path.parent) for path in jobs.glob("*/step.json")]
-    for step, folder in sorted(steps, key=lambda item: (item[0].get("order", 0), item[1].name)):
-        if step.get("kind") == "report" or not step.get("name"):
-            continue
+    for step, folder in _steps(jobs):
         accounted.add(Path(str(step.get("output"))).resolve())
         if (folder / "done.json").is_file():
             continue

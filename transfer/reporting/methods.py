@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,6 +35,8 @@ class Task:
     protocol: str
     protocol_hash: str
     images: int
+    ambiguous: bool = False
+    """Whether another protocol here has this name, but other content."""
 
     @property
     def partly(self) -> bool:
@@ -49,7 +51,8 @@ class Task:
     @property
     def setting(self) -> str:
         count = f", {self.images:,} images" if self.images else ""
-        return f"{self.dataset} {self.split}, {self.protocol}{count}"
+        which = f" ({self.protocol_hash[:6]})" if self.ambiguous else ""
+        return f"{self.dataset} {self.split}, {self.protocol}{which}{count}"
 
     @property
     def slug(self) -> str:
@@ -122,7 +125,8 @@ def metric_name(metric: str) -> str:
     return f"{spelt}, k = {k}" if k.isdigit() else spelt
 
 
-def task_of(record: Record) -> Task:
+def task_of(record: Record, ambiguous: frozenset[str] = frozenset()) -> Task:
+    """The task of a record; protocols named in `ambiguous` are told apart by their hash."""
     name = str(record["task"])
     protocol: dict[str, Any] = record["protocol"] or {}
     return Task(
@@ -134,6 +138,7 @@ def task_of(record: Record) -> Task:
         protocol=record.protocol,
         protocol_hash=str(protocol.get("hash") or ""),
         images=int(record["n"] or 0),
+        ambiguous=record.protocol in ambiguous,
     )
 
 
@@ -147,10 +152,13 @@ def group(evidence: Evidence, *, pool: bool = False) -> Results:
     notes: list[str] = []
     groups: dict[tuple[str, Task, str], dict[tuple[Any, ...], Record]] = defaultdict(dict)
     replaced = 0
+    hashes = {(r.protocol, task_of(r).protocol_hash) for r in evidence.records}
+    counts = Counter(name for name, _ in hashes)
+    ambiguous = frozenset(name for name, count in counts.items() if count > 1)
     order = {id(r): i for i, r in enumerate(evidence.records)}
     by_time = sorted(evidence.records, key=lambda r: (str(r["started_at"] or ""), order[id(r)]))
     for record in by_time:
-        key = (names[id(record)], task_of(record), str(record["selection"] or "last"))
+        key = (names[id(record)], task_of(record, ambiguous), str(record["selection"] or "last"))
         same = (
             record.sha256,
             record["seed"],
