@@ -36,6 +36,8 @@ def main(argv: list[str]) -> int | None:
     sent = {name: Record(root, name).submitted for name in live}
     on_slurm = [s["job_id"] for s in sent.values() if s["cluster"] == "slurm"]
     here = [str(s["job_id"]) for s in sent.values() if s["cluster"] == "local"]
+    for name in live:  # what was queued has no process to say so
+        Record(root, name).set_state("stopped", ended_at=time.time())
     if on_slurm:
         done = subprocess.run(["scancel", *on_slurm], capture_output=True, text=True, timeout=60)
         if done.returncode != 0:

@@ -59,14 +59,14 @@ def _weights(asked: Suite) -> list[str]:
 
 
 def _protocols(asked: Suite) -> list[str]:
-    from transfer.protocols import load_protocol
+    from transfer.protocol import load_protocol
 
     chosen = {"knn": asked.knn_protocol, "linear": asked.linear_protocol, "semisup": asked.semisup_protocol}
     problems = []
     for kind, name in chosen.items():
         if any(task.startswith(kind) for task in asked.tasks or []):
             try:
-                load_protocol(name)
+                load_protocol(name, kind)
             except UserError as error:
                 problems.append(f"--{kind}-protocol {name}: {error}")
     return problems

@@ -19,7 +19,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -72,7 +72,7 @@ class Job:
         attempt = f"{env.job_id}-{restarts}"
         _log_to_stderr()
         began = time.time()
-        with _signals(on_slurm=env.cluster == "slurm"):
+        with _signals(lambda: self._stopping(env)):
             try:
                 with self._only_one(env.global_rank):
                     if self.record.is_done(self.key, self.step.makes):
@@ -117,6 +117,14 @@ class Job:
                     f"{self.step.name} needs {name}, which has not finished: submit the suite again"
                 )
 
+    def _stopping(self, env: Any) -> None:
+        """SIGTERM, with everything saved: see this module's first lines."""
+        if env.cluster != "slurm":
+            raise Stopped("cancelled")
+        if env.global_rank == 0:
+            self.record.set_state("stopped", ended_at=time.time())
+        _wait_for_kill("SIGTERM")
+
     @contextlib.contextmanager
     def _only_one(self, rank: int) -> Iterator[None]:
         """A second job of the same step, should there ever be one, waits and then finds it done."""
@@ -159,7 +167,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def _signals(*, on_slurm: bool) -> Iterator[None]:
+def _signals(stopping: Callable[[], None]) -> Iterator[None]:
     """Handlers for SIGTERM and SIGUSR2 that leave forked children, data workers say, out of it."""
     own = os.getpid()
     requeue = signal.getsignal(signal.SIGUSR2)
@@ -173,10 +181,8 @@ def _signals(*, on_slurm: bool) -> Iterator[None]:
         if os.getpid() != own:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
-        elif not on_slurm:
-            raise Stopped("cancelled")
         else:
-            _wait_for_kill("SIGTERM")
+            stopping()
 
     term = signal.signal(signal.SIGTERM, on_term)
     signal.signal(signal.SIGUSR2, on_usr2)

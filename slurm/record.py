@@ -128,9 +128,7 @@ class Record:
         (self.folder / "done.json").unlink(missing_ok=True)
         output = Path(self.step.get("output", self.folder / "none"))
         if output.is_dir() and output.resolve() != self.root.resolve():
-            kept = output.rename(self.folder / f"replaced-{time.strftime('%Y%m%d-%H%M%S')}")
-            for path in list(kept.rglob("*.jsonl")):
-                path.rename(path.with_name(f"{path.name}.replaced"))
+            output.rename(self.folder / f"replaced-{time.strftime('%Y%m%d-%H%M%S')}")
 
     def logs(self, rank: int = 0) -> list[Path]:
         """Standard output and error of the last submission."""

@@ -197,13 +197,13 @@ def detection(
 
 
 def report(root: Path, steps: Sequence[Step]) -> Step:
-    """The report over all that has ended, into `root`/report."""
+    """The report over all that has ended, into `root`/report; it says itself what is missing."""
     output = root / "report"
     return Step(
         name="report",
         kind="report",
-        module="slurm.gather",
-        argv=("--root", str(root), "--output", str(output)),
+        module="transfer.report",
+        argv=(str(root), "--output", str(output)),
         output=output,
         after=tuple(s.name for s in steps),
         makes=(output / "index.html",),

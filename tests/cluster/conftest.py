@@ -36,6 +36,20 @@ class Cluster:
         words = self.call("scontrol", "show", "job", job_id).split()
         return dict(w.split("=", 1) for w in words if "=" in w)
 
+    def down(self, node: str) -> None:
+        """An administrator marks a node down."""
+        self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+    def up(self, node: str) -> None:
+        """... and back; refused where the node has come back by itself."""
+        self.call("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        wait_for(
+            lambda: (
+                self.call("sinfo", "-h", "-n", node, "-p", "low", "-o", "%t").strip()
+                in ("idle", "mix", "alloc")
+            )
+        )
+
     def preempt(self) -> str:
         """Take the whole cluster for three seconds at a higher priority."""
         out = self.call(

@@ -1,4 +1,4 @@
-"""Faults injected into real jobs on a real SLURM: each ends with the weights of an undisturbed run, to the bit."""
+"""Faults injected into real jobs on a real SLURM: each ends with an undisturbed run's weights, to the bit."""
 
 from __future__ import annotations
 
@@ -56,21 +56,27 @@ def scenes(tmp_path_factory: pytest.TempPathFactory, fashion_mnist_dir: Path) ->
     return folder
 
 
-def pretraining(root: Path, recipe: Path, images: Path) -> Step:
-    return tasks.pretraining(root, str(recipe), Images(dataset="imagefolder", data_dir=images), seed=0)
+DETECTION = (
+    "SOLVER.MAX_ITER 12 SOLVER.STEPS (8,10) SOLVER.IMS_PER_BATCH 2 SOLVER.CHECKPOINT_PERIOD 4 "
+    "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 TEST.PRECISE_BN.NUM_ITER 2"
+)
+
+
+def pretraining(root: Path, recipe: Path, images: Path, *extra: str) -> Step:
+    data = Images(dataset="imagefolder", data_dir=images)
+    return tasks.pretraining(root, str(recipe), data, seed=0, extra=extra)
 
 
 def detection(root: Path, scenes: Path) -> Step:
+    sets = [f"scenes_{s}={scenes / f'{s}.json'}:{scenes / s}" for s in ("train", "test")]
     return tasks.detection(
         root, Subject(name="random", label="random init", weights=""), task="scenes", config="scenes_R18_FPN",
-        seed=0, weights=None, needs=(),
-        datasets=[f"scenes_{s}={scenes / f'{s}.json'}:{scenes / s}" for s in ("train", "test")],
-        extra=["SOLVER.MAX_ITER", "12", "SOLVER.STEPS", "(8,10)", "SOLVER.IMS_PER_BATCH", "2", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "TEST.PRECISE_BN.NUM_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "4"],
+        seed=0, weights=None, needs=(), datasets=sets, extra=DETECTION.split(),
     )  # fmt: skip
 
 
 def resources(**changes) -> dict[str, Resources]:
-    asked = Resources(partition="low", timeout_min=60, signal_delay_s=20, **changes)
+    asked = Resources(**{"partition": "low", "timeout_min": 60, "signal_delay_s": 20, **changes})
     return dict.fromkeys(KINDS, asked)
 
 
@@ -135,6 +141,12 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
     assert "interrupted 1 time" in seen(preempted, "pretrain").detail
     wait_for(lambda: cluster.job(ids["pretrain"])["JobState"] == "RUNNING")
 
+    # A time limit of a minute ends one: this pretraining sleeps now and then, which changes no weight.
+    limited, slowly = tmp_path / "limited", ("--hook", "tiny_steps:slow_hook")
+    limited_id = send(limited, [pretraining(limited, recipe, cifar_folder, *slowly)], timeout_min=1)[
+        "pretrain"
+    ]
+
     # An administrator queues one again; a SIGKILL ends one for good, and it is submitted again.
     requeued, killed = tmp_path / "requeued", tmp_path / "killed"
     requeued_id = send(requeued, [pretraining(requeued, recipe, cifar_folder)])["pretrain"]
@@ -160,11 +172,12 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
     down_id = send(down, [pretraining(down, recipe, cifar_folder)])["pretrain"]
     wait_for(at_step(down, "pretrain", 12))
     node = cluster.call("sinfo", "-h", "-o", "%n").split()[0]
-    cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    cluster.down(node)
     wait_for(lambda: cluster.job(down_id)["JobState"] == "PENDING")
-    cluster.call("scontrol", "update", f"nodename={node}", "state=resume")
+    cluster.up(node)
 
-    for root in (requeued, killed, down):
+    wait_for(lambda: cluster.job(limited_id)["Restarts"] != "0")
+    for root in (requeued, killed, down, limited):
         wait_for(done(root, "pretrain"), END_S)
         assert same(weights(root), expected), root.name
     assert Record(requeued, "pretrain").state["starts"] >= 2
