@@ -53,6 +53,8 @@ def intl_loss(
         trade_off = default_trade_off(n if whitening == "channel" else d)
     elif not (math.isfinite(trade_off) and trade_off >= 0):
         raise ValueError(f"trade_off must be a finite number of at least 0, got {trade_off}")
+    if momentum_target:
+        embeddings = [embeddings[0].detach(), *embeddings[1:]]
     with no_autocast(embeddings[0]):
         terms = _channel_terms if whitening == "channel" else _batch_terms
         cosine_V, penalty_V = terms(embeddings, iterations, momentum_target)
@@ -120,7 +122,7 @@ def _channel_terms(
 ) -> tuple[Tensor, Tensor]:
     """Mean cosines of views 1 … V − 1 with view 0 and the penalties of all views, through Gram matrices."""
     d = embeddings[0].shape[1]
-    own_VNN, cross_VNN = _Grams.apply(momentum_target, *embeddings)
+    own_VNN, cross_VNN = _Grams.apply(_Centred.apply(*embeddings), momentum_target)
     own_VNN = own_VNN / (d - 1)
     w_VNN = newton_inverse_root(own_VNN, iterations)
     norms_VN = ((w_VNN @ own_VNN) * w_VNN).sum(
@@ -140,52 +142,57 @@ def _penalty(variances_VM: Tensor) -> Tensor:
     return (variances_VM - 1).square().sum(-1)
 
 
-class _Grams(torch.autograd.Function):
-    """Row-centred Gram matrices G_aa (V x N x N) and G_a0 (a = 1 … V − 1) of V views, with a backward of its own.
+class _Centred(torch.autograd.Function):
+    """Views minus their rows' means as one V x n x D tensor, float32 or float64.
 
-    dZc_a = (dG_aa + dG_aaᵀ) Zc_a + what the cross products add. Rows of Zc have mean 0, so have rows of dZc:
-    the centring needs no backward. Kept between the two: Zc alone.
+    Its backward need not centre: the Gram products give dZc rows of mean 0, as Zc has.
     """
 
     @staticmethod
-    def forward(ctx: Any, momentum_target: bool, *views_nD: Tensor) -> tuple[Tensor, Tensor]:
-        zc_VND = _centred_stack(views_nD)
-        v, n, d = zc_VND.shape
-        ctx.save_for_backward(zc_VND)
-        ctx.momentum_target, ctx.dtype = momentum_target, views_nD[0].dtype
-        own_VNN = zc_VND.new_empty(v, n, n)
-        torch.bmm(zc_VND, zc_VND.mT, out=own_VNN)
-        cross_VNN = (zc_VND[1:].reshape(-1, d) @ zc_VND[0].mT).view(v - 1, n, n)
-        return own_VNN, cross_VNN
+    def forward(ctx: Any, *views_nD: Tensor) -> Tensor:
+        first = views_nD[0]
+        ctx.dtype = first.dtype
+        out_VnD = wide(first.new_empty(0)).new_empty(len(views_nD), *first.shape)
+        for z_nD, slot_nD in zip(views_nD, out_VnD):
+            z_nD = wide(z_nD)
+            torch.sub(z_nD, z_nD.mean(1, keepdim=True), out=slot_nD)
+        return out_VnD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_own_VNN: Tensor, d_cross_VNN: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_VnD: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(d.to(ctx.dtype) if need else None for d, need in zip(d_VnD, ctx.needs_input_grad))
+
+
+class _Grams(torch.autograd.Function):
+    """Zc (V x N x D) to G_aa (V x N x N) and G_a0 (a = 1 … V − 1): 2V − 1 products of N² D, backward 4V − 4.
+
+    dZc_a = (dG_aa + dG_aaᵀ) Zc_a + dG_a0 Zc_0 and dZc_0 = (dG_00 + dG_00ᵀ) Zc_0 + Σ_a dG_a0ᵀ Zc_a, the
+    latter one product. With `constant_target` dZc_0 is left out. Kept between the two: Zc alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, zc_VND: Tensor, constant_target: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(zc_VND)
+        ctx.constant_target = constant_target
+        return torch.bmm(zc_VND, zc_VND.mT), zc_VND[1:] @ zc_VND[0].mT
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_own_VNN: Tensor, d_cross_VNN: Tensor) -> tuple[Tensor, None]:
         (zc_VND,) = ctx.saved_tensors
-        v, n, d = zc_VND.shape
+        n, d = zc_VND.shape[1:]
         with no_autocast(zc_VND):
             a_VNN = d_own_VNN + d_own_VNN.mT
-            first = 1 if ctx.momentum_target else 0
-            grads: list[Tensor | None] = [None] * v
-            for i in range(1, v):
-                left = torch.cat([d_cross_VNN[i - 1], a_VNN[i]], 1)
-                grads[i] = left[:, :n] @ zc_VND[0]
-                grads[i].addmm_(left[:, n:], zc_VND[i])
-            if first == 0:
-                row = torch.cat([a_VNN[0], *d_cross_VNN.mT], 1)
-                grads[0] = row @ zc_VND.view(-1, d)
-        return None, *(g if g is None else g.to(ctx.dtype) for g in grads)
-
-
-def _centred_stack(views_nD: Sequence[Tensor]) -> Tensor:
-    """Views minus their rows' means as one V x n x D tensor, float32 or float64."""
-    first = views_nD[0]
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    out = torch.empty((len(views_nD), *first.shape), dtype=dtype, device=first.device)
-    for z_nD, slot_nD in zip(views_nD, out):
-        slot_nD.copy_(z_nD)
-        slot_nD -= slot_nD.mean(1, keepdim=True)
-    return out
+            out_VND = torch.empty_like(zc_VND)
+            if ctx.constant_target:
+                out_VND[0].zero_()
+            else:
+                row = torch.cat([a_VNN[0], *d_cross_VNN.mT], 1)  # N x VN
+                torch.mm(row, zc_VND.view(-1, d), out=out_VND[0])
+            torch.bmm(a_VNN[1:], zc_VND[1:], out=out_VND[1:])
+            out_VND[1:].view(-1, d).addmm_(d_cross_VNN.reshape(-1, n), zc_VND[0])
+        return out_VND, None
 
 
 def _batch_terms(
@@ -193,8 +200,8 @@ def _batch_terms(
 ) -> tuple[Tensor, Tensor]:
     """The same of batch whitening; Ẑ by the smaller side, for Zc g(Zcᵀ Zc) = g(Zc Zcᵀ) Zc."""
     whitened_VND = []
-    for i, z_ND in enumerate(embeddings):
-        z_ND = wide(z_ND.detach() if momentum_target and i == 0 else z_ND)
+    for z_ND in embeddings:
+        z_ND = wide(z_ND)
         n, d = z_ND.shape
         zc_ND = z_ND - z_ND.mean(0)
         if n < d:
