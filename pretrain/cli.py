@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
 from pretrain.files import write_json, write_text
 from pretrain.signals import Stopped
@@ -43,11 +45,29 @@ class RunFailed(RuntimeError):
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse with options spelt the usual way: --data-dir, stored as data_dir."""
+    """jsonargparse with options spelt the usual way: --data-dir (stored as data_dir), --dry-run, --no-verify."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("type") is bool:
+            del kwargs["type"]
+            kwargs |= {"action": ActionYesNo(yes_prefix="", no_prefix="no-"), "nargs": "?"}
         dashed = [a.replace("_", "-") if isinstance(a, str) and a.startswith("--") else a for a in args]
         return super().add_argument(*dashed, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """One line instead of the usage and several."""
+        line = " ".join(message.split()).replace("<class 'int'>", "whole number")
+        line = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: "one of " + m[1].replace("'", ""), line)
+        line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
+        line = re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{m[1].replace('_', '-')}:", line)
+        required = "the following arguments are required: "
+        if line.startswith(required):
+            options = line.removeprefix(required).split(", ")
+            line = required + ", ".join(f"--{o.replace('_', '-')}" for o in options)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", line, re.IGNORECASE)
+        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{line}{hint} (--help lists all options)") from ex
 
 
 def parse_settings(
