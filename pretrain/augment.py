@@ -15,6 +15,7 @@ Letters of shapes: N images, S side of the view in px.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -162,7 +163,8 @@ def finish(crops: Tensor, colours: Colours, *, mean: Tensor, std: Tensor) -> Ten
     """N x S x S x 3 uint8 crops -> N x 3 x S x S float32 normalised, channels_last, on the crops' device."""
     x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     for k in range(4):
-        _subset(x, colours.hue_at[k], lambda part, k=k: shift_hue(part, colours.hue_N[colours.hue_at[k]]))
+        turns = colours.hue_N[colours.hue_at[k]]
+        _subset(x, colours.hue_at[k], functools.partial(shift_hue, turns_N=turns))
         if k < 3:
             blend(x, colours.blend_3N[k], colours.grey_share_3N[k], colours.mean_share_3N[k])
     _subset(x, colours.grey, lambda part: greyscale(part).expand_as(part))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this project; choose another --output")
     return state
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of writers that were killed."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 class CheckpointWriter:
@@ -101,6 +108,13 @@ def save_backbone(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with atomic_path(path) as aside:
         save_file(tensors, aside, metadata={"format": FORMAT, **{k: _spell(v) for k, v in metadata.items()}})
+        aside.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def _spell(value: Any) -> str:

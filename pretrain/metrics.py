@@ -39,8 +39,8 @@ class LossLog:
             if not math.isfinite(total):
                 raise RunFailed(
                     f"the loss is not finite at step {step}: total {total}, alignment {alignment}, trace "
-                    f"{trace}, learning rate {lr:.4g}; the last good checkpoint is kept. Lower --lr, lengthen "
-                    "--warmup-epochs or take --precision float32"
+                    f"{trace}, learning rate {lr:.4g}; the last good checkpoint is kept. Lower --lr, "
+                    "lengthen --warmup-epochs or take --precision float32"
                 )
         now = time.monotonic()
         mean = terms.mean(0).tolist()

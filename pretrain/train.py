@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.augment import View, finish
-from pretrain.checkpoint import CheckpointWriter, load_checkpoint, save_backbone
+from pretrain.checkpoint import CheckpointWriter, load_checkpoint, remove_leftovers, save_backbone
 from pretrain.cli import Progress, RunFailed, UserError, parse_settings, save_settings, settings_as_dict
 from pretrain.control import estimate_bn
 from pretrain.data import ImageDataset, open_dataset
@@ -142,6 +142,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
         torch.set_rng_state(saved["rng"]["torch"])
         logger.info("going on from step %d of %d", start, plan.steps)
     if is_main():
+        remove_leftovers(output)
         save_settings(settings, output / "config.yaml")
     barrier()
     if plan.steps == 0:
@@ -242,6 +243,8 @@ def _loop(
                 record |= _diagnosis(settings, embeddings[-1], alarm=done > plan.warmup)
                 if metrics is not None:
                     metrics.write(record)
+            if save:
+                _check_weights(learner, done)
             if save and is_main():
                 also = output / f"checkpoint_epoch{epoch}.pt" if copy else None
                 writer.save(_state(settings, learner, done, plan), also=also)
@@ -290,6 +293,17 @@ def on_device(batch: Batch, views: Views, device: torch.device) -> list[Tensor]:
     ]
 
 
+def _check_weights(learner: Learner, step: int) -> None:
+    """Raises RunFailed before weights that are not finite replace a good checkpoint."""
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in learner.encoder.parameters()]))
+    if not torch.isfinite(norms).all():
+        lr = learner.optimizer.param_groups[0]["lr"]
+        raise RunFailed(
+            f"weights are not finite after step {step} (learning rate {lr:.4g}), though its loss was; the "
+            "last good checkpoint is kept. Lower --lr or take --precision float32"
+        )
+
+
 def _diagnosis(settings: Settings, z_ND: Tensor, *, alarm: bool) -> dict[str, float]:
     """The spectrum of this rank's embeddings; an alarm when they have collapsed. All ranks must call."""
     diagnosis = diagnose(z_ND)
@@ -308,9 +322,7 @@ def _count_broken(batch: Batch, broken: set[str], limit: int) -> None:
             broken.add(message)
             logger.warning("skipped: %s", message)
     if len(broken) > limit:
-        raise RunFailed(
-            f"{len(broken)} images could not be read, more than --max-broken-images {limit}; the last: {message}"
-        )
+        raise RunFailed(f"more than --max-broken-images {limit} images cannot be read; the last: {message}")
 
 
 def _parallel(

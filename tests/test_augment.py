@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +105,7 @@ def test_probability_zero_leaves_the_crop_and_one_changes_all(real_N3HW: torch.T
     same = finish(crops, draw_colours(u, never), mean=ZERO, std=ONE)
     assert torch.allclose(same, real_N3HW, atol=1e-6)
     for name in ("jitter_p", "grey_p", "blur_p", "solarise_p", "flip_p"):
-        always = View(size=32, **{**dict.fromkeys(
-            ("jitter_p", "grey_p", "blur_p", "solarise_p", "flip_p"), 0.0), name: 1.0}, blur_sigma=(1.0, 2.0))  # fmt: skip
+        always = dataclasses.replace(never, blur_sigma=(1.0, 2.0), **{name: 1.0})
         changed = finish(crops, draw_colours(u, always), mean=ZERO, std=ONE)
         assert all((a - b).abs().max() > 1e-3 for a, b in zip(changed, real_N3HW)), name
 

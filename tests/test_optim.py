@@ -1,0 +1,80 @@
+"""Schedules and optimizers: figures worked out by hand, and a reference of torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.optim import LARS, build_optimizer, lr_at, parameter_groups
+
+
+def test_learning_rate_by_hand() -> None:
+    at = lambda step: lr_at(step, base=2.0, warmup=4, total=14, final_ratio=0.1)  # noqa: E731
+    assert [at(s) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]  # (step + 1) / 4 of 2
+    # After it, step s has q = (1 + cos(pi (s - 3) / 10)) / 2 and the rate 2 q + 0.2 (1 - q).
+    assert at(8) == pytest.approx(2 * 0.5 + 0.2 * 0.5)  # half-way: q = 1/2
+    assert at(13) == pytest.approx(0.2)  # the last step: q = 0
+    assert all(at(s) > at(s + 1) for s in range(3, 13))
+
+
+def test_no_warm_up_and_all_warm_up() -> None:
+    assert lr_at(0, base=1.0, warmup=0, total=1, final_ratio=0.001) == pytest.approx(0.001)
+    assert lr_at(2, base=1.0, warmup=3, total=3) == 1.0
+
+
+def _model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2, bias=False)
+    )
+
+
+def test_only_matrices_decay_unless_asked() -> None:
+    weights, others = parameter_groups(_model(), weight_decay=0.1)
+    assert [p.ndim for p in weights["params"]] == [2, 2] and weights["weight_decay"] == 0.1
+    assert [p.ndim for p in others["params"]] == [1, 1, 1] and others["weight_decay"] == 0
+    assert parameter_groups(_model(), weight_decay=0.1, decay_1d=True)[1]["weight_decay"] == 0.1
+
+
+def test_sgd_equals_torchs_plain_loop() -> None:
+    ours, theirs = _model(), _model()
+    a = build_optimizer(ours, name="sgd", momentum=0.9, weight_decay=0.01)
+    groups = parameter_groups(theirs, weight_decay=0.01)
+    b = torch.optim.SGD(groups, lr=0.0, momentum=0.9, foreach=False)
+    x = torch.randn(8, 3)
+    for _ in range(3):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_lars_by_hand() -> None:
+    w = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))  # norm 5
+    b = torch.nn.Parameter(torch.tensor([1.0]))
+    optimizer = LARS([{"params": [w], "weight_decay": 0.5}, {"params": [b]}], lr=2.0, momentum=0.9, eta=0.1)
+    w.grad, b.grad = torch.tensor([[-1.5, 2.0]]), torch.tensor([0.25])
+    optimizer.step()
+    # u = g + 0.5 w = (0, 4), norm 4; scaled by 0.1 · 5 / 4: (0, 0.5); w = (3, 4) - 2 · (0, 0.5)
+    assert torch.allclose(w.data, torch.tensor([[3.0, 3.0]]))
+    assert b.item() == 1 - 2 * 0.25  # 1-d: no adaptation
+    w.grad, b.grad = torch.zeros(1, 2), torch.zeros(1)
+    optimizer.step()
+    # u = 0.5 w = (1.5, 1.5); scaled by 0.1 · |w| / |0.5 w| = 0.2: (0.3, 0.3); momentum 0.9 (0, 0.5) on top
+    assert torch.allclose(w.data, torch.tensor([[3 - 2 * 0.3, 3 - 2 * (0.3 + 0.45)]]))
+    assert b.item() == pytest.approx(0.5 - 2 * 0.9 * 0.25, rel=1e-5)
+
+
+def test_lars_leaves_a_zero_weight_or_gradient_finite() -> None:
+    w = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = LARS([w], lr=1.0)
+    w.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.equal(w.data, -torch.ones(2, 2))
+    w.grad = torch.zeros(2, 2)
+    optimizer.step()
+    assert torch.isfinite(w).all()
