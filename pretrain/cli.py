@@ -45,7 +45,7 @@ class RunFailed(RuntimeError):
 
 
 class _Parser(ArgumentParser):
-    """jsonargparse with options spelt the usual way: --data-dir (stored as data_dir), --dry-run, --no-verify."""
+    """jsonargparse with options spelt the usual way: --data-dir (for data_dir), --dry-run, --no-verify."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("type") is bool:
