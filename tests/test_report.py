@@ -294,7 +294,7 @@ def test_several_folders_side_by_side(tmp_path: Path) -> None:
 
 def test_pooled_folders_are_seeds_of_one_method(tmp_path: Path) -> None:
     dirs = two_folders(tmp_path)
-    report.main([*dirs, "--pool", "true", "--output", str(tmp_path / "report")])
+    report.main(["--pool", *dirs, "--output", str(tmp_path / "report")])
     (row,) = rows(tmp_path / "report" / "tables" / "verdict.csv")
     # 80, 81, 84, 85.5: mean 82.625, squared deviations 6.891 + 2.641 + 1.891 + 8.266 = 19.688 over 3
     assert list(row.values())[1] == "82.62 ± 2.56 (n 4)"
@@ -307,6 +307,67 @@ def test_parts_of_one_suite_are_one_method(tmp_path: Path) -> None:
     (root / "jobs" / "x" / "step.json").write_text("{}")
     results = group(collect([root / "knn", root / "linear", root / "detection"]))
     assert "INTL" in results.methods and len(results.methods) == 4
+
+
+# curves
+
+
+def test_sweep_and_label_shares_are_drawn(tmp_path: Path) -> None:
+    sweep = [{"lr": 10.0**-e, "weight_decay": w, "top1": 50 + e + w} for e in range(4) for w in (0, 1)]
+    linear = record("INTL", "linear", {"top1": 60.0}, seed=0, selection="held-out", settings={"sweep": sweep})
+    shares = [
+        record("INTL", "semisup", {"top1": v}, seed=0, label_percent=p, epoch=20)
+        for p, v in ((1, 40.0), (10, 60.0), (100, 75.0))
+    ]
+    write_lines(tmp_path / "results.jsonl", [linear, *shares])
+    report.main([str(tmp_path), "--output", str(tmp_path / "report")])
+    plots = {p.name.partition("-")[0]: p.read_text() for p in (tmp_path / "report" / "plots").glob("*.svg")}
+    assert {"sweep", "labels"} <= set(plots)
+    # a marker for each point: four rates, of each the better weight decay; three shares of the labels
+    marks = {name: len(re.findall(r"<use [^>]*stroke: #", svg)) for name, svg in plots.items()}
+    assert (marks["sweep"] - marks["labels"]) == 1
+    assert ">100<" in plots["labels"]
+    assert "Semi-supervised 1 %" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_coco_minus_one_is_no_figure(tmp_path: Path) -> None:
+    """pycocotools gives −1 where there is no object of a size."""
+    write_lines(tmp_path / "results.jsonl", [record("INTL", "detection", {"AP": 3.0, "APl": -1.0}, seed=0)])
+    report.main([str(tmp_path), "--output", str(tmp_path / "report")])
+    (row,) = rows(next((tmp_path / "report" / "tables").glob("task-detection-*.csv")))
+    assert (row["AP"], row["APl"]) == ("3.00", "–")
+
+
+def test_a_terminal_gets_a_table_with_all_rows(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    report.main([str(suite), "--output", str(suite / "report")])
+    assert "86.50 ± 0.10" in out.getvalue() and "raw pixels" in out.getvalue() and "\x1b[" in out.getvalue()
+
+
+# words and options
+
+
+@pytest.mark.parametrize(
+    ("argv", "dirs", "rest"),
+    [
+        (["a", "b", "--output", "o"], ["a", "b"], ["--output", "o"]),
+        (["--output", "o", "a", "--pool", "b"], ["a", "b"], ["--output", "o", "--pool"]),
+        (["--pool", "true", "a", "--output=o"], ["a"], ["--pool", "true", "--output=o"]),
+        (["--output", "-o", "a"], ["a"], ["--output", "-o"]),
+        (["--help"], [], ["--help"]),
+    ],
+)
+def test_words_without_a_dash_are_folders(argv: list[str], dirs: list[str], rest: list[str]) -> None:
+    assert report._with_dirs(argv) == rest + ([f"--dirs={json.dumps(dirs)}"] if dirs else [])
 
 
 # mistakes

@@ -13,6 +13,10 @@ from transfer.reporting.collect import collect
 from transfer.reporting.methods import group
 from transfer.reporting.tables import Table
 
+FLAGS = ("--pool", "--no-pool", "-h", "--help")
+"""Options that need no value."""
+TRUTH = ("true", "false", "yes", "no")
+
 DESCRIPTION = (
     "Tables and plots of all results under DIR..., beside published numbers of the same protocol. "
     "Usage: python -m transfer report DIR... --output DIR"
@@ -60,14 +64,14 @@ def _with_dirs(argv: list[str]) -> list[str]:
     """Words that belong to no option become the list of `--dirs`."""
     dirs: list[str] = []
     options: list[str] = []
-    words = iter(argv)
-    for word in words:
-        if not word.startswith("-"):
+    takes_value = False
+    for word in argv:
+        option = word.startswith("-") and not takes_value
+        if option or takes_value or (options and options[-1] in FLAGS and word in TRUTH):
+            options.append(word)
+        else:
             dirs.append(word)
-            continue
-        options.append(word)
-        if "=" not in word and word not in ("-h", "--help") and (value := next(words, None)) is not None:
-            options.append(value)
+        takes_value = option and "=" not in word and word not in FLAGS
     return [*options, f"--dirs={json.dumps(dirs)}"] if dirs else options
 
 

@@ -84,7 +84,7 @@ def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Ev
     """Add what one folder holds to `found`; returns the name of the run in it."""
     lines = _results(folder / "results.jsonl", found.problems) if "results.jsonl" in files else []
     found.records += [Record(values=v, folder=folder, root=index, stale=why_stale(v)) for v in lines]
-    name = _label(folder, root, lines)
+    name = _label(folder, root, lines, qualified=len(found.roots) > 1)
     for file, step, runs in (
         ("metrics.jsonl", "step", found.pretraining),
         ("metrics.json", "iteration", found.detection),
@@ -132,12 +132,13 @@ def _last_of_each(rows: list[dict[str, Any]], key: str) -> tuple[dict[str, Any],
     return tuple(joined[step] for step in sorted(joined))
 
 
-def _label(folder: Path, root: Path, lines: list[dict[str, Any]]) -> str:
+def _label(folder: Path, root: Path, lines: list[dict[str, Any]], *, qualified: bool = False) -> str:
     """Label of the run's results where it has them, else its place under the given folder."""
     if lines:
         return Record(values=lines[-1], folder=folder, root=0).label
     relative = folder.relative_to(root).as_posix()
-    return root.resolve().name if relative == "." else relative
+    name = root.resolve().name
+    return name if relative == "." else f"{name}/{relative}" if qualified else relative
 
 
 def _label_and_seed(folder: Path, root: Path) -> str:

@@ -16,6 +16,7 @@ from transfer.reporting.published import Published, other_protocols, same_protoc
 from transfer.reporting.records import Record, weights_name
 from transfer.reporting.tables import MISSING, PUBLISHED, STALE, Cell, Table, cell, table
 
+MAX_ALARMS = 8
 NONE_KNOWN = "Published figures of this protocol and data set: none known."
 
 
@@ -266,6 +267,15 @@ def pretraining_of(path: str) -> str:
     )
 
 
+def alarms(evidence: Evidence) -> tuple[str, ...]:
+    """What is missing or failed, for the top of the page: the first few, and how many more there are."""
+    told = [f"{g.name}: {g.state} ({g.detail})" for g in evidence.gaps]
+    more = len(told) - MAX_ALARMS
+    if more <= 0:
+        return tuple(told)
+    return (*told[:MAX_ALARMS], f"and {more} more: see Missing, failed and stale")
+
+
 def gaps(evidence: Evidence, results: Results) -> Table | None:
     """What is missing, failed or stale."""
     rows = [
@@ -289,13 +299,17 @@ def gaps(evidence: Evidence, results: Results) -> Table | None:
 
 
 def costs(evidence: Evidence) -> Table | None:
-    """Wall time and device-hours of each evaluation, lines of one run counted once, and of a suite's steps."""
+    """Wall time and device-hours of each evaluation, its lines counted once, and of a suite's steps."""
     rows = []
-    runs = {(r.folder, r["started_at"], r["seed"]): r for r in evidence.records if r["seconds"]}
+    runs: dict[tuple[Any, ...], Record] = {}
+    for r in evidence.records:
+        if r["seconds"]:
+            runs.setdefault((r.folder, r["started_at"], r["seed"]), r)
     for step in evidence.times:
         if step.output not in {folder.resolve() for folder, _, _ in runs}:
+            ranks = "1 process" if step.ranks == 1 else f"{step.ranks} processes"
             rows.append([
-                cell(step.name), cell(step.kind), cell("-"), cell("-"), cell(f"{step.ranks} process(es)"),
+                cell(step.name), cell(step.kind), cell("-"), cell("-"), cell(ranks),
                 *_time_cells(step.seconds, step.ranks), cell("-"),
             ])  # fmt: skip
     for r in runs.values():

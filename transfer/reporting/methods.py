@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from transfer.reporting.collect import Evidence
@@ -70,6 +71,8 @@ class Results:
     tasks: tuple[Task, ...]
     groups: dict[tuple[str, Task, str], tuple[Record, ...]]
     notes: tuple[str, ...]
+    run_names: dict[Path, str]
+    """The method by the folder of its results."""
 
     def records(self, method: str, task: Task, selection: str) -> tuple[Record, ...]:
         return self.groups.get((method, task, selection), ())
@@ -181,6 +184,7 @@ def group(evidence: Evidence, *, pool: bool = False) -> Results:
         tasks=tuple(sorted({task for _, task, _ in chosen})),
         groups=dict(sorted(chosen.items(), key=lambda item: (item[0][1], item[0][0], item[0][2]))),
         notes=tuple(notes),
+        run_names={r.folder: names[id(r)] for r in evidence.records},
     )
 
 

@@ -81,7 +81,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         roots=tuple(str(r) for r in evidence.roots),
         verdict=content.verdict(results) if results.tasks else None,
         findings=findings,
-        alarms=tuple(f"{g.name}: {g.state} ({g.detail})" for g in evidence.gaps),
+        alarms=content.alarms(evidence),
         sections=tuple(s for s in sections if s.tables or s.plots or s.pictures),
         measurements=content.measurements(results),
     )

@@ -157,6 +157,7 @@ DETECTION_PLOTS = (
 
 def detection_plots(runs: Sequence[Run], results: Results) -> list[Plot]:
     """Loss and AP over iterations, AP by object size."""
+    runs = [dataclasses.replace(run, label=results.run_names.get(run.folder, run.label)) for run in runs]
     plots = []
     for name, title, key, y in DETECTION_PLOTS:
         series = _curves(runs, "iteration", {key: title})
@@ -192,6 +193,7 @@ def _bar_groups(axes: Axes, bars: dict[str, list[tuple[float, float]]], names: l
             color=COLOURS[i % len(COLOURS)], ecolor=INK, error_kw={"elinewidth": 0.8},
         )  # fmt: skip
     axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(bottom=0, top=None if any(v[0] > 0 for b in bars.values() for v in b) else 1)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel(y)
 
