@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pretrain.files import atomic_path, write_text
-from transfer.reporting import content, pictures, plots, tables
+from transfer.reporting import content, inventory, pictures, plots, tables
 from transfer.reporting.collect import Evidence
 from transfer.reporting.content import Finding
 from transfer.reporting.methods import Results
@@ -54,10 +54,10 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
     shown, left_out = pictures.load(evidence.pictures, per_folder=per_folder)
     evidence = dataclasses.replace(evidence, problems=[*evidence.problems, *left_out])
     difference_table, findings = content.differences(results)
-    missing = content.gaps(evidence, results)
+    missing = inventory.gaps(evidence, results)
     elsewhere = content.published_elsewhere(results)
-    wall = content.costs(evidence)
-    weights = content.judged(evidence)
+    wall = inventory.costs(evidence)
+    weights = inventory.judged(evidence)
     curves = plots.pretraining_plots(evidence.pretraining)
     detection = plots.detection_plots(evidence.detection, results)
     sections = [
@@ -81,9 +81,9 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         roots=tuple(str(r) for r in evidence.roots),
         verdict=content.verdict(results) if results.tasks else None,
         findings=findings,
-        alarms=content.alarms(evidence),
+        alarms=inventory.alarms(evidence),
         sections=tuple(s for s in sections if s.tables or s.plots or s.pictures),
-        measurements=content.measurements(results),
+        measurements=inventory.measurements(results),
     )
 
 

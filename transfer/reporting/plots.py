@@ -16,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from transfer.reporting.collect import Evidence, Run
-from transfer.reporting.content import costs
+from transfer.reporting.inventory import costs
 from transfer.reporting.methods import Results, Task
 
 INK = "#0a0b0c"
