@@ -91,7 +91,7 @@ def test_the_command_writes_a_proved_file_with_its_origin(resnet18: Any, tmp_pat
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
     back = tmp_path / "back.safetensors"
-    words = ["--weights", str(out), "--output", str(back), "--reverse", "true"]
+    words = ["--weights", str(out), "--output", str(back), "--reverse"]
     assert run(convert.main, words) == 0
     from safetensors.torch import load_file
 

@@ -23,7 +23,9 @@ def composed(fashion_mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def digest(folder: Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".jpg", ".json") and p.name != "progress.json")
+    files = sorted(
+        p for p in folder.rglob("*") if p.suffix in (".jpg", ".json") and p.name != "progress.json"
+    )
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

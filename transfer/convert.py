@@ -69,7 +69,7 @@ class ConvertSettings:
     reverse: bool = False
     """From a detectron2 .pkl or .pth file (a backbone or a whole detector) back to timm's keys."""
     verify: bool = True
-    """Prove the conversion in detectron2; false is for machines without it, and is recorded in the file."""
+    """Prove the conversion in detectron2. --no-verify is for machines without it, and is recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)

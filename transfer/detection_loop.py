@@ -24,7 +24,7 @@ from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import Tensor, nn
 
-from pretrain.cli import Progress, UserError
+from pretrain.cli import Progress, RunFailed, UserError
 from pretrain.distributed import barrier, sum_over_ranks
 from pretrain.files import read_jsonl, write_text
 from pretrain.signals import StopSignals
@@ -52,7 +52,7 @@ def fine_tune(
 
     All ranks must call. Leaves OUTPUT_DIR/model_final.pth and returns the record kept in it. On SIGTERM or
     SIGUSR2 it saves and hands over (`pretrain.signals`). `resume_changed`: go on although settings differ.
-    Raises FloatingPointError when a loss is not finite, UserError when weights or settings do not fit.
+    Raises RunFailed when a loss is not finite, UserError when weights or settings do not fit.
     """
     rank, world_size = comm.get_rank(), comm.get_world_size()
     output, max_iter = Path(cfg.OUTPUT_DIR), cfg.SOLVER.MAX_ITER
@@ -102,7 +102,7 @@ def fine_tune(
             means, stopping = _agree(losses, stop.requested)
             if not all(math.isfinite(v) for v in means.values()):
                 terms = ", ".join(f"{k} {v:.4g}" for k, v in means.items())
-                raise FloatingPointError(
+                raise RunFailed(
                     f"the loss is not finite at iteration {iteration} ({terms}); lower SOLVER.BASE_LR "
                     f"({cfg.SOLVER.BASE_LR}) or lengthen SOLVER.WARMUP_ITERS ({cfg.SOLVER.WARMUP_ITERS})"
                 )

@@ -65,7 +65,7 @@ def _detectron2_backbone(options: dict[str, object]) -> nn.Module:
     except ImportError as error:
         raise UserError(
             f"detectron2 is not installed ({error}), so the conversion cannot be proved: install it as the "
-            "README says, or write an unproved file with --verify false"
+            "README says, or write an unproved file with --no-verify"
         ) from error
     cfg = get_cfg()
     cfg.merge_from_list([v for pair in options.items() for v in pair])
