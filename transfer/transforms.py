@@ -68,7 +68,7 @@ class EvalTransform:
 
 
 def resize_shorter(image: Image.Image, side: int, interpolation: str) -> Image.Image:
-    """Scale so that the shorter side has `side` px; the longer is cut to a whole number, as in torchvision."""
+    """Scale so that the shorter side has `side` px; the longer is cut to whole px, as in torchvision."""
     width, height = image.size
     if width <= height:
         size = (side, int(side * height / width))

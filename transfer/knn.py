@@ -1,0 +1,253 @@
+"""Features and labels of a bank and of queries enter; k-nearest-neighbour accuracy for every k leaves.
+
+N bank images, M queries, D features, K the largest k, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pretrain.cli import UserError, parse_settings
+from pretrain.distributed import local_device, process_group, rank, sum_over_ranks, world_size
+from transfer.features import extract, make_extractor
+from transfer.protocol import load_protocol
+from transfer.results import Clock
+from transfer.subject import Evaluation, EvaluationSettings, load_subject, open_pair
+from transfer.transforms import IMAGENET_STD, eval_transform
+
+BLOCK_BYTES = 1 << 27  # of one block of similarities, and of one block of the bank
+EPSILON = 1e-5  # added to a distance before its inverse is a vote (solo-learn)
+
+
+def knn_evaluate(
+    bank_ND: np.ndarray | Tensor,
+    bank_labels_N: np.ndarray | Tensor,
+    query_MD: np.ndarray | Tensor,
+    query_labels_M: np.ndarray | Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    vote: Literal["weighted", "majority"] = "weighted",
+    metric: Literal["cosine", "dot", "euclidean"] = "cosine",
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """Top-1 and top-5 percent for every k, as top1_k20, top5_k20 …
+
+    A weighted neighbour votes exp(s / temperature) with cosine or dot product s, or 1 / (d + 1e-5) at the
+    Euclidean distance d (Wu et al. 2018, section 3.4, https://arxiv.org/abs/1805.01978; solo-learn). Ties:
+    among equally near bank images the lower index is the nearer, among equal votes the smaller label wins.
+    Float32, or float64 when given float64. Queries are shared out over ranks, every rank holding the bank
+    (a memory-mapped file will do); all ranks must call. Raises ValueError for k beyond the bank, sizes that
+    do not match, and features that are not finite.
+    """
+    bank, queries = _tensor(bank_ND), _tensor(query_MD)
+    bank_labels, query_labels = _tensor(bank_labels_N).long(), _tensor(query_labels_M).long()
+    _check(bank, bank_labels, queries, query_labels, ks)
+    device = device or torch.device("cpu")
+    classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    mine = slice(rank(), None, world_size())
+    queries, query_labels = queries[mine], query_labels[mine].to(device)
+    hits = torch.zeros(2, len(ks), dtype=torch.float64, device=device)
+    if len(queries):
+        near, index = nearest(bank, queries, max(ks), metric=metric, device=device)
+        votes = _votes(near, temperature=temperature, vote=vote, metric=metric)
+        labels = bank_labels.to(device)[index]
+        for rows in _blocks(len(labels), classes * 8):
+            for column, place in enumerate(
+                _places(labels[rows], votes[rows], query_labels[rows], ks, classes)
+            ):
+                hits[0, column] += (place < 1).sum()
+                hits[1, column] += (place < 5).sum()
+    percent = 100 * sum_over_ranks(hits).cpu() / len(_tensor(query_labels_M))
+    return {f"top{n}_k{k}": float(percent[r, c]) for c, k in enumerate(ks) for r, n in enumerate((1, 5))}
+
+
+def nearest(
+    bank: Tensor, queries: Tensor, k: int, *, metric: str, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Similarity and bank index of the `k` nearest bank rows, nearest first: two M x k tensors.
+
+    The similarity is the cosine, the dot product, or minus the squared Euclidean distance. The bank is read
+    once, block by block; extra memory is a few blocks and two M x k tensors.
+    """
+    bank_block = max(k, BLOCK_BYTES // (bank.shape[1] * bank.element_size()))
+    queries = _prepared(queries, metric, device)
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(bank), bank_block):
+        block = _prepared(bank[start : start + bank_block], metric, device)
+        norms = block.square().sum(1) if metric == "euclidean" else None
+        for number, rows in enumerate(_blocks(len(queries), len(block) * block.element_size())):
+            part = queries[rows]
+            if norms is None:
+                near = part @ block.T
+            else:
+                near = torch.addmm(norms, part, block.T, beta=-1, alpha=2)
+                near -= part.square().sum(1, keepdim=True)
+            value, index = _top(near, min(k, len(block)))
+            index += start
+            if number < len(found) and start > 0:
+                value = torch.cat([found[number][0], value], 1)
+                index = torch.cat([found[number][1], index], 1)
+                value, index = _in_order(value, index, k)
+            if start > 0:
+                found[number] = value, index
+            else:
+                found.append((value, index))
+    return torch.cat([v for v, _ in found]), torch.cat([i for _, i in found])
+
+
+def _prepared(x: Tensor, metric: str, device: torch.device) -> Tensor:
+    x = x.to(device)
+    return normalize(x, dim=1) if metric == "cosine" else x
+
+
+def _top(near: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, equal ones by the lower column: topk leaves their order open."""
+    wide = min(k + 1, near.shape[1])
+    value, index = near.topk(wide, dim=1)
+    if wide > k:
+        tied = (value[:, k - 1] == value[:, k]).nonzero().flatten()
+        if len(tied):  # which of the equal ones are in is open as well
+            exact_value, exact_index = near[tied].sort(dim=1, descending=True, stable=True)
+            value[tied], index[tied] = exact_value[:, :wide], exact_index[:, :wide]
+    return _in_order(value[:, :k], index[:, :k], k)
+
+
+def _in_order(value: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Rows sorted by falling value, equal values by rising index, cut to k."""
+    index, by_index = index.sort(dim=1)
+    value, by_value = value.gather(1, by_index).sort(dim=1, descending=True, stable=True)
+    return value[:, :k], index.gather(1, by_value)[:, :k]
+
+
+def _votes(near: Tensor, *, temperature: float, vote: str, metric: str) -> Tensor:
+    """What each neighbour's label gets, M x K float64."""
+    near = near.double()
+    if vote == "majority":
+        return torch.ones_like(near)
+    if metric == "euclidean":
+        return 1 / ((-near).clamp_min(0).sqrt() + EPSILON)
+    return ((near - near[:, :1]) / temperature).exp()  # a factor for each query, which changes no order
+
+
+def _places(labels: Tensor, votes: Tensor, truth: Tensor, ks: Sequence[int], classes: int) -> list[Tensor]:
+    """For each k, how many labels are placed before the true one, rows x int."""
+    score = votes.new_zeros(len(labels), classes)
+    place: dict[int, Tensor] = {}
+    before = torch.arange(classes, device=labels.device) < truth[:, None]
+    taken = 0
+    for k in sorted(set(ks)):
+        score.scatter_add_(1, labels[:, taken:k], votes[:, taken:k])
+        taken = k
+        own = score.gather(1, truth[:, None])
+        place[k] = ((score > own) | ((score == own) & before)).sum(1)
+    return [place[k] for k in ks]
+
+
+def _blocks(n: int, bytes_each: int) -> Iterator[slice]:
+    step = max(1, BLOCK_BYTES // max(1, bytes_each))
+    return (slice(s, s + step) for s in range(0, n, step))
+
+
+def _tensor(x: np.ndarray | Tensor) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    return torch.from_numpy(x if x.flags.writeable else _writeable_view(x))
+
+
+def _writeable_view(x: np.ndarray) -> np.ndarray:
+    """The same memory under an array that claims to be writeable: torch warns of others. Nothing writes."""
+    if isinstance(x, np.memmap) and x.filename is not None:
+        return np.memmap(x.filename, dtype=x.dtype, mode="c", offset=x.offset, shape=x.shape)
+    return x.copy()
+
+
+def _check(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ks: Sequence[int]
+) -> None:
+    if len(bank) != len(bank_labels) or len(queries) != len(query_labels) or not len(queries):
+        raise UserError(
+            f"{len(bank)} bank features with {len(bank_labels)} labels, {len(queries)} queries with "
+            f"{len(query_labels)}: wanted as many labels as features, and at least one query"
+        )
+    if bank.shape[1] != queries.shape[1]:
+        raise UserError(f"bank features have {bank.shape[1]} columns, queries {queries.shape[1]}")
+    if not ks or min(ks) < 1 or max(ks) > len(bank):
+        raise UserError(f"k in {list(ks)}: wanted 1 to {len(bank)}, the number of bank images")
+    for name, x in (("bank", bank), ("query", queries)):
+        for rows in _blocks(len(x), x.shape[1] * 8):
+            if not bool(torch.isfinite(x[rows]).all()):
+                raise UserError(f"a {name} feature is not finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnProtocol:
+    """The values of a k-NN protocol."""
+
+    ks: tuple[int, ...]
+    temperature: float = 0.07
+    vote: Literal["weighted", "majority"] = "weighted"
+    metric: Literal["cosine", "dot", "euclidean"] = "cosine"
+    resize: int = 256
+    crop: int = 224
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    std: tuple[float, ...] = IMAGENET_STD
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnSettings(EvaluationSettings):
+    """Options of `python -m transfer knn`."""
+
+    seed: int = 0
+    """Changes nothing: k-NN is deterministic and records no seed."""
+
+
+def main(argv: list[str]) -> int | None:
+    """`python -m transfer knn`."""
+    settings = parse_settings(
+        KnnSettings, argv, prog="python -m transfer knn",
+        description="Classify the test images by their nearest training images in feature space.",
+    )  # fmt: skip
+    protocol = load_protocol(settings.protocol, "knn")
+    values = protocol.settings(KnnProtocol)
+    clock = Clock()
+    train, test = open_pair(settings)
+    if max(values.ks) > len(train):
+        raise UserError(
+            f"{protocol} needs {max(values.ks)} neighbours and {train.root} holds {len(train)} images"
+        )
+    subject = load_subject(settings)
+    transform = eval_transform(
+        native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
+        resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
+    )  # fmt: skip
+    evaluation = Evaluation(
+        settings=settings, protocol=protocol, subject=subject, train=train, test=test, transform=transform,
+        clock=clock, seed=None, task="knn",
+    )  # fmt: skip
+    if evaluation.finished():
+        return 0
+    evaluation.begin()
+    with process_group() as device:
+        extractor = make_extractor(subject, train, transform, device, settings.precision)
+        bank, queries = (
+            extract(
+                extractor, subject, part, cache=settings.cache, batch_size=settings.batch_size,
+                workers=settings.workers, progress=settings.output / "progress.json",
+            )
+            for part in (train, test)
+        )  # fmt: skip
+        metrics = knn_evaluate(
+            bank, train.labels_N, queries, test.labels_N, ks=values.ks, temperature=values.temperature,
+            vote=values.vote, metric=values.metric, device=local_device(),
+        )  # fmt: skip
+        extra = {"precision": extractor.precision, "bank": len(train), **dict(protocol.values)}
+        evaluation.write([evaluation.result(metrics, device, settings=extra)])
+    return 0

@@ -1,0 +1,209 @@
+"""Options of an evaluation enter; the opened data, the loaded backbone and what a result says of them leave."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from pretrain.cli import UserError, save_settings
+from pretrain.data import ImageDataset, open_dataset
+from pretrain.distributed import is_main
+from transfer import results
+from transfer.protocol import Protocol
+from transfer.results import Clock, Result
+from transfer.transforms import EvalTransform
+
+logger = logging.getLogger(__name__)
+
+RAW_PIXELS = "raw-pixels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What every evaluator takes."""
+
+    weights: str
+    """Checkpoint file in any known format; raw-pixels: judge the pixels themselves (knn and linear)."""
+    protocol: str
+    """Protocol NAME@VERSION, or a YAML file of your own named so (python -m transfer protocols lists them)."""
+    dataset: str
+    """Name of the data set."""
+    data_dir: Path
+    """Folder of the data set."""
+    output: Path
+    """Folder for results.jsonl, config.yaml and progress.json; run again on it to go on."""
+    branch: Literal["online", "ema"] = "online"
+    """Which backbone, where the file holds two."""
+    arch: str | None = None
+    """Architecture, where the file leaves it open."""
+    label: str | None = None
+    """Name of this row in the report."""
+    image_size: int | None = None
+    """Side of the evaluated images in px; default: small images as the weights' file records, else their own
+    size; others the protocol's."""
+    cache_dir: Path | None = None
+    """Folder of cached features, to be shared between evaluators; default OUTPUT/features."""
+    stage_to: Path | None = None
+    """Copy the data set to this node-local folder first, once a node, checked."""
+    batch_size: int = 256
+    """Images a forward pass when features are extracted."""
+    workers: int | None = None
+    """Processes that decode images; default: none for small images, else the cores up to 8."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen backbone; auto: bfloat16 where the device computes it natively and the features of a
+    first batch agree with float32 within 5 % of their spread."""
+    force: bool = False
+    """Evaluate again although OUTPUT holds the result."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers out of range."""
+        if self.image_size is not None and self.image_size < 8:
+            raise ValueError(f"--image-size {self.image_size}: wanted 8 px or more")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size}: wanted 1 or more")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"--workers {self.workers}: wanted 0 or more")
+
+    @property
+    def cache(self) -> Path:
+        return self.cache_dir or self.output / "features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A backbone (None: raw pixels) with its origin."""
+
+    model: nn.Module | None
+    arch: str | None
+    weights: dict[str, Any]
+    metadata: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """What identifies the weights in the feature cache."""
+        return f"{self.weights['sha256']} {self.weights['branch']} {self.arch}"
+
+
+def load_subject(settings: EvaluationSettings) -> Subject:
+    """The backbone named by --weights. Raises UserError where the file is none."""
+    if settings.weights == RAW_PIXELS:
+        digest = hashlib.sha256(RAW_PIXELS.encode()).hexdigest()
+        weights = {"path": RAW_PIXELS, "sha256": digest, "format": RAW_PIXELS, "branch": "online"}
+        return Subject(model=None, arch=None, weights=weights, metadata={})
+    from transfer.backbone import load_backbone
+
+    loaded = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
+    for note in loaded.notes:
+        logger.info("%s", note)
+    weights = {
+        "path": str(loaded.path), "sha256": loaded.sha256, "format": loaded.format, "branch": loaded.branch,
+    }  # fmt: skip
+    return Subject(
+        model=loaded.model.eval(), arch=loaded.arch, weights=weights, metadata=dict(loaded.metadata)
+    )
+
+
+def open_pair(settings: EvaluationSettings) -> tuple[ImageDataset, ImageDataset]:
+    """Training and test part, checked against each other. Raises UserError."""
+    folder = settings.data_dir
+    if settings.stage_to is not None:
+        from transfer.staging import stage
+
+        folder = stage(folder, settings.stage_to)
+    train = open_dataset(settings.dataset, folder, "train")
+    test = open_dataset(settings.dataset, folder, "test")
+    check_pair(train, test)
+    return train, test
+
+
+def check_pair(train: ImageDataset, test: ImageDataset) -> None:
+    """Raises UserError where the two parts do not have the same classes."""
+    if train.classes != test.classes:
+        lost = sorted(set(train.classes) - set(test.classes))
+        more = sorted(set(test.classes) - set(train.classes))
+        says = [f"{len(lost)} only in train ({', '.join(lost[:3])})"] if lost else []
+        says += [f"{len(more)} only in the test part ({', '.join(more[:3])})"] if more else []
+        raise UserError(
+            f"{test.root}: its classes are not those of {train.root}: {'; '.join(says) or 'other order'}; "
+            "are train and val swapped, or is a class folder missing?"
+        )
+    for part in (train, test):
+        labels = part.labels_N
+        if len(labels) and (labels.min() < 0 or labels.max() >= len(part.classes)):
+            raise UserError(f"{part.root}: a label lies outside 0..{len(part.classes) - 1}")
+    absent = np.setdiff1d(test.labels_N, train.labels_N)
+    if absent.size:
+        raise UserError(f"{train.root}: no training image of class {train.classes[int(absent[0])]!r}")
+    empty = np.setdiff1d(np.arange(len(test.classes)), test.labels_N)
+    if empty.size:
+        raise UserError(
+            f"{test.root}: no image of class {test.classes[int(empty[0])]!r}; figures over the other classes "
+            "could not be compared"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation under way: writes the settings at its start and its results at its end."""
+
+    settings: EvaluationSettings
+    protocol: Protocol
+    subject: Subject
+    train: ImageDataset
+    test: ImageDataset
+    transform: EvalTransform
+    clock: Clock
+    seed: int | None
+    label_percent: float = 100
+    task: Literal["knn", "linear", "semisup"] = "linear"
+
+    def result(self, metrics: dict[str, float], device: torch.device, **more: Any) -> Result:
+        """A Result with everything that does not depend on the evaluator filled in."""
+        return Result(
+            task=self.task, dataset=self.test.name, split=self.test.split, n=len(self.test),
+            metrics={k: round(v, 4) for k, v in metrics.items()}, protocol=self.protocol.reference,
+            weights=self.subject.weights, arch=self.subject.arch, label=self.settings.label, seed=self.seed,
+            label_percent=self.label_percent, image_size=self.transform.size,
+            **(self.clock.stamp(device) | more),
+        )  # fmt: skip
+
+    def finished(self) -> bool:
+        """Whether OUTPUT holds this result already; says so. False with --force."""
+        if self.settings.force:
+            return False
+        like = self.result({}, torch.device("cpu"))
+        found = results.find(self.settings.output, like)
+        if found and is_main():
+            for r in found:
+                print(f"finished already: {spell(r)}")
+            print(f"{self.settings.output / results.FILE} holds it; --force true evaluates again")
+        return bool(found)
+
+    def begin(self) -> None:
+        """Write the settings really used. Rank 0 only."""
+        if is_main():
+            self.settings.output.mkdir(parents=True, exist_ok=True)
+            save_settings(self.settings, self.settings.output / "config.yaml")
+
+    def write(self, found: list[Result]) -> None:
+        """Append and print the results. Rank 0 only."""
+        if is_main():
+            for r in found:
+                r = replace(r, seconds=self.clock.stamp(torch.device("cpu"))["seconds"])
+                results.append(self.settings.output, r)
+                print(spell(r))
+
+
+def spell(r: Result) -> str:
+    """One line for people."""
+    figures = "  ".join(f"{k} {v:.2f}" for k, v in r.metrics.items())
+    who = r.label or Path(r.weights["path"]).name
+    share = "" if r.label_percent == 100 else f" with {r.label_percent:g} % of the labels"
+    return f"{who}: {r.protocol['name']}@{r.protocol['version']} on {r.dataset}{share} ({r.selection}): {figures}"
