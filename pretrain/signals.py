@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
+
+OWN_SIGNAL_WAIT_S = 10.0
 
 
 class Stopped(Exception):
@@ -53,9 +56,14 @@ class StopSignals:
     def hand_over(self) -> None:
         """After saving: give the signal to whoever handled it before, or raise Stopped.
 
-        Under submitit the earlier handler of SIGUSR2 asks for the job to be queued again.
+        Under submitit the earlier handler of SIGUSR2 asks for the job to be queued again. With several ranks
+        one may be told before the others: a rank that stops because another was told waits for its own signal.
         """
-        assert self.received is not None
+        deadline = time.monotonic() + OWN_SIGNAL_WAIT_S
+        while self.received is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self.received is None:
+            raise Stopped("stopped because another rank was told to, with everything saved")
         earlier = self._earlier.get(self.received)
         self._restore()
         if callable(earlier):
