@@ -47,7 +47,6 @@ def test_mean_and_sample_standard_deviation() -> None:
     # 80, 82, 84: mean 82, squared deviations 4 + 0 + 4 over n − 1 = 2: variance 4
     summary = trials(80.0, 82.0, 84.0)
     assert (summary.mean, summary.std, summary.n) == (82.0, 2.0, 3)
-    assert summary.binomial_error is None  # the spread over seeds is known: no second kind of error
 
 
 def test_binomial_error_of_a_single_run() -> None:
@@ -66,6 +65,14 @@ def test_welch_by_hand() -> None:
     assert found.points == pytest.approx(11.5)
     assert "t = 9.14, df = 2.6" in found.reason and "n = 3 and 2" in found.reason
     assert found.verdict == "beyond noise"
+
+
+def test_seeds_that_agree_do_not_hide_the_error_of_the_images() -> None:
+    # 100 images at 80 % and 82 %: errors 4.0 and 3.8, together 5.5: 2 points are far within
+    found = compare(trials(80.0, 80.1, images=100), trials(82.0, 82.1, images=100))
+    assert "p = 0.00" in found.reason and found.verdict == "within noise"
+    assert "over evaluation seeds" in found.reason
+    assert compare(trials(80.0, 80.1), trials(82.0, 82.1)).verdict == "beyond noise"
 
 
 def test_a_small_difference_is_called_noise() -> None:

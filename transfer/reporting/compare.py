@@ -53,8 +53,8 @@ class Summary:
 
     @property
     def binomial_error(self) -> float | None:
-        """Of a single run of a share of images: 100 √(p (1 − p) / images)."""
-        return binomial_error(self.mean, self.trials[0].images) if self.proportion and self.n == 1 else None
+        """Of a share of images, from their number alone: 100 √(p (1 − p) / images)."""
+        return binomial_error(self.mean, self.trials[0].images) if self.proportion else None
 
     @property
     def over(self) -> str:
@@ -96,15 +96,19 @@ class Difference:
 def compare(a: Summary, b: Summary) -> Difference:
     """Welch's t test where both have two trials or more; else binomial errors, or the reason why neither.
 
+    Trials share their test images, so a spread over seeds leaves out the images' own: of a top-1, a
+    difference must also exceed twice its binomial error. (Both sides judge the same images, which makes the
+    true error of the difference smaller than this one.)
+
     Welch (1947): t = (x̄ − ȳ) / √(s_x²/n_x + s_y²/n_y), degrees of freedom by Welch-Satterthwaite.
     """
     points = a.mean - b.mean
     if a.n > 1 and b.n > 1:
         return _welch(a, b, points)
     which = f"n = {a.n} against {b.n}"
-    if a.binomial_error is not None and b.binomial_error is not None:
-        error = math.hypot(a.binomial_error, b.binomial_error)
-        ratio = abs(points) / error if error else math.inf
+    ratio = _binomial_ratio(a, b)
+    if ratio is not None:
+        error = math.hypot(a.binomial_error or 0, b.binomial_error or 0)
         return Difference(
             points=points,
             spread=f"SE {error:.2f} (binomial)",
@@ -128,13 +132,26 @@ def _welch(a: Summary, b: Summary, points: float) -> Difference:
         )  # fmt: skip
     test = stats.ttest_ind(a.values, b.values, equal_var=False)
     low, high = test.confidence_interval(1 - SIGNIFICANCE)
+    ratio = _binomial_ratio(a, b)
+    clear = test.pvalue < SIGNIFICANCE and (ratio is None or ratio > 2)
+    reason = f"Welch t = {test.statistic:.2f}, df = {test.df:.1f}, p = {test.pvalue:.3g}, n = {a.n} and {b.n}"
+    reason += "" if ratio is None else f"; {ratio:.1f} binomial standard errors"
+    if "evaluation seeds" in (a.over, b.over):
+        reason += "; over evaluation seeds: pretraining again may differ more"
     return Difference(
         points=points,
         spread=f"95 % CI {low:+.2f} to {high:+.2f}",
-        verdict="beyond noise" if test.pvalue < SIGNIFICANCE else "within noise",
-        reason=f"Welch t = {test.statistic:.2f}, df = {test.df:.1f}, p = {test.pvalue:.3g}, "
-        f"n = {a.n} and {b.n}" + _by_seed(a, b),
+        verdict="beyond noise" if clear else "within noise",
+        reason=reason + _by_seed(a, b),
     )
+
+
+def _binomial_ratio(a: Summary, b: Summary) -> float | None:
+    """|a − b| in binomial standard errors of the difference; None where the metric is no share of images."""
+    if a.binomial_error is None or b.binomial_error is None:
+        return None
+    error = math.hypot(a.binomial_error, b.binomial_error)
+    return abs(a.mean - b.mean) / error if error else math.inf
 
 
 def _by_seed(a: Summary, b: Summary) -> str:

@@ -21,7 +21,7 @@ def value_text(summary: Summary) -> str:
 
 def spread_text(summary: Summary) -> str:
     """n, and the binomial standard error where it is all that is known."""
-    error = summary.binomial_error
+    error = summary.binomial_error if summary.n == 1 else None
     return f"n {summary.n}" + ("" if error is None else f", SE {error:.2f}")
 
 
@@ -133,7 +133,7 @@ def task_table(results: Results, task: Task) -> Table:
 
 
 def _error_note(summary: Summary, stale: str) -> str:
-    error = summary.binomial_error
+    error = summary.binomial_error if summary.n == 1 else None
     return "; ".join(filter(None, [stale, "" if error is None else f"SE {error:.2f}"]))
 
 
@@ -205,7 +205,7 @@ def differences(results: Results) -> tuple[Table | None, tuple[Finding, ...]]:
     columns: list[str | Cell] = ["task", "difference", "points", "spread", "verdict", "test"]
     note = (
         "Welch's t test (two-sided, 5 %) where both sides have two trials or more, without correction for "
-        "the number of comparisons; single runs of top-1 are set against twice the binomial error of their "
-        "images; otherwise the reason why nothing can be said."
+        "the number of comparisons. A top-1 must also differ by more than twice the binomial error of its "
+        "images, taken as independent for both sides. Otherwise the reason why nothing can be said."
     )
     return table("differences", "Differences", columns, rows, note), tuple(findings)

@@ -142,7 +142,7 @@ def measurements(results: Results) -> Table:
             s = results.summary(method, task, selection, metric)
             if s is None:
                 continue
-            error = s.binomial_error
+            error = s.binomial_error if s.n == 1 else None
             rows.append([cell(v) for v in (
                 method, task.name, task.label_percent, task.dataset, task.split, task.images, task.protocol,
                 task.protocol_hash, selection, metric, f"{s.mean:.6f}",

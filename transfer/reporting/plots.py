@@ -92,7 +92,8 @@ def _lines(
     axes.set_ylabel(y)
     if y in FROM_ZERO:
         axes.set_ylim(bottom=0)
-    if log and all(v > 0 for _, _, ys in series for v in ys):
+    values = [v for _, _, ys in series for v in ys]
+    if log and min(values) > 0 and max(values) > 10 * min(values):
         axes.set_yscale("log")
 
 
