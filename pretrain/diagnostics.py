@@ -24,12 +24,12 @@ def diagnose(z_ND: Tensor) -> dict[str, float]:
     - condition_number: λ_max / λ_min over them, at most 1 / epsilon of float64 (4.5e15), so always finite;
     - stable_rank: Σ λ / λ_max, between 1 and min(N − 1, D);
     - largest_share: λ_max / Σ λ;
-    - rankme: exp(−Σ p log p) with p = σ / Σ σ + 1e-7, σ the min(N, D) singular values of Z as it is, uncentred:
+    - rankme: exp(−Σ p log p) with p = σ / Σ σ + 1e-7, σ the singular values of Z as it is, uncentred:
       Eq. 1 and 2 of Garrido et al., "RankMe", ICML 2023, https://arxiv.org/abs/2210.02885;
     - spread: 1 − ‖mean of the embeddings scaled to length 1‖², 0 when all point the same way.
 
-    For modulation, from the N x N covariance of the row-centred embeddings (an embedding minus the mean of its
-    features), the one that channel whitening and so INTL acts on, over its min(N, D − 1) largest eigenvalues:
+    For modulation, from the N x N covariance of the row-centred embeddings (an embedding minus its features'
+    mean), the one that channel whitening and so INTL acts on, over its min(N, D − 1) largest eigenvalues:
 
     - row_condition_number: as above;
     - row_entropy_rank: exp of the entropy of λ / Σ λ; it is min(N, D − 1) when all are equal.
@@ -57,7 +57,7 @@ def diagnose(z_ND: Tensor) -> dict[str, float]:
 def collapse(diagnosis: dict[str, float], *, n: int, d: int) -> str | None:
     """One sentence when the N x D embedding so diagnosed has collapsed, fully or in dimension; else None.
 
-    Fully: all point the same way (spread under 0.001). In dimension: RankMe under 2 % of min(N, D), or under 2.
+    Fully: all point the same way (spread under 0.001). In dimension: RankMe under 2 or 2 % of min(N, D).
     """
     if not all(math.isfinite(v) for v in diagnosis.values()):
         return "the embedding is not finite"
@@ -65,7 +65,7 @@ def collapse(diagnosis: dict[str, float], *, n: int, d: int) -> str | None:
         return f"full collapse: all embeddings point the same way (spread {diagnosis['spread']:.2g})"
     least = max(2.0, COLLAPSED_RANK_SHARE * min(n, d))
     if diagnosis["rankme"] < least:
-        return f"dimensional collapse: RankMe {diagnosis['rankme']:.1f} of at most {min(n, d)} (under {least:.1f})"
+        return f"dimensional collapse: RankMe {diagnosis['rankme']:.1f}, less than {least:.1f} of {min(n, d)}"
     return None
 
 

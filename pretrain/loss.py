@@ -1,22 +1,23 @@
 """Embeddings of several views enter; the INTL loss, its alignment and its trace penalty leave.
 
 Section 4 of Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024,
-https://arxiv.org/abs/2305.16789. Each view's embeddings go through IterNorm (`pretrain.spectral`); the aligned
-view and the target, view 0, meet in the cosine; the penalty Σ_i (Ŝ_ii − 1)² evens the spectrum out.
+https://arxiv.org/abs/2305.16789. Each view's embeddings go through IterNorm (`pretrain.spectral`); the other
+views and the target, view 0, meet in the cosine; the penalty Σ_i (Ŝ_ii − 1)² evens the spectrum out.
 
-Letters of shapes: V views, N images of the global batch, n of this rank's, D features, d of this rank's share.
+Letters of shapes: V views, N images of the global batch, n of this rank, D features, d this rank's share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pretrain.distributed import all_reduce, gather_rows, split_features, world_size
 from pretrain.spectral import Whitening, iternorm, newton_inverse_root, no_autocast, wide
 
 
@@ -27,7 +28,7 @@ class INTLLoss(NamedTuple):
     alignment: Tensor
     """Mean over views i >= 1 of 2 − 2·mean_n cos(view i, view 0)."""
     trace: Tensor
-    """Mean over views i >= 1 of the penalties of view i and view 0 (of view i alone with a momentum target)."""
+    """Mean over views i >= 1 of the penalties of view i and view 0 (view i alone with a momentum target)."""
 
 
 def intl_loss(
@@ -40,15 +41,22 @@ def intl_loss(
 ) -> INTLLoss:
     """The INTL loss of V >= 2 views (Eq. 7 and 8), computed in Gram space, outside autocast.
 
-    embeddings: V tensors n x D, view 0 the target; with `momentum_target` it is a constant and has no penalty.
+    embeddings: V tensors n x D, view 0 the target, a constant without penalty with `momentum_target`.
     `trade_off=None` gives `default_trade_off` of the global batch (channel) or of D (batch).
 
     Channel whitening needs only N x N matrices after the row-centred embeddings Zc: with
     G_ab = Zc_a Zc_bᵀ and W_a = Φ(G_aa / (D − 1)),  Ẑ_a Ẑ_bᵀ = W_a G_ab W_b.
+
+    With several ranks, each holding the same number of images, the loss is that of the joined batch on every
+    rank, and backward gives each rank world_size times its gradient, which DDP's mean over ranks makes the
+    joined batch's (see `pretrain.distributed`). Not whole embeddings travel but each rank's share of the
+    features (one all-to-all) and N x N matrices; embeddings are gathered where D does not divide.
+    All ranks must call, forward and backward.
+
     Raises ValueError for fewer than two views, shapes that differ, or a default trade-off at n <= 8.
     """
     _check(embeddings, whitening, iterations)
-    n, d = embeddings[0].shape
+    n, d = embeddings[0].shape[0] * world_size(), embeddings[0].shape[1]
     if trade_off is None:
         trade_off = default_trade_off(n if whitening == "channel" else d)
     elif not (math.isfinite(trade_off) and trade_off >= 0):
@@ -57,7 +65,7 @@ def intl_loss(
         embeddings = [embeddings[0].detach(), *embeddings[1:]]
     with no_autocast(embeddings[0]):
         terms = _channel_terms if whitening == "channel" else _batch_terms
-        cosine_V, penalty_V = terms(embeddings, iterations, momentum_target)
+        cosine_V, penalty_V = terms(embeddings, iterations)
         alignment = (2 - 2 * cosine_V).mean()
         trace = penalty_V[1:].mean()
         if not momentum_target:
@@ -84,7 +92,7 @@ def loss_floor(
     whitening: Whitening = "channel",
     momentum_target: bool = False,
 ) -> float:
-    """What the loss of an N x D embedding cannot fall under: all aligned, the spectrum as even as it can be."""
+    """What the loss of N x D embeddings cannot fall under: all aligned, the spectrum as even as can be."""
     if trade_off is None:
         trade_off = default_trade_off(n if whitening == "channel" else d)
     floor = trace_floor(n, d, iterations=iterations, whitening=whitening)
@@ -117,18 +125,15 @@ def _check(embeddings: Sequence[Tensor], whitening: str, iterations: int) -> Non
         raise ValueError(f"all views must be N x D embeddings of one shape, got {sorted(shapes)}")
 
 
-def _channel_terms(
-    embeddings: Sequence[Tensor], iterations: int, momentum_target: bool
-) -> tuple[Tensor, Tensor]:
+def _channel_terms(embeddings: Sequence[Tensor], iterations: int) -> tuple[Tensor, Tensor]:
     """Mean cosines of views 1 … V − 1 with view 0 and the penalties of all views, through Gram matrices."""
-    d = embeddings[0].shape[1]
-    own_VNN, cross_VNN = _Grams.apply(_Centred.apply(*embeddings), momentum_target)
-    own_VNN = own_VNN / (d - 1)
+    v, d = len(embeddings), embeddings[0].shape[1]
+    zc_VNd, total = _all_images(_Centred.apply(*embeddings))
+    grams = total(_Grams.apply(zc_VNd, embeddings[0].requires_grad)) / (d - 1)
+    own_VNN, cross_VNN = grams[:v], grams[v:]
     w_VNN = newton_inverse_root(own_VNN, iterations)
-    norms_VN = ((w_VNN @ own_VNN) * w_VNN).sum(
-        -1
-    )  # Ŝ_ii: W is symmetric, the diagonal needs no third product
-    dots_VN = ((w_VNN[1:] @ cross_VNN) * w_VNN[0]).sum(-1) / (d - 1)
+    norms_VN = ((w_VNN @ own_VNN) * w_VNN).sum(-1)  # Ŝ_ii: W is symmetric, a diagonal needs no third product
+    dots_VN = ((w_VNN[1:] @ cross_VNN) * w_VNN[0]).sum(-1)
     return _mean_cosine(dots_VN, norms_VN), _penalty(norms_VN)
 
 
@@ -165,51 +170,69 @@ class _Centred(torch.autograd.Function):
 
 
 class _Grams(torch.autograd.Function):
-    """Zc (V x N x D) to G_aa (V x N x N) and G_a0 (a = 1 … V − 1): 2V − 1 products of N² D, backward 4V − 4.
+    """Zc (V x N x D) to G_00 … G_(V−1)(V−1), G_10 … G_(V−1)0, stacked, with a backward of its own.
 
-    dZc_a = (dG_aa + dG_aaᵀ) Zc_a + dG_a0 Zc_0 and dZc_0 = (dG_00 + dG_00ᵀ) Zc_0 + Σ_a dG_a0ᵀ Zc_a, the
-    latter one product. With `constant_target` dZc_0 is left out. Kept between the two: Zc alone.
+    2V − 1 products of N² D forward, 4V − 4 backward: dZc_a = (dG_aa + dG_aaᵀ) Zc_a + dG_a0 Zc_0 and
+    dZc_0 = (dG_00 + dG_00ᵀ) Zc_0 + Σ_a dG_a0ᵀ Zc_a, one product, left out for a constant target.
+    Kept between the two: Zc alone.
     """
 
     @staticmethod
-    def forward(ctx: Any, zc_VND: Tensor, constant_target: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, zc_VND: Tensor, target_needs_grad: bool) -> Tensor:
         ctx.save_for_backward(zc_VND)
-        ctx.constant_target = constant_target
-        return torch.bmm(zc_VND, zc_VND.mT), zc_VND[1:] @ zc_VND[0].mT
+        ctx.target_needs_grad = target_needs_grad
+        v, n, _ = zc_VND.shape
+        grams = zc_VND.new_empty(2 * v - 1, n, n)
+        torch.bmm(zc_VND, zc_VND.mT, out=grams[:v])
+        torch.matmul(zc_VND[1:], zc_VND[0].mT, out=grams[v:])
+        return grams
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_own_VNN: Tensor, d_cross_VNN: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, d_grams: Tensor) -> tuple[Tensor, None]:
         (zc_VND,) = ctx.saved_tensors
-        n, d = zc_VND.shape[1:]
+        v, n, d = zc_VND.shape
+        d_cross_VNN = d_grams[v:]
         with no_autocast(zc_VND):
-            a_VNN = d_own_VNN + d_own_VNN.mT
+            a_VNN = d_grams[:v] + d_grams[:v].mT
             out_VND = torch.empty_like(zc_VND)
-            if ctx.constant_target:
-                out_VND[0].zero_()
-            else:
+            if ctx.target_needs_grad:
                 row = torch.cat([a_VNN[0], *d_cross_VNN.mT], 1)  # N x VN
                 torch.mm(row, zc_VND.view(-1, d), out=out_VND[0])
+            else:
+                out_VND[0].zero_()
             torch.bmm(a_VNN[1:], zc_VND[1:], out=out_VND[1:])
             out_VND[1:].view(-1, d).addmm_(d_cross_VNN.reshape(-1, n), zc_VND[0])
         return out_VND, None
 
 
-def _batch_terms(
-    embeddings: Sequence[Tensor], iterations: int, momentum_target: bool
-) -> tuple[Tensor, Tensor]:
-    """The same of batch whitening; Ẑ by the smaller side, for Zc g(Zcᵀ Zc) = g(Zc Zcᵀ) Zc."""
-    whitened_VND = []
-    for z_ND in embeddings:
-        z_ND = wide(z_ND)
-        n, d = z_ND.shape
-        zc_ND = z_ND - z_ND.mean(0)
-        if n < d:
-            whitened_VND.append(newton_inverse_root(zc_ND @ zc_ND.mT / (n - 1), iterations) @ zc_ND)
-        else:
-            whitened_VND.append(zc_ND @ newton_inverse_root(zc_ND.mT @ zc_ND / (n - 1), iterations))
-    target_ND = whitened_VND[0]
-    norms_VN = torch.stack([z.square().sum(1) for z in whitened_VND])
-    dots_VN = torch.stack([(z * target_ND).sum(1) for z in whitened_VND[1:]])
-    variances_VD = torch.stack([z.square().sum(0) for z in whitened_VND]) / (n - 1)
-    return _mean_cosine(dots_VN, norms_VN), _penalty(variances_VD)
+def _batch_terms(embeddings: Sequence[Tensor], iterations: int) -> tuple[Tensor, Tensor]:
+    """The same of batch whitening, Φ on the smaller side, for Zc g(Zcᵀ Zc) = g(Zc Zcᵀ) Zc.
+
+    N < D: the features are split over the ranks, as above. Else each rank keeps its own images.
+    """
+    z_VnD = torch.stack([wide(z_nD) for z_nD in embeddings])
+    n_global, d = z_VnD.shape[1] * world_size(), z_VnD.shape[2]
+    if n_global < d:
+        z_VNd, total = _all_images(z_VnD)
+        zc_VNd = z_VNd - z_VNd.mean(1, keepdim=True)
+        y_VNd = newton_inverse_root(total(zc_VNd @ zc_VNd.mT) / (n_global - 1), iterations) @ zc_VNd
+        norms_VN = total(y_VNd.square().sum(2))
+        dots_VN = total((y_VNd[1:] * y_VNd[0]).sum(2))
+        variances_Vd = y_VNd.square().sum(1) / (n_global - 1)
+        return _mean_cosine(dots_VN, norms_VN), total(_penalty(variances_Vd))
+    zc_VnD = z_VnD - all_reduce(z_VnD.sum(1, keepdim=True)) / n_global
+    y_VnD = zc_VnD @ newton_inverse_root(all_reduce(zc_VnD.mT @ zc_VnD) / (n_global - 1), iterations)
+    own_cosine_V = _mean_cosine((y_VnD[1:] * y_VnD[0]).sum(2), y_VnD.square().sum(2))
+    variances_VD = all_reduce(y_VnD.square().sum(1)) / (n_global - 1)
+    return all_reduce(own_cosine_V) / world_size(), _penalty(variances_VD)
+
+
+def _all_images(z_VnD: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """All images with this rank's share of the features, and how to sum what is added up over features.
+
+    Where D does not divide by the number of ranks every rank gets all features, and the sum is there already.
+    """
+    if z_VnD.shape[2] % world_size() == 0:
+        return split_features(z_VnD), all_reduce
+    return gather_rows(z_VnD), lambda total: total

@@ -5,8 +5,7 @@
     Φ = U g(Λ) Uᵀ  for  S = U Λ Uᵀ
 
 Section 3 of Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024,
-https://arxiv.org/abs/2305.16789. Everything is computed in float32, in float64 when that is given, and outside
-autocast.
+https://arxiv.org/abs/2305.16789. All is computed in float32, in float64 when that is given, outside autocast.
 
 Letters of shapes: N images of the global batch, D features, M the covariance's size (N or D).
 """
@@ -185,11 +184,12 @@ class _MatrixFunction(torch.autograd.Function):
 # Nodes and weights of Gauss-Legendre quadrature on [0, 1].
 _NODES = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5)
 _WEIGHTS = (5 / 18, 8 / 18, 5 / 18)
-_NEAR = 0.03  # relative distance under which g' is integrated: its error there is 1e-12, the quotient's 30 epsilon
+# Relative distance under which g' is integrated: its error there is 1e-12, the quotient's 30 epsilon.
+_NEAR = 0.03
 
 
 def _divided_differences(g: SpectralFunction, x_M: Tensor, y_M: Tensor, kept_M: Tensor) -> Tensor:
-    """F_ij = (g(λ_i) − g(λ_j)) / (λ_i − λ_j), for near pairs the mean of g' between them; 0 inside the null space."""
+    """F_ij = (g(λ_i) − g(λ_j)) / (λ_i − λ_j), near pairs by the mean of g', 0 in the null space."""
     a, b = x_M[:, None], x_M[None, :]
     both = kept_M[:, None] & kept_M[None, :]
     near = both & ((a - b).abs() < _NEAR * torch.maximum(a, b))
