@@ -57,7 +57,7 @@ class StopSignals:
         """After saving: give the signal to whoever handled it before, or raise Stopped.
 
         Under submitit the earlier handler of SIGUSR2 asks for the job to be queued again. With several ranks
-        one may be told before the others: a rank that stops because another was told waits for its own signal.
+        one may be told before the others: a rank that stops because of another waits for its own signal.
         """
         deadline = time.monotonic() + OWN_SIGNAL_WAIT_S
         while self.received is None and time.monotonic() < deadline:
