@@ -78,6 +78,9 @@ class Resources:
         return self.nodes * self.gpus_per_node * self.timeout_min / 60
 
 
+FIELDS = {f.name: f for f in dataclasses.fields(Resources)}
+
+
 def load_profile(name_or_file: str, overrides: list[str]) -> dict[str, Resources]:
     """Resources of every kind of step.
 
@@ -97,7 +100,10 @@ def load_profile(name_or_file: str, overrides: list[str]) -> dict[str, Resources
     _only(content, {"defaults", "tasks"}, f"{path}", "section")
     tasks = content.get("tasks") or {}
     _only(tasks, set(KINDS), f"{path}, tasks", "kind of step")
-    values = {kind: {**(content.get("defaults") or {}), **(tasks.get(kind) or {})} for kind in KINDS}
+    defaults = content.get("defaults") or {}
+    for where, given in (("defaults", defaults), *tasks.items()):
+        _only(given or {}, set(FIELDS), f"{path}, {where}", "resource")
+    values = {kind: {**defaults, **(tasks.get(kind) or {})} for kind in KINDS}
     for word in overrides:
         target, equals, text = word.partition("=")
         kind, dot, name = target.partition(".")
@@ -111,10 +117,9 @@ def load_profile(name_or_file: str, overrides: list[str]) -> dict[str, Resources
 
 
 def _resources(kind: str, given: dict[str, Any], path: Path) -> Resources:
-    fields = {f.name: f for f in dataclasses.fields(Resources)}
-    _only(given, set(fields), f"{path}, {kind}", "resource")
+    _only(given, set(FIELDS), f"{path}, {kind}", "resource")
     for name, value in given.items():
-        wanted = str(fields[name].type)
+        wanted = str(FIELDS[name].type)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         good = (
             (value is None and "None" in wanted)

@@ -57,7 +57,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory, fashion_mnist_dir: Path) ->
 
 
 DETECTION = (
-    "SOLVER.MAX_ITER 12 SOLVER.STEPS (8,10) SOLVER.IMS_PER_BATCH 2 SOLVER.CHECKPOINT_PERIOD 4 "
+    "SOLVER.MAX_ITER 60 SOLVER.STEPS (40,50) SOLVER.IMS_PER_BATCH 2 SOLVER.CHECKPOINT_PERIOD 20 "
     "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 TEST.PRECISE_BN.NUM_ITER 2"
 )
 
@@ -133,19 +133,18 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
     preempted = tmp_path / "preempted"
     ids = send(preempted, [pretraining(preempted, recipe, cifar_folder), detection(preempted, scenes)])
     fine_tuned = next(n for n in ids if n.startswith("detection"))
-    wait_for(at_step(preempted, "pretrain", 12))
-    wait_for(at_step(preempted, fine_tuned, 3))
-    assert not Record(preempted, "pretrain").done
+    wait_for(at_step(preempted, "pretrain", 1))
+    wait_for(at_step(preempted, fine_tuned, 1))
+    assert not Record(preempted, "pretrain").done and not Record(preempted, fine_tuned).done
     cluster.preempt()
     wait_for(lambda: cluster.job(ids["pretrain"])["Restarts"] == "1")
     assert "interrupted 1 time" in seen(preempted, "pretrain").detail
     wait_for(lambda: cluster.job(ids["pretrain"])["JobState"] == "RUNNING")
 
     # A time limit of a minute ends one: this pretraining sleeps now and then, which changes no weight.
-    limited, slowly = tmp_path / "limited", ("--hook", "tiny_steps:slow_hook")
-    limited_id = send(limited, [pretraining(limited, recipe, cifar_folder, *slowly)], timeout_min=1)[
-        "pretrain"
-    ]
+    limited = tmp_path / "limited"
+    slowly = pretraining(limited, recipe, cifar_folder, "--hook", "tiny_steps:slow_hook")
+    limited_id = send(limited, [slowly], timeout_min=1)["pretrain"]
 
     # An administrator queues one again; a SIGKILL ends one for good, and it is submitted again.
     requeued, killed = tmp_path / "requeued", tmp_path / "killed"

@@ -1,0 +1,130 @@
+"""How a step stands, told from its files: waiting, running, preempted, failed, cancelled, done."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.cli import UserError
+from slurm.__main__ import main
+from slurm.folder import locked
+from slurm.graph import Step
+from slurm.look import CANCELLED, DONE, FAILED, QUEUED, RUNNING, WAITING, look, spell_seconds
+from slurm.record import Record
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    record = Record(tmp_path, "knn/intl")
+    step = Step(
+        name="knn/intl",
+        kind="knn",
+        module="m",
+        argv=("a",),
+        output=tmp_path / "knn" / "intl",
+        needs=("pretrain",),
+    )
+    (tmp_path / "knn" / "intl").mkdir(parents=True)
+    record.submit(step, "key", 0, cluster="slurm")
+    return record
+
+
+def test_every_state(record: Record, tmp_path: Path) -> None:
+    assert look(record, None).state == WAITING
+    record.submitted_as("12", tmp_path / "logs")
+    assert look(record, "PENDING").state == QUEUED
+    lost = look(record, None)
+    assert lost.state == CANCELLED and lost.detail == "never started: it needs pretrain"
+
+    record.set_state("running", job_id="12", started_at=time.time() - 90, starts=1)
+    (tmp_path / "knn" / "intl" / "progress.json").write_text(
+        json.dumps({"done": 3, "total": 10, "unit": "batch", "eta_s": 75, "values": {"loss": 0.5}})
+    )
+    running = look(record, "RUNNING")
+    assert running.state == RUNNING and running.detail == "3/10 batchs, loss 0.5, 1:15 left"
+    assert 89 < running.seconds < 95
+
+    killed = look(record, None)
+    assert killed.state == FAILED and "killed" in killed.detail
+    assert killed.log == tmp_path / "logs" / "12_0_log.err"
+
+    record.set_state("requeued")
+    assert look(record, "PENDING").detail == "interrupted 1 time"
+    record.set_state("running", starts=3)
+    assert look(record, "RUNNING").detail.endswith("interrupted 2 times")
+
+    record.fail("12-2", "ValueError: no", "trace", 1)
+    failed = look(record, None)
+    assert (failed.state, failed.detail) == (FAILED, "ValueError: no")
+    assert failed.log.name == "12_1_log.err"  # the log of the rank that failed
+
+    record.set_state("stopped")
+    assert look(record, None).state == CANCELLED
+
+    (tmp_path / "knn" / "intl" / "results.jsonl").write_text(
+        json.dumps({"task": "knn", "metrics": {"top1_k20": 79.44, "top5_k20": 99.0}}) + "\n"
+    )
+    record.finish("key", seconds=12.3)
+    finished = look(record, None)
+    assert (finished.state, finished.detail, finished.seconds) == (DONE, "knn top1_k20 79.4", 12.3)
+
+
+def test_old_progress_is_not_todays(record: Record, tmp_path: Path) -> None:
+    path = tmp_path / "knn" / "intl" / "progress.json"
+    path.write_text(json.dumps({"done": 9, "total": 10}))
+    os.utime(path, (1, 1))
+    record.set_state("running", started_at=time.time(), starts=1)
+    assert look(record, "RUNNING").detail == "starting"
+
+
+def test_a_recomputation_keeps_the_old_output(record: Record, tmp_path: Path) -> None:
+    (tmp_path / "knn" / "intl" / "results.jsonl").write_text("{}\n")
+    record.finish("key")
+    record.set_aside()
+    assert not record.done and not (tmp_path / "knn" / "intl").exists()
+    assert [p.read_text() for p in record.folder.glob("replaced-*/results.jsonl")] == ["{}\n"]
+
+
+def test_the_commands(record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "12_0_log.out").write_text("one\ntwo\nthree\n")
+    record.submit(
+        Step(name="knn/intl", kind="knn", module="m", argv=("a",), output=tmp_path), "key", 0, cluster="local"
+    )
+    record.submitted_as("12", logs)
+    record.fail("12-0", "ValueError: no", "Traceback: here", 0)
+    record.set_state("running", starts=1, started_at=time.time())
+    assert main(["status", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert (
+        "knn/intl  failed" in told
+        and "ValueError: no" in told
+        and "12_0_log.err" in told
+        and "1 failed" in told
+    )
+    assert main(["logs", str(tmp_path), "knn", "--lines", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "two\nthree" in told and "one" not in told and "Traceback: here" in told
+    assert main(["logs", str(tmp_path), "knm/intl"]) == 2
+    assert "did you mean knn/intl?" in capsys.readouterr().err
+    assert main(["cancel", str(tmp_path)]) == 0
+    assert "nothing was queued or running" in capsys.readouterr().out
+    assert main(["status", str(tmp_path / "none")]) == 2
+    assert "no suite was submitted into this folder" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_refused_by_name(tmp_path: Path) -> None:
+    holder = f"in use by another suite \\(process {os.getpid()} on"
+    with locked(tmp_path), pytest.raises(UserError, match=holder), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_durations() -> None:
+    assert [spell_seconds(s) for s in (5.9, 65, 600, 3725)] == ["5 s", "1:05", "10:00", "1:02:05"]

@@ -1,0 +1,102 @@
+"""The suite's command: its graph, its refusals, its dry run, and one run on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slurm import submit
+from slurm.__main__ import main
+from slurm.resources import load_profile
+from slurm.snapshot import SOURCE
+from slurm.suite import Suite, suite_graph
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text("dataset: imagefolder\narch: resnet18\nprojector_hidden: 64\nprojector_output: 64\n")
+    return path
+
+
+def graph_of(root: Path, recipe: Path, **rest):
+    asked = Suite(
+        output=str(root), recipe=str(recipe), data_dir=str(root), seeds=3,
+        tasks=["knn", "linear", "semisup1", "coco_c4_2x"], **rest,
+    )  # fmt: skip
+    return suite_graph(root, asked, load_profile("slurm_gpu", []))
+
+
+def test_the_graph_is_the_one_asked_for(tmp_path: Path, recipe: Path) -> None:
+    graph = graph_of(tmp_path, recipe)
+    assert list(graph.steps) == [
+        "pretrain", "proof/intl", "convert/intl", "knn/intl", *(f"linear/intl/seed{i}" for i in range(3)),
+        *(f"semisup1/intl/seed{i}" for i in range(3)),
+        *(f"detection/coco_c4_2x/intl/seed{i}" for i in range(3)),
+        "report",
+    ]  # fmt: skip
+    assert graph.steps["knn/intl"].needs == ("pretrain", "proof/intl")
+    assert graph.steps["detection/coco_c4_2x/intl/seed1"].needs == ("convert/intl",)
+    assert "--label-percent" in graph.steps["semisup1/intl/seed0"].argv
+    assert set(graph.steps["report"].after) == set(graph.steps) - {"proof/intl", "convert/intl", "report"}
+
+
+def test_alike_steps_become_arrays_with_dependencies(tmp_path: Path, recipe: Path) -> None:
+    graph = graph_of(tmp_path, recipe)
+    batches = submit.in_order(submit.plan(graph, tmp_path, set()).batches)
+    sizes = {b.title: len(b.steps) for b in batches}
+    assert sizes["linear/intl"] == 3 and sizes["detection/coco_c4_2x/intl"] == 3 and sizes["knn/intl"] == 1
+    linear = next(b for b in batches if b.title == "linear/intl")
+    assert submit.dependency(linear, {"pretrain": "5", "proof/intl": "6"}) == "afterok:5:6"
+    assert submit.dependency(linear, {"proof/intl": "6"}) == "afterok:6"  # pretrain was done before
+    report = batches[-1]
+    assert submit.dependency(report, {"knn/intl": "7", "linear/intl/seed2": "8_2"}) == "afterany:7:8_2"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "knn"], "either --recipe NAME|FILE or --weights FILE"),
+        (["--recipe", "r", "--weights", "w", "--tasks", "knn"], "either --recipe"),
+        (["--weights", "w.pth"], "wanted --tasks, of: knn, linear"),
+        (["--weights", "w.pth", "--tasks", "kmn", "--data-dir", "."], "--tasks kmn: unknown; known: knn"),
+        (["--weights", "w.pth", "--tasks", "knn"], "wanted --data-dir"),
+        (["--weights", "w.pth", "--tasks", "knn", "--data-dir", "."], "w.pth: no such file"),
+        (["--weights", "w.pth", "--tasks", "knn", "--data-dir", ".", "--seeds", "0"], "--seeds 0"),
+        (["--weights", "w", "--tasks", "knn", "--data-dir", ".", "--cluster", "slurm"], "wants --profile"),
+        (["--recipe", "nope", "--tasks", "knn", "--data-dir", "."], "nope: no such file; known names: "),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["suite", *words, "--output", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.startswith("error: ") and "Traceback" not in told
+    assert not out.exists()
+
+
+def test_a_dry_run_finds_what_would_fail(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"no checkpoint")
+    words = ["--tasks", "knn", "--knn-protocol", "nope@1", "--dataset", "imagefolder"]
+    words += ["--output", str(tmp_path / "out"), "--dry-run"]
+    assert main(["suite", "--weights", str(broken), "--data-dir", str(tmp_path / "void"), *words]) == 2
+    told = capsys.readouterr()
+    assert told.out.count("check failed") == 3 and "void" in told.out and "nope@1" in told.out
+    assert "== proof/broken" in told.out and not (tmp_path / "out").exists()
+    good = ["--knn-protocol", "solo_knn@1", "--data-dir", str(cifar_folder)]
+    assert main(["suite", "--recipe", str(recipe), *words[:2], *words[4:], *good]) == 0
+    assert "all checks passed" in capsys.readouterr().out
+
+
+def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["statsu"]) == 2
+    assert "did you mean status?" in capsys.readouterr().err
+    assert main([]) == 2 and main(["--help"]) == 0
+    assert "suite" in capsys.readouterr().out
+    assert (SOURCE / "slurm" / "suite.py").exists()
