@@ -5,7 +5,8 @@
     Φ = U g(Λ) Uᵀ  for  S = U Λ Uᵀ
 
 Section 3 of Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024,
-https://arxiv.org/abs/2305.16789. All is computed in float32, in float64 when that is given, outside autocast.
+https://arxiv.org/abs/2305.16789. All is computed in float32, or float64 if given, outside autocast (call
+backward outside it too, as torch asks for).
 
 Letters of shapes: N images of the global batch, D features, M the covariance's size (N or D).
 """
