@@ -1,0 +1,274 @@
+"""A checkpoint in any known format enters; its backbone leaves as another library's files, loaded there.
+
+Each target is read back by the library that it is named after and must compute the same features; otherwise
+nothing is left in the output folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.cli import UserError, parse_settings
+from pretrain.files import sha256_of, write_json, write_text
+from transfer.backbone import Loaded, load_backbone
+
+RECORD = "export.json"
+TOLERANCE = 1e-5
+"""Largest difference of features, relative to the largest feature; the same kernels run in the same order."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Write a checkpoint's backbone for another library, and prove it by loading it there."""
+
+    weights: Path
+    """Checkpoint file, in any format that `python -m transfer formats` lists."""
+    output: Path
+    """Folder to write; new, empty or of an earlier export."""
+    format: Literal["timm", "torchvision", "detectron2", "huggingface"]
+    """timm and torchvision: a file of their keys. detectron2: backbone.pkl. huggingface: a folder with
+    config.json, model.safetensors and a model card, for timm's local-dir: and the hub."""
+    branch: Literal["online", "ema"] = "online"
+    """Which of two networks a self-supervised checkpoint may hold."""
+    arch: str | None = None
+    """timm architecture, where the file alone does not tell."""
+    results: Path | None = None
+    """Folder whose results of these weights go into the model card (huggingface)."""
+
+
+def export(settings: ExportSettings) -> dict[str, Any]:
+    """Write, prove, then move into place; returns what export.json records."""
+    _check_output(settings.output)
+    loaded = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
+    if loaded.stem == "cifar":
+        raise UserError(
+            f"{settings.weights} has a CIFAR stem (3x3 convolution, stride 1, no pooling), of which "
+            f"{settings.format} has no counterpart: its ResNets begin with a 7x7 convolution. Evaluate the "
+            "file here with knn or linear, or pretrain with --stem imagenet"
+        )
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    parent = settings.output.parent
+    with tempfile.TemporaryDirectory(prefix=f".{settings.output.name}.", dir=parent) as aside:
+        folder = Path(aside)
+        writers = {"timm": _timm, "torchvision": _torchvision, "detectron2": _detectron2, "huggingface": _hub}
+        difference, how = writers[settings.format](loaded, settings, folder)
+        record = {
+            "format": settings.format,
+            "weights": str(settings.weights),
+            "sha256": loaded.sha256,
+            "source_format": loaded.format,
+            "branch": loaded.branch,
+            "arch": loaded.arch,
+            "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+            "largest_relative_difference": difference,
+            "load_with": how,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")},
+        }
+        settings.output.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            shutil.move(path, settings.output / path.name)
+        write_json(settings.output / RECORD, record)
+    return record
+
+
+def _check_output(output: Path) -> None:
+    if output.is_file():
+        raise UserError(f"--output {output} is a file; a folder is wanted")
+    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).exists():
+        raise UserError(
+            f"--output {output} holds other files; take a new folder, so that none is overwritten"
+        )
+
+
+# ------------------------------------------------------------------ writers: (difference, how to load it)
+
+
+def _timm(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
+    import timm
+    from safetensors.torch import save_file
+
+    path = folder / f"{loaded.arch}.safetensors"
+    save_file(_state(loaded), path, _metadata(loaded))
+    model = timm.create_model(loaded.arch, num_classes=0, checkpoint_path=str(path))
+    return (
+        _difference(loaded, model),
+        f'timm.create_model("{loaded.arch}", num_classes=0, checkpoint_path="{settings.output / path.name}")',
+    )
+
+
+def _torchvision(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if loaded.arch not in known:
+        near = ", ".join(name for name in known if "resne" in name)
+        raise UserError(f"torchvision has no {loaded.arch}; it has {near}. timm and huggingface take it")
+    path = folder / f"{loaded.arch}.pth"
+    torch.save(_state(loaded), path)
+    model = torchvision.models.get_model(loaded.arch)
+    model.fc = nn.Identity()
+    model.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    return (
+        _difference(loaded, model),
+        f"model = torchvision.models.{loaded.arch}(); model.fc = torch.nn.Identity(); "
+        f'model.load_state_dict(torch.load("{settings.output / path.name}"))',
+    )
+
+
+def _detectron2(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
+    from transfer.convert import ConvertSettings, convert
+
+    path = folder / "backbone.pkl"
+    origin = convert(
+        ConvertSettings(weights=settings.weights, output=path, branch=settings.branch, arch=settings.arch)
+    )
+    return (
+        float(origin["difference"]),
+        f"python -m transfer.train_net --config-file ... MODEL.WEIGHTS {settings.output / path.name}",
+    )
+
+
+def _hub(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
+    import timm
+    from safetensors.torch import save_file
+
+    # transformers reads only files whose metadata say "pt"
+    save_file(_state(loaded), folder / "model.safetensors", {**_metadata(loaded), "format": "pt"})
+    write_json(folder / "config.json", {
+        "architecture": loaded.arch, "num_classes": 0, "num_features": loaded.model.num_features,
+        "global_pool": "avg", "pretrained_cfg": preprocessing(loaded),
+    })  # fmt: skip
+    difference = _difference(loaded, timm.create_model(f"local-dir:{folder}", pretrained=True))
+    write_text(folder / "README.md", model_card(loaded, settings))
+    return difference, f'timm.create_model("local-dir:{settings.output}", pretrained=True)'
+
+
+def _state(loaded: Loaded) -> dict[str, Tensor]:
+    return {key: value.contiguous() for key, value in loaded.model.state_dict().items()}
+
+
+def _metadata(loaded: Loaded) -> dict[str, str]:
+    """This project's own, so that the file can be judged here again and still says where it came from."""
+    found = {"source": loaded.format, **loaded.metadata}
+    found |= {"format": "intl-bench/1", "arch": loaded.arch, "stem": loaded.stem, "branch": loaded.branch}
+    return found | {"origin": Path(loaded.path).name, "origin_sha256": loaded.sha256}
+
+
+@torch.inference_mode()
+def _difference(loaded: Loaded, model: nn.Module) -> float:
+    """Largest difference of features on noise, relative to the largest; RuntimeError over TOLERANCE."""
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    wanted, got = loaded.model(images), model.eval()(images)
+    difference = float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"the exported model computes other features: they differ by {difference:.2g}")
+    return difference
+
+
+# ------------------------------------------------------------------ the hub's folder
+
+
+def preprocessing(loaded: Loaded) -> dict[str, Any]:
+    """How timm is to prepare images: as the weights' own metadata say, else as ImageNet's evaluation."""
+    said = loaded.metadata
+    size = int(said.get("image_size", 224))
+
+    def numbers(key: str, default: tuple[float, ...]) -> list[float]:
+        return [float(x) for x in said[key].split(",")] if key in said else list(default)
+
+    return {
+        "num_classes": 0, "input_size": [3, size, size], "pool_size": None, "fixed_input_size": False,
+        "mean": numbers("mean", IMAGENET_MEAN), "std": numbers("std", IMAGENET_STD),
+        "interpolation": "bilinear", "crop_pct": 0.875 if size >= 160 else 1.0,
+        "first_conv": "conv1", "classifier": "fc",
+    }  # fmt: skip
+
+
+def model_card(loaded: Loaded, settings: ExportSettings) -> str:
+    """README.md of the folder: what it is, where it comes from, how to load it, what it scores."""
+    source = loaded.metadata.get("source", "self-supervised pretraining")
+    rows = {
+        "Architecture": f"{loaded.arch} (timm), without classifier, {loaded.model.num_features} features",
+        "Weights": source,
+        "Converted from": f"`{Path(loaded.path).name}`, format: {loaded.format}, {loaded.branch} branch",
+        "SHA-256 of that file": f"`{loaded.sha256}`",
+    }
+    pretraining = {
+        key: loaded.metadata[key] for key in ("dataset", "epochs", "seed") if key in loaded.metadata
+    }
+    if pretraining:
+        rows["Pretraining"] = ", ".join(f"{key} {value}" for key, value in pretraining.items())
+    facts = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: timm
+pipeline_tag: image-feature-extraction
+tags:
+- image-feature-extraction
+- self-supervised
+- timm
+---
+# {Path(loaded.path).stem} ({loaded.arch})
+
+| | |
+| --- | --- |
+{facts}
+
+## Use
+
+```python
+import timm
+
+model = timm.create_model("local-dir:PATH_TO_THIS_FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+The exported folder was loaded this way and computes the same features as the original file.
+
+## Results
+
+{_results(loaded, settings.results)}
+"""
+
+
+def _results(loaded: Loaded, folder: Path | None) -> str:
+    """The report's table of the results of exactly these weights."""
+    if folder is None:
+        return "None recorded here; `python -m transfer knn` and `linear` measure them."
+    from transfer.reporting.collect import collect
+    from transfer.reporting.content import verdict
+    from transfer.reporting.methods import group
+    from transfer.reporting.tables import to_markdown
+
+    def of_these(weights: dict[str, Any]) -> bool:
+        return (weights.get("sha256"), weights.get("branch", "online")) == (loaded.sha256, loaded.branch)
+
+    evidence = collect([folder])
+    evidence.records = [record for record in evidence.records if of_these(record["weights"] or {})]
+    if not evidence.records:
+        raise UserError(
+            f"--results {folder}: no result there is of these weights (sha256 {loaded.sha256[:12]}, "
+            f"{loaded.branch} branch); evaluate this file first, or leave --results out"
+        )
+    return to_markdown(verdict(group(evidence)))
+
+
+def main(argv: list[str]) -> int:
+    """`python -m transfer export`."""
+    settings = parse_settings(
+        ExportSettings, argv, prog="python -m transfer export", description=ExportSettings.__doc__ or ""
+    )
+    record = export(settings)
+    print(f"{settings.output}: {', '.join(record['files'])}")
+    print(f"loaded in {settings.format}: features differ by {record['largest_relative_difference']:.1e}")
+    print(f"load it with: {record['load_with']}")
+    return 0
