@@ -40,12 +40,19 @@ class Extractor:
     """A frozen backbone: 8-bit pixels B x 3 x H x W in, float32 features B x D out.
 
     It works on a copy in eval mode with BatchNorm folded into the convolutions. Without a model (raw pixels)
-    the features are the normalised pixels, flattened.
+    the features are the normalised pixels, flattened; of a `grey` data set one channel.
     """
 
     def __init__(
-        self, model: nn.Module | None, transform: EvalTransform, device: torch.device, precision: str
+        self,
+        model: nn.Module | None,
+        transform: EvalTransform,
+        device: torch.device,
+        precision: str,
+        *,
+        grey: bool = False,
     ) -> None:
+        self.grey = grey
         self.transform, self.device, self.precision = transform, device, precision
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.module: nn.Module | None = None
@@ -58,7 +65,7 @@ class Extractor:
     def __call__(self, pixels_B3HW: Tensor) -> Tensor:
         x = self.transform.normalise(pixels_B3HW.to(self.device, non_blocking=True))
         if self.module is None:
-            return x.flatten(1)
+            return (x[:, :1] if self.grey else x).flatten(1)
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return self.module(x).float()
 
@@ -99,7 +106,8 @@ def make_extractor(
 ) -> Extractor:
     """The extractor in the precision asked for; `auto` tries bfloat16 on 128 images and compares."""
     if subject.model is None:
-        return Extractor(None, transform, device, "float32")
+        grey = data.pixels is not None and data.pixels.ndim == 3
+        return Extractor(None, transform, device, "float32", grey=grey)
     exact = Extractor(subject.model, transform, device, "float32")
     if precision == "float32" or (precision == "auto" and not computes_bfloat16(device)):
         return exact
@@ -134,7 +142,7 @@ def extract(
     meta = {
         "format": FORMAT, "weights": subject.key, "dataset": data.name, "split": data.split,
         "data": data.fingerprint, "transform": extractor.transform.as_dict(),
-        "precision": extractor.precision, "n": len(indices),
+        "precision": extractor.precision, "grey": extractor.grey, "n": len(indices),
         "indices": hashlib.sha256(np.ascontiguousarray(indices, np.int64).tobytes()).hexdigest(),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:32]
@@ -205,8 +213,8 @@ def _write_parts(
             if not bool(torch.isfinite(features).all()):
                 bad = int(batch[int((~torch.isfinite(features)).any(1).nonzero()[0])])
                 raise UserError(
-                    f"the features of image {data.key(bad)} are not finite: the weights hold NaN or infinity, "
-                    "or overflow in this precision (--precision float32)"
+                    f"the features of image {data.key(bad)} are not finite: the weights hold NaN or "
+                    "infinity, or overflow in this precision (--precision float32)"
                 )
             rows.append(features.numpy())
             bar.update(len(batch))

@@ -77,13 +77,14 @@ def nearest(
     The similarity is the cosine, the dot product, or minus the squared Euclidean distance. The bank is read
     once, block by block; extra memory is a few blocks and two M x k tensors.
     """
-    bank_block = max(k, BLOCK_BYTES // (bank.shape[1] * bank.element_size()))
+    bank_block = min(len(bank), max(k, BLOCK_BYTES // (bank.shape[1] * bank.element_size())))
     queries = _prepared(queries, metric, device)
-    found: list[tuple[Tensor, Tensor]] = []
+    best = queries.new_empty(len(queries), k)
+    index_of = torch.empty(len(queries), k, dtype=torch.long, device=device)
     for start in range(0, len(bank), bank_block):
         block = _prepared(bank[start : start + bank_block], metric, device)
         norms = block.square().sum(1) if metric == "euclidean" else None
-        for number, rows in enumerate(_blocks(len(queries), len(block) * block.element_size())):
+        for rows in _blocks(len(queries), len(block) * block.element_size()):
             part = queries[rows]
             if norms is None:
                 near = part @ block.T
@@ -92,15 +93,12 @@ def nearest(
                 near -= part.square().sum(1, keepdim=True)
             value, index = _top(near, min(k, len(block)))
             index += start
-            if number < len(found) and start > 0:
-                value = torch.cat([found[number][0], value], 1)
-                index = torch.cat([found[number][1], index], 1)
-                value, index = _in_order(value, index, k)
             if start > 0:
-                found[number] = value, index
-            else:
-                found.append((value, index))
-    return torch.cat([v for v, _ in found]), torch.cat([i for _, i in found])
+                value, index = _in_order(
+                    torch.cat([best[rows], value], 1), torch.cat([index_of[rows], index], 1), k
+                )
+            best[rows], index_of[rows] = value, index
+    return best, index_of
 
 
 def _prepared(x: Tensor, metric: str, device: torch.device) -> Tensor:

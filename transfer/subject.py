@@ -1,4 +1,4 @@
-"""Options of an evaluation enter; the opened data, the loaded backbone and what a result says of them leave."""
+"""Options of an evaluation enter; opened data, a loaded backbone and what results say of them leave."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class EvaluationSettings:
     weights: str
     """Checkpoint file in any known format; raw-pixels: judge the pixels themselves (knn and linear)."""
     protocol: str
-    """Protocol NAME@VERSION, or a YAML file of your own named so (python -m transfer protocols lists them)."""
+    """Protocol NAME@VERSION, or a YAML file of your own so named (listed by: python -m transfer protocols)."""
     dataset: str
     """Name of the data set."""
     data_dir: Path
@@ -206,4 +206,5 @@ def spell(r: Result) -> str:
     figures = "  ".join(f"{k} {v:.2f}" for k, v in r.metrics.items())
     who = r.label or Path(r.weights["path"]).name
     share = "" if r.label_percent == 100 else f" with {r.label_percent:g} % of the labels"
-    return f"{who}: {r.protocol['name']}@{r.protocol['version']} on {r.dataset}{share} ({r.selection}): {figures}"
+    name = f"{r.protocol['name']}@{r.protocol['version']}"
+    return f"{who}: {name} on {r.dataset}{share} ({r.selection}): {figures}"

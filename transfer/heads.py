@@ -1,0 +1,185 @@
+"""A batch of features and labels enters; a whole grid of linear heads has taken one step.
+
+H heads, B images, D features, C classes. Heads differ in learning rate and weight decay, share their initial
+values and each batch, and never see each other: head h trains as it would alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from pretrain.distributed import sum_over_ranks
+
+Optimizer = Literal["sgd", "lars", "adam", "adamw"]
+Schedule = Literal["constant", "cosine", "cosine_by_epoch", "steps", "exponential"]
+LARS_TRUST = 0.001  # SimSiam's main_lincls.py with apex's LARC(clip=False)
+
+
+def rate_factor(
+    schedule: Schedule,
+    *,
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,
+    milestones: Sequence[int] = (),
+    gamma: float = 0.1,
+    final: float = 0.0,
+) -> float:
+    """The learning rate at `step` as a share of the first one.
+
+    cosine: final + (1 - final)(1 + cos(pi t)) / 2 with t by step, or by whole epoch; steps: times `gamma` at each
+    milestone epoch; exponential: final ** (epoch / epochs).
+    """
+    epoch = step // steps_per_epoch
+    if schedule == "constant":
+        return 1.0
+    if schedule == "steps":
+        return gamma ** sum(epoch >= m for m in milestones)
+    if schedule == "exponential":
+        return final ** (epoch / epochs)
+    t = epoch / epochs if schedule == "cosine_by_epoch" else step / (steps_per_epoch * epochs)
+    return final + (1 - final) * (1 + math.cos(math.pi * t)) / 2
+
+
+class HeadGrid:
+    """Weights W (H x D x C), biases b (H x C) and their optimiser's state.
+
+    The gradient of the mean cross entropy is written out, dL/dW_h = x^T (softmax(x W_h + b_h) - y) / B, so one
+    product serves all heads and nothing flows into the features.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        classes: int,
+        *,
+        rates: Sequence[float],
+        decays: Sequence[float],
+        optimizer: Optimizer = "sgd",
+        momentum: float = 0.9,
+        init: Literal["normal", "uniform"] = "normal",
+        seed: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.grid = [(r, d) for r in rates for d in decays]
+        self.optimizer, self.momentum, self.steps = optimizer, momentum, 0
+        generator = torch.Generator().manual_seed(seed)
+        if init == "normal":  # MoCo and those after it: N(0, 0.01), bias 0
+            weight = torch.randn(features, classes, generator=generator) * 0.01
+            bias = torch.zeros(classes)
+        else:  # torch.nn.Linear's own
+            bound = 1 / math.sqrt(features)
+            weight = (torch.rand(features, classes, generator=generator) * 2 - 1) * bound
+            bias = (torch.rand(classes, generator=generator) * 2 - 1) * bound
+        heads = len(self.grid)
+        self.parameters = [
+            weight.to(device).repeat(heads, 1, 1),
+            bias.to(device).repeat(heads, 1),
+        ]
+        slots = 2 if optimizer in ("adam", "adamw") else 1
+        self.slots = [[torch.zeros_like(p) for _ in range(slots)] for p in self.parameters]
+        self._rates, self._decays = (torch.tensor(v, device=device) for v in zip(*self.grid))
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def logits(self, x_BD: Tensor) -> Tensor:
+        """H x B x C."""
+        weight, bias = self.parameters
+        return torch.matmul(x_BD, weight) + bias[:, None]
+
+    def step(self, x_BD: Tensor, labels_B: Tensor, *, factor: float) -> Tensor:
+        """One optimiser step at `factor` times each head's rate; returns the mean loss of each head (H).
+
+        The batch is this rank's share; gradients are those of the mean over all ranks. All ranks must call.
+        """
+        weight, _ = self.parameters
+        heads, features, classes = weight.shape
+        count = sum_over_ranks(torch.tensor(float(len(labels_B)), device=x_BD.device))
+        logits = self.logits(x_BD)
+        log_p = logits.log_softmax(2)
+        target = labels_B[None, :, None].expand(heads, -1, 1)
+        loss = -log_p.gather(2, target).sum((1, 2))
+        delta = log_p.exp()
+        delta.scatter_add_(2, target, torch.full_like(delta[:, :, :1], -1.0))
+        flat = delta.permute(1, 0, 2).reshape(len(x_BD), heads * classes)
+        gradients = [(x_BD.T @ flat).view(features, heads, classes).permute(1, 0, 2), delta.sum(1)]
+        gradients = [sum_over_ranks(g) / count for g in gradients]
+        self.steps += 1
+        for parameter, gradient, slots in zip(self.parameters, gradients, self.slots):
+            shape = (heads,) + (1,) * (parameter.ndim - 1)
+            self._update(
+                parameter, gradient, slots, self._rates.view(shape) * factor, self._decays.view(shape)
+            )
+        return sum_over_ranks(loss) / count
+
+    def _update(self, p: Tensor, g: Tensor, slots: list[Tensor], rate: Tensor, decay: Tensor) -> None:
+        """torch.optim's rules, head by head."""
+        if self.optimizer in ("sgd", "lars"):
+            g = g + decay * p
+            if self.optimizer == "lars":
+                g = g * _trust(p, g - decay * p, decay)
+            slots[0].mul_(self.momentum).add_(g)
+            p.sub_(rate * slots[0])
+            return
+        if self.optimizer == "adamw":
+            p.mul_(1 - rate * decay)
+        else:
+            g = g + decay * p
+        slots[0].lerp_(g, 0.1)
+        slots[1].mul_(0.999).addcmul_(g, g, value=0.001)
+        mean = slots[0] / (1 - 0.9**self.steps)
+        square = slots[1] / (1 - 0.999**self.steps)
+        p.sub_(rate * mean / (square.sqrt() + 1e-8))
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values for a checkpoint."""
+        return {"parameters": self.parameters, "slots": self.slots, "steps": self.steps}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up `state`. Raises ValueError for that of another grid."""
+        for mine, theirs in zip(self.parameters, state["parameters"], strict=True):
+            if mine.shape != theirs.shape:
+                raise ValueError(f"heads of shape {tuple(theirs.shape)}, wanted {tuple(mine.shape)}")
+            mine.copy_(theirs)
+        for mine_slots, their_slots in zip(self.slots, state["slots"], strict=True):
+            for mine, theirs in zip(mine_slots, their_slots, strict=True):
+                mine.copy_(theirs)
+        self.steps = int(state["steps"])
+
+
+def _trust(p: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
+    """LARC's factor, one a head: trust |p| / (|g| + decay |p|), 1 where either norm is 0."""
+    axes = tuple(range(1, p.ndim))
+    norm, slope = p.norm(dim=axes, keepdim=True), gradient.norm(dim=axes, keepdim=True)
+    ratio = LARS_TRUST * norm / (slope + decay * norm + 1e-8)
+    return torch.where((norm > 0) & (slope > 0), ratio, torch.ones_like(ratio))
+
+
+def accuracies(logits_BC: Tensor, labels_B: Tensor) -> dict[str, float]:
+    """top1, top5 and the mean over classes of top-1, in percent; equal logits: the smaller label wins."""
+    own = logits_BC.gather(1, labels_B[:, None])
+    before = torch.arange(logits_BC.shape[1], device=logits_BC.device) < labels_B[:, None]
+    place = ((logits_BC > own) | ((logits_BC == own) & before)).sum(1)
+    hit = (place < 1).double()
+    total = torch.zeros(logits_BC.shape[1], dtype=torch.float64, device=hit.device)
+    count = torch.zeros_like(total)
+    total.scatter_add_(0, labels_B, hit)
+    count.scatter_add_(0, labels_B, torch.ones_like(hit))
+    seen = count > 0
+    return {
+        "top1": 100 * float(hit.mean()),
+        "top5": 100 * float((place < 5).double().mean()),
+        "mean_per_class": 100 * float((total[seen] / count[seen]).mean()),
+    }
+
+
+def loss_of(logits_BC: Tensor, labels_B: Tensor) -> float:
+    """Mean cross entropy."""
+    return float(cross_entropy(logits_BC, labels_B))

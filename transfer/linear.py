@@ -1,0 +1,392 @@
+"""A frozen backbone enters; the accuracy of linear heads trained on its features leaves.
+
+With `augmentation` each batch of training images is cropped, flipped and passed through the backbone anew, once
+for all heads of the grid; without, features are extracted once and kept. Test features are always extracted
+once: the backbone does not change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.cli import Progress, UserError, parse_settings
+from pretrain.distributed import any_rank, barrier, is_main, process_group, rank, world_size
+from pretrain.files import atomic_path
+from pretrain.signals import StopSignals
+from transfer.augment import Augmented
+from transfer.features import Extractor, extract, image_loader, make_extractor
+from transfer.heads import HeadGrid, Optimizer, Schedule, accuracies, rate_factor
+from transfer.protocol import load_protocol
+from transfer.results import Clock, Result
+from transfer.subject import Evaluation, EvaluationSettings, load_subject, open_pair
+from transfer.transforms import IMAGENET_STD, eval_transform
+
+CHECKPOINT = "linear.pt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProtocol:
+    """The values of a linear protocol."""
+
+    method: Literal["heads", "logreg", "svm"] = "heads"
+    """heads: by gradient steps; logreg and svm: solved on cached features."""
+    augmentation: bool = True
+    learning_rates: tuple[float, ...] = ()
+    per_256: bool = False
+    """Multiply the learning rates by batch / 256."""
+    weight_decays: tuple[float, ...] = (0.0,)
+    optimizer: Optimizer = "sgd"
+    momentum: float = 0.9
+    batch: int = 256
+    """Images a step, over all ranks."""
+    epochs: int = 100
+    steps_per_epoch: int | None = None
+    """Default: once through the training images; else an epoch is so many batches."""
+    schedule: Schedule = "cosine"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    final: float = 0.0
+    """Learning rate at the end, as a share of the first."""
+    init: Literal["normal", "uniform"] = "normal"
+    scaling: Literal["none", "standardise", "l2"] = "none"
+    """Of cached features: each to mean 0 and variance 1 over the training images; or each image to length 1."""
+    held_out_percent: float = 0.0
+    """Share of each class's training images kept aside for the choice among heads."""
+    choose_on: Literal["held-out", "reported"] = "held-out"
+    """Where the best head and epoch are chosen; "reported": on the test images, as published."""
+    costs: tuple[float, ...] = ()
+    """logreg and svm: inverse regularisation strengths C to choose from."""
+    iterations: int = 1000
+    folds: int = 3
+    shots: tuple[int, ...] = ()
+    samples: int = 5
+    resize: int = 256
+    crop: int = 224
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a grid without a place to choose on."""
+        if self.method == "heads" and not self.learning_rates:
+            raise ValueError("learning_rates is empty")
+        if self.grid_size > 1 and self.choose_on == "held-out" and not self.held_out_percent:
+            raise ValueError("a grid of heads needs held_out_percent above 0, or choose_on: reported")
+        if not 0 <= self.held_out_percent < 100:
+            raise ValueError(f"held_out_percent {self.held_out_percent}: wanted 0 to below 100")
+
+    @property
+    def grid_size(self) -> int:
+        return len(self.learning_rates) * len(self.weight_decays)
+
+    @property
+    def rates(self) -> list[float]:
+        return [r * (self.batch / 256 if self.per_256 else 1.0) for r in self.learning_rates]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSettings(EvaluationSettings):
+    """Options of `python -m transfer linear`."""
+
+    seed: int = 0
+    """Of the heads' first values, the held-out part, the order of images and the augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelled:
+    """Features of one part with their labels, on the device of the heads or memory-mapped."""
+
+    features_ND: Tensor
+    labels_N: Tensor
+
+
+def main(argv: list[str]) -> int | None:
+    """`python -m transfer linear`."""
+    settings = parse_settings(
+        LinearSettings, argv, prog="python -m transfer linear",
+        description="Train linear heads on the frozen backbone and report their accuracy.",
+    )  # fmt: skip
+    protocol = load_protocol(settings.protocol, "linear")
+    values = protocol.settings(LinearProtocol)
+    clock = Clock()
+    if values.method == "svm":
+        from transfer.svm import evaluate_voc
+
+        return evaluate_voc(settings, protocol, values, clock)
+    train, test = open_pair(settings)
+    if values.method == "heads" and len(train) * (1 - values.held_out_percent / 100) < 1:
+        raise UserError(f"{train.root}: no training image is left beside the held-out part")
+    subject = load_subject(settings)
+    if subject.model is None and values.augmentation:
+        raise UserError(f"{protocol} augments images for a backbone; judge raw-pixels with cached_linear@1")
+    transform = eval_transform(
+        native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
+        resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
+    )  # fmt: skip
+    evaluation = Evaluation(
+        settings=settings, protocol=protocol, subject=subject, train=train, test=test, transform=transform,
+        clock=clock, seed=None if values.method == "logreg" and not values.held_out_percent else settings.seed,
+    )  # fmt: skip
+    if evaluation.finished():
+        return 0
+    evaluation.begin()
+    with process_group() as device:
+        extractor = make_extractor(subject, train, transform, device, settings.precision)
+        before = extractor.digest()
+        if values.method == "logreg":
+            from transfer.logreg import run_logreg
+
+            found = run_logreg(evaluation, extractor, values, device)
+        else:
+            found = run_heads(evaluation, extractor, values, device)
+        if extractor.digest() != before:
+            raise RuntimeError("the frozen backbone changed while heads were trained: no result is written")
+        evaluation.write(found)
+        barrier()
+        if is_main():
+            (settings.output / CHECKPOINT).unlink(missing_ok=True)
+    return 0
+
+
+def held_out_split(labels_N: np.ndarray, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and positions kept aside: `percent` of each class, rounded, never a whole class."""
+    if percent == 0:
+        return np.arange(len(labels_N)), np.arange(0)
+    rng = np.random.default_rng([seed, 77])
+    aside = []
+    for label in np.unique(labels_N):
+        members = np.flatnonzero(labels_N == label)
+        count = min(max(1, round(len(members) * percent / 100)), len(members) - 1)
+        aside.append(rng.permutation(members)[:count])
+    kept = np.sort(np.concatenate(aside))
+    return np.setdiff1d(np.arange(len(labels_N)), kept), kept
+
+
+def cached_parts(
+    evaluation: Evaluation, extractor: Extractor, values: LinearProtocol, device: torch.device
+) -> tuple[Labelled | None, Labelled | None, Labelled, np.ndarray]:
+    """Training, held-out and test features, scaled, and the positions trained on.
+
+    With augmentation there are no training features, and of the training images only the held-out ones are
+    extracted.
+    """
+    settings, train, test = evaluation.settings, evaluation.train, evaluation.test
+    fit, aside = held_out_split(train.labels_N, values.held_out_percent, evaluation.seed or 0)
+
+    def features(part: Any, indices: np.ndarray | None) -> np.ndarray:
+        return extract(
+            extractor, evaluation.subject, part, cache=settings.cache, indices=indices,
+            batch_size=settings.batch_size, workers=settings.workers, progress=settings.output / "progress.json",
+        )  # fmt: skip
+
+    def labelled(x_ND: np.ndarray, labels_N: np.ndarray) -> Labelled:
+        return Labelled(
+            features_ND=torch.from_numpy(x_ND).to(device), labels_N=torch.from_numpy(labels_N).to(device)
+        )
+
+    test_ND = np.array(features(test, None))
+    if values.augmentation:
+        held = labelled(np.array(features(train, aside)), train.labels_N[aside]) if len(aside) else None
+        return None, held, labelled(test_ND, test.labels_N), fit
+    all_ND = features(train, None)  # all of them: the same file that k-NN uses
+    fit_ND, aside_ND = np.array(all_ND[fit]), np.array(all_ND[aside])
+    if values.scaling == "standardise":
+        mean, std = fit_ND.mean(0, dtype=np.float64), fit_ND.std(0, dtype=np.float64)
+        # a feature that never changes says nothing: it becomes 0, whatever it is on other images
+        scale = np.where(std > 1e-6 * max(float(std.max()), 1e-12), 1 / np.maximum(std, 1e-30), 0.0)
+        fit_ND, aside_ND, test_ND = (
+            ((x - mean) * scale).astype(np.float32) for x in (fit_ND, aside_ND, test_ND)
+        )
+    elif values.scaling == "l2":
+        fit_ND, aside_ND, test_ND = (
+            x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+            for x in (fit_ND, aside_ND, test_ND)
+        )
+    held = labelled(aside_ND, train.labels_N[aside]) if len(aside) else None
+    return labelled(fit_ND, train.labels_N[fit]), held, labelled(test_ND, test.labels_N), fit
+
+
+def epoch_batches(n: int, batch: int, *, steps: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The global batches of one epoch: a permutation of range(n) drawn from (seed, epoch), cut into `steps`
+    batches; where more are asked for than one pass gives, further permutations follow."""
+    rng = np.random.default_rng([seed, epoch])
+    order = np.concatenate([rng.permutation(n) for _ in range(max(1, math.ceil(steps * batch / max(n, 1))))])
+    if steps == math.ceil(n / batch):
+        order = order[:n]
+    return [order[s * batch : (s + 1) * batch] for s in range(steps)]
+
+
+def run_heads(
+    evaluation: Evaluation, extractor: Extractor, values: LinearProtocol, device: torch.device
+) -> list[Result]:
+    """Train the grid and judge it after each epoch; the results to report. All ranks must call."""
+    settings = evaluation.settings
+    seed = evaluation.seed or 0
+    train, held, test, fit = cached_parts(evaluation, extractor, values, device)
+    classes = len(evaluation.train.classes)
+    heads = HeadGrid(
+        test.features_ND.shape[1], classes, rates=values.rates, decays=values.weight_decays,
+        optimizer=values.optimizer, momentum=values.momentum, init=values.init, seed=seed, device=device,
+    )  # fmt: skip
+    steps = values.steps_per_epoch or math.ceil(len(fit) / values.batch)
+    identity = (
+        f"{evaluation.subject.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
+        f"{len(fit)} {evaluation.transform}"
+    )
+    path = settings.output / CHECKPOINT
+    done, history = _resume(path, heads, identity)
+    bar = Progress(
+        steps * values.epochs, label=f"linear probe, {len(heads)} heads", start=done,
+        file=settings.output / "progress.json",
+    )  # fmt: skip
+    with StopSignals() as stop, bar:
+        for epoch in range(done // steps, values.epochs):
+            batches = epoch_batches(len(fit), values.batch, steps=steps, seed=seed, epoch=epoch)
+            batches = [
+                b[rank() :: world_size()] for b in batches[done % steps if epoch == done // steps else 0 :]
+            ]
+            stream = (
+                _augmented(evaluation, extractor, values, fit, batches, epoch, device)
+                if train is None
+                else _cached(train, batches)
+            )
+            step = done if epoch == done // steps else epoch * steps
+            loss = torch.zeros(len(heads))
+            for x_BD, labels_B in stream:
+                factor = rate_factor(
+                    values.schedule, step=step, steps_per_epoch=steps, epochs=values.epochs,
+                    milestones=values.milestones, gamma=values.gamma, final=values.final,
+                )  # fmt: skip
+                loss = heads.step(x_BD, labels_B, factor=factor)
+                step += 1
+                bar.update(1)
+                if step % 50 == 0 and any_rank(stop.requested, device) and step % steps:
+                    _save(path, heads, identity, step, history)
+                    _leave(stop)
+            history.append(_judge(heads, held, test))
+            best = max(history[-1]["held" if held is not None else "test"], key=lambda m: m["top1"])
+            if not bool(torch.isfinite(loss).any()):
+                raise UserError(
+                    f"{evaluation.protocol}: every head's loss is infinite or NaN after epoch {epoch + 1}"
+                )
+            bar.update(0, epoch=epoch + 1, loss=float(loss[torch.isfinite(loss)].min()), top1=best["top1"])
+            stopping = any_rank(stop.requested, device) and epoch + 1 < values.epochs
+            if train is None or stopping:
+                _save(path, heads, identity, step, history)
+            if stopping:
+                _leave(stop)
+    return _report(evaluation, extractor, values, heads, history, device)
+
+
+def _leave(stop: StopSignals) -> None:
+    """Hand over on the ranks that got the signal; the others stop with them."""
+    if stop.received is None:
+        stop.received = int(StopSignals.SIGNALS[0])
+    stop.hand_over()
+
+
+def _cached(train: Labelled, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+    for b in batches:
+        index = torch.from_numpy(b).to(train.features_ND.device)
+        yield train.features_ND[index], train.labels_N[index]
+
+
+def _augmented(
+    evaluation: Evaluation,
+    extractor: Extractor,
+    values: LinearProtocol,
+    fit: np.ndarray,
+    batches: list[np.ndarray],
+    epoch: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    settings, train = evaluation.settings, evaluation.train
+    images = Augmented(
+        train, size=evaluation.transform.size, seed=evaluation.seed or 0, epoch=epoch,
+        interpolation=values.interpolation if values.interpolation == "bicubic" else "bilinear",
+    )  # fmt: skip
+    workers = settings.workers
+    for pixels, positions in image_loader(images, [fit[b] for b in batches], evaluation.transform, workers):
+        yield extractor(pixels), torch.from_numpy(train.labels_N[positions]).to(device)
+
+
+def _judge(heads: HeadGrid, held: Labelled | None, test: Labelled) -> dict[str, list[dict[str, float]]]:
+    """Accuracies of every head on the held-out part and on the test images."""
+    out = {}
+    for name, part in (("held", held), ("test", test)):
+        if part is None:
+            continue
+        rows = 16384
+        logits = [heads.logits(part.features_ND[s : s + rows]) for s in range(0, len(part.labels_N), rows)]
+        whole = torch.cat(logits, 1)
+        whole = torch.where(torch.isfinite(whole), whole, torch.full_like(whole, -math.inf))
+        out[name] = [accuracies(h, part.labels_N) for h in whole]
+    return out
+
+
+def _report(
+    evaluation: Evaluation,
+    extractor: Extractor,
+    values: LinearProtocol,
+    heads: HeadGrid,
+    history: list[dict[str, list[dict[str, float]]]],
+    device: torch.device,
+) -> list[Result]:
+    """The last epoch, and beside it the best one: chosen on the held-out part where there is one, else on the
+    images reported, which is what `best` says."""
+    place = "held" if values.choose_on == "held-out" and "held" in history[0] else "test"
+    last = len(history) - 1
+    head_last = _argmax([m["top1"] for m in history[last][place]])
+    epoch_best = _argmax([max(m["top1"] for m in h[place]) for h in history])
+    head_best = _argmax([m["top1"] for m in history[epoch_best][place]])
+
+    def line(selection: str, epoch: int, head: int) -> Result:
+        rate, decay = heads.grid[head]
+        extra: dict[str, Any] = {
+            "learning_rate": rate, "weight_decay": decay, "heads": len(heads), "precision": extractor.precision,
+            "augmentation": values.augmentation, "chosen_on": {"held": "held-out", "test": "reported"}[place],
+        }  # fmt: skip
+        if place == "held":
+            extra["held_out_top1"] = round(history[epoch]["held"][head]["top1"], 4)
+        return evaluation.result(
+            history[epoch]["test"][head], device, epoch=epoch + 1, selection=selection, settings=extra
+        )
+
+    best = "held-out" if place == "held" else "best"
+    return [line("last", last, head_last), line(best, epoch_best, head_best)]
+
+
+def _argmax(values: list[float]) -> int:
+    """The first of the largest."""
+    return max(range(len(values)), key=lambda i: (values[i], -i))
+
+
+def _save(path: Path, heads: HeadGrid, identity: str, step: int, history: list[Any]) -> None:
+    """Write the heads' state. Rank 0 only; every rank holds the same."""
+    if is_main():
+        with atomic_path(path) as aside:
+            torch.save(
+                {"identity": identity, "step": step, "history": history, "heads": heads.state()}, aside
+            )
+    barrier()
+
+
+def _resume(path: Path, heads: HeadGrid, identity: str) -> tuple[int, list[Any]]:
+    """Steps done and the history of an earlier run of the same evaluation, else a fresh start."""
+    if not path.exists():
+        return 0, []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not readable ({error}); delete it to start this evaluation anew") from error
+    if state["identity"] != identity:
+        return 0, []
+    heads.load(state["heads"])
+    return int(state["step"]), list(state["history"])
