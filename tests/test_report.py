@@ -8,10 +8,12 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from report_data import record, write_lines, write_suite
 
 from pretrain.cli import UserError
+from pretrain.data import open_dataset
 from transfer import report
 from transfer.__main__ import main as transfer_main
 from transfer.reporting import tables
@@ -19,6 +21,7 @@ from transfer.reporting.collect import collect
 from transfer.reporting.compare import Summary, Trial, binomial_error, compare
 from transfer.reporting.methods import group
 from transfer.reporting.published import load_published
+from transfer.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +361,40 @@ def test_a_terminal_gets_a_table_with_all_rows(suite: Path, monkeypatch: pytest.
     monkeypatch.setenv("TERM", "xterm-256color")
     report.main([str(suite), "--output", str(suite / "report")])
     assert "86.50 ± 0.10" in out.getvalue() and "raw pixels" in out.getvalue() and "\x1b[" in out.getvalue()
+
+
+# nearest neighbours
+
+
+def test_neighbours_of_a_real_run(cifar_folder: Path, tmp_path: Path) -> None:
+    words = ["knn", "--weights", "raw-pixels", "--protocol", "solo_knn@1", "--dataset", "cifar10"]
+    words += ["--data-dir", str(cifar_folder), "--output", str(tmp_path / "run")]
+    assert transfer_main(words) == 0
+    report.main([str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "index.html").read_text()
+    hits = re.search(r"raw pixels: (\d+) of 36 neighbours have the query&#39;s class", page)
+    assert hits and "Not shown" not in page
+
+    # the same by brute force: the first test image of classes 0, 2, 4, 5, 7, 9 of 10, six nearest by cosine
+    train, test = (open_dataset("cifar10", cifar_folder, split) for split in ("train", "test"))
+    bank, queries = (
+        np.stack([np.asarray(d.image(i), np.float64).ravel() for i in range(len(d))]) for d in (train, test)
+    )
+    mean, std = (
+        np.repeat(np.array(v)[None], 32 * 32, 0).ravel() * 255 for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    bank, queries = ((x - mean) / std for x in (bank, queries))
+    bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
+    expected = 0
+    for c in (0, 2, 4, 5, 7, 9):
+        query = int(np.flatnonzero(test.labels_N == c)[0])
+        expected += int((train.labels_N[np.argsort(-bank @ queries[query])[:6]] == c).sum())
+    assert int(hits[1]) == expected
+
+
+def test_neighbours_without_images_are_told(suite: Path) -> None:
+    page = (suite / "report" / "index.html").read_text()
+    assert "Not shown: INTL: " in page and "does not say where the images are" in page
 
 
 # words and options

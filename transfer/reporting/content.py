@@ -152,7 +152,7 @@ def published_elsewhere(results: Results) -> Table | None:
                 continue
             seen.add(id(p))
             figures = ", ".join(
-                f"{metric_name(m)} {v:.2f}" + (f" ± {p.spread[m]:.2f}" if m in p.spread else "")
+                f"{metric_name(m)}: {v:.2f}" + (f" ± {p.spread[m]:.2f}" if m in p.spread else "")
                 for m, v in p.metrics.items()
             )
             rows.append([

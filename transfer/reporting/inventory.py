@@ -9,7 +9,7 @@ import yaml
 
 from transfer.reporting.collect import Evidence
 from transfer.reporting.methods import Results
-from transfer.reporting.records import Record, weights_name
+from transfer.reporting.records import RAW_PIXELS, Record, weights_name
 from transfer.reporting.tables import STALE, Cell, Table, cell, table
 
 MAX_ALARMS = 8
@@ -44,7 +44,7 @@ def judged(evidence: Evidence) -> Table | None:
 
 
 def _presence(path: str, sha256: str) -> str:
-    if not sha256 or not path:
+    if not sha256 or not path or path == RAW_PIXELS:
         return "-"
     return "unchanged" if Path(path).is_file() else "not found from here"
 

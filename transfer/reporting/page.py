@@ -31,6 +31,8 @@ class Section:
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
     pictures: tuple[Shown, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What could not be shown, and why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
     """Everything that the report says, in its order; sections with nothing in them are left out."""
     shown, left_out = pictures.load(evidence.pictures, per_folder=per_folder)
     evidence = dataclasses.replace(evidence, problems=[*evidence.problems, *left_out])
+    near, unseen = _neighbours(results)
     difference_table, findings = content.differences(results)
     missing = inventory.gaps(evidence, results)
     elsewhere = content.published_elsewhere(results)
@@ -74,6 +77,10 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         Section(slug="pretraining", title="Pretraining", plots=tuple(curves)),
         Section(slug="detection", title="Detection and segmentation", plots=tuple(detection)),
         Section(slug="pictures", title="Predictions beside ground truth", pictures=tuple(shown)),
+        Section(
+            slug="neighbours", title="Nearest neighbours", pictures=tuple(near), text=NEIGHBOURS_TEXT,
+            notes=tuple(unseen),
+        ),
         Section(slug="costs", title="Wall time", tables=_some(wall), plots=tuple(plots.cost_plots(evidence))),
     ]  # fmt: skip
     return Page(
@@ -82,9 +89,24 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         verdict=content.verdict(results) if results.tasks else None,
         findings=findings,
         alarms=inventory.alarms(evidence),
-        sections=tuple(s for s in sections if s.tables or s.plots or s.pictures),
+        sections=tuple(s for s in sections if s.tables or s.plots or s.pictures or s.notes),
         measurements=inventory.measurements(results),
     )
+
+
+NEIGHBOURS_TEXT = (
+    "Left, a test image; right, its nearest training images in feature space, nearest first. Green: of its "
+    "class; red and struck through: of another."
+)
+
+
+def _neighbours(results: Results) -> tuple[list[Shown], list[str]]:
+    """Pictures of neighbours, and which could not be made; torch is imported only where there are any."""
+    if not any(task.name == "knn" for task in results.tasks):
+        return [], []
+    from transfer.reporting.neighbours import neighbour_pictures
+
+    return neighbour_pictures(results)
 
 
 def _some(found: Table | None) -> tuple[Table, ...]:

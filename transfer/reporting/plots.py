@@ -278,6 +278,8 @@ def cost_plots(evidence: Evidence) -> list[Plot]:
     seconds: dict[str, float] = defaultdict(float)
     for row in found.rows:
         seconds[row[names.index("task")].text] += float(row[names.index("seconds")].text)
+    if len(seconds) < 2:
+        return []
     minutes = {task: s / 60 for task, s in seconds.items()}
     return [draw("wall-time", "Wall time by task", _bars_across, minutes, "minutes, all runs of the task")]
 
