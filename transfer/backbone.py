@@ -94,8 +94,23 @@ def load_backbone(path: str | Path, *, arch: str | None = None, branch: str = "o
     """
     if branch not in BRANCHES:
         raise UserError(f"--branch {branch}: there are online and ema")
+    before = _identity(path)
     raw = load_file(path)
-    return load_reading(raw, read_all(raw, arch=arch), path, arch=arch, branch=branch)
+    loaded = load_reading(raw, read_all(raw, arch=arch), path, arch=arch, branch=branch)
+    if _identity(path) != before:
+        raise UserError(
+            f"{path} was replaced while it was read; wait for the run that writes it, or copy it first"
+        )
+    return loaded
+
+
+def _identity(path: str | Path) -> tuple[int, ...]:
+    """What changes when another file takes its place; nothing for no file."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return ()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def load_reading(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import mmap
 import pickle
 import struct
@@ -26,9 +27,12 @@ import torch
 
 from pretrain.cli import UserError
 
+logger = logging.getLogger(__name__)
+
 LEGACY_MAGIC = (
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # pickled 0x1950a86a20f9469cfc6c, torch.save before 1.6
 )
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin")
 MAX_PICKLE_BYTES = 1 << 28
 MAX_SAFETENSORS_HEADER = 100_000_000  # the limit of the safetensors library
 
@@ -277,7 +281,10 @@ def load_file(path: str | Path) -> RawFile:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name the weight file in it")
+        files = sorted(p.name for p in path.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+        raise UserError(
+            f"{path} is a folder; name the weight file in it{': ' if files else ''}{', '.join(files[:5])}"
+        )
     with open(path, "rb") as file:
         head = file.read(512)
     try:
@@ -303,8 +310,8 @@ def _load_torch(path: Path, container: str, read: Callable[[Path, bool], tuple[A
         try:
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=container == "zip")
             return RawFile(value=value, metadata={}, container=container)
-        except pickle.UnpicklingError:
-            pass  # more careful than the reader below about something harmless; that one says what it skips
+        except Exception as error:  # it refuses more than the reader below, which says what it skips
+            logger.debug("torch.load refused %s: %s", path, error)
     value, placeholders = read(path, True)
     return RawFile(value=value, metadata={}, container=container, placeholders=tuple(sorted(placeholders)))
 

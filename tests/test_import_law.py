@@ -1,0 +1,104 @@
+"""Imports point one way, heavy libraries stay at the edges, importing does nothing: read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("pretrain", "transfer", "slurm")
+MAY_IMPORT = {"pretrain": {"pretrain"}, "transfer": {"pretrain", "transfer"}, "slurm": set(PACKAGES)}
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path, *, top_level: bool = False) -> set[str]:
+    """Dotted names of the modules that a file imports; `top_level`: only when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    names: set[str] = set()
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides where it leads"
+            assert node.module is not None
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            argument = node.args[0]
+            if isinstance(argument, ast.Constant):
+                names.add(str(argument.value))
+        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not (top_level and (inside or typing_only)):
+            pending += ast.iter_child_nodes(node)
+    return names
+
+
+def uses(path: Path, library: str) -> bool:
+    return any(name.split(".")[0] == library for name in imported(path))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_there_is_something_to_check():
+    assert {name_of(path) for path in FILES} >= {"pretrain/cli.py", "transfer/backbone.py"}
+    assert uses(ROOT / "transfer/backbone.py", "pretrain") and uses(ROOT / "transfer/backbone.py", "torch")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_one_way(path: Path):
+    package = path.relative_to(ROOT).parts[0]
+    ours = {name.split(".")[0] for name in imported(path)} & {*PACKAGES, "tests", "benchmarks"}
+    assert ours <= MAY_IMPORT[package]
+
+
+def test_detectron2_is_imported_by_detection_alone():
+    users = {name_of(path) for path in FILES if uses(path, "detectron2")}
+    detection = {f for f in users if Path(f).name.startswith("detection_") or f == "transfer/train_net.py"}
+    assert users == detection
+
+
+def test_submitit_is_imported_by_slurm_alone():
+    assert {name_of(path).split("/")[0] for path in FILES if uses(path, "submitit")} <= {"slurm"}
+
+
+def test_the_foundation_needs_no_heavy_library():
+    for name in ("cli", "files", "signals"):
+        names = {module.split(".")[0] for module in imported(ROOT / f"pretrain/{name}.py", top_level=True)}
+        assert not names & {"torch", "torchvision", "timm", "numpy", "matplotlib"}, name
+
+
+@pytest.mark.parametrize("command", [["transfer"], ["transfer", "formats", "--markdown"]], ids=" ".join)
+def test_the_front_door_opens_without_torch(command: list[str]):
+    """`python -m transfer --help` answers at once: a heavy module slows nobody but its own users."""
+    code = (
+        "import sys\n"
+        f"from {command[0]}.__main__ import main\n"
+        f"code = main({[*command[1:]] or ['--help']!r})\n"
+        "heavy = {'torch', 'timm', 'torchvision', 'detectron2', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(code or bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_commands_of_transfer_exist_and_say_what_they_do(capsys: pytest.CaptureFixture):
+    from transfer.__main__ import COMMANDS, main
+
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name, (module, text) in COMMANDS.items():
+        assert f"  {name} " in shown and text in shown
+        path = ROOT / (module.replace(".", "/") + ".py")
+        functions = {n.name: n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}
+        assert "main" in functions and len(functions["main"].args.args) == 1, module
+    assert main(["knnn"]) == 2
+    assert "did you mean knn?" in capsys.readouterr().err
+    assert main([]) == 2
