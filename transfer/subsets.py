@@ -1,8 +1,8 @@
 """A training set and a share of its labels enter; the positions of the images that may be used leave.
 
 On ImageNet the 1 % and 10 % are the lists of SimCLR, file names in imagenet_subsets/ of
-https://github.com/google-research/simclr, which every published figure uses. On other data sets a list of your
-own or a class-balanced draw takes their place, and a result says which it was.
+https://github.com/google-research/simclr, which every published figure uses. On other data sets a list of
+your own or a class-balanced draw takes their place, and a result says which it was.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def balanced_draw(data: ImageDataset, percent: float, seed: int) -> np.ndarray:
         members = np.flatnonzero(data.labels_N == label)
         if len(members) < each:
             raise UserError(
-                f"{data.root}: {percent:g} % of {len(data)} images is {each} of each of {classes} classes, and "
-                f"{name!r} has {len(members)}; take a higher --label-percent or name the images by --lists"
+                f"{data.root}: {percent:g} % of {len(data)} images is {each} of each of {classes} classes, "
+                f"and {name!r} has {len(members)}; take a higher --label-percent or name the images by --lists"
             )
         rng = np.random.default_rng([BALANCED_KEY, seed, label])
         drawn.append(rng.permutation(members)[:each])
