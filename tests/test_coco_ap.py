@@ -94,7 +94,7 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     # One of two found: precision 1 up to recall 0.5, that is at 51 of the 101 recall levels.
     half = stats([box(1, 10, 0.9)])
     assert half["AP"] == pytest.approx(51 / 101) and half["AR100"] == pytest.approx(0.5)
-    # Shifted by 10 of 50 px: IoU = 40/60 = 0.67, a hit at 0.50, 0.55, 0.60, 0.65 and at none of the other six.
+    # Shifted by 10 of 50 px: IoU = 40/60 = 0.67, a hit at 0.50, 0.55, 0.60, 0.65, not at the other six.
     shifted = stats([box(1, 20, 0.9), box(2, 20, 0.8)])
     assert shifted["AP50"] == 1 and shifted["AP75"] == 0 and shifted["AP"] == pytest.approx(0.4)
     # No detection at all is AP 0, not an error.
