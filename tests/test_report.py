@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from report_data import record, write_lines, write_suite
 
 from pretrain.cli import UserError
@@ -19,6 +20,7 @@ from transfer.__main__ import main as transfer_main
 from transfer.reporting import tables
 from transfer.reporting.collect import collect
 from transfer.reporting.compare import Summary, Trial, binomial_error, compare
+from transfer.reporting.inventory import RECIPES, pretraining_of
 from transfer.reporting.methods import group
 from transfer.reporting.published import load_published
 from transfer.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -361,6 +363,23 @@ def test_a_terminal_gets_a_table_with_all_rows(suite: Path, monkeypatch: pytest.
     monkeypatch.setenv("TERM", "xterm-256color")
     report.main([str(suite), "--output", str(suite / "report")])
     assert "86.50 ± 0.10" in out.getvalue() and "raw pixels" in out.getvalue() and "\x1b[" in out.getvalue()
+
+
+# what was judged
+
+
+def test_recipe_is_told_by_its_values(tmp_path: Path) -> None:
+    recipe = yaml.safe_load((RECIPES / "cifar10_ep1000.yaml").read_text())
+    weights = tmp_path / "backbone.safetensors"
+    config = {"batch_global": 256, "dataset": "cifar10", **recipe, "seed": 3}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    told = pretraining_of(str(weights))
+    assert told.startswith("recipe cifar10_ep1000, cifar10, 1000 epochs") and told.endswith("seed 3")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "epochs": 2}))
+    assert pretraining_of(str(weights)).startswith(
+        "recipe cifar10_ep1000 with another epochs, cifar10, 2 epochs"
+    )
+    assert pretraining_of("") == pretraining_of("/nowhere/x.pt") == ""
 
 
 # nearest neighbours

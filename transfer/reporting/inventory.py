@@ -7,12 +7,15 @@ from typing import Any
 
 import yaml
 
+import pretrain
 from transfer.reporting.collect import Evidence
 from transfer.reporting.methods import Results
 from transfer.reporting.records import RAW_PIXELS, Record, weights_name
 from transfer.reporting.tables import STALE, Cell, Table, cell, table
 
+RECIPES = Path(pretrain.__file__).parent / "recipes"
 MAX_ALARMS = 8
+MAX_CHANGES = 3
 
 
 def judged(evidence: Evidence) -> Table | None:
@@ -50,19 +53,41 @@ def _presence(path: str, sha256: str) -> str:
 
 
 def pretraining_of(path: str) -> str:
-    """How weights of this project came about, from the configuration beside them."""
-    config = Path(path).parent / "config.yaml" if path else None
+    """How weights of this project came about, from the configuration beside them; empty for others."""
+    values = _yaml(Path(path).parent / "config.yaml") if path else {}
+    if not {"epochs", "dataset", "batch_global", "seed"} <= set(values):
+        return ""
+    parts = [_recipe(values), f"{values['dataset']}", f"{values['epochs']} epochs"]
+    if values.get("max_steps"):
+        parts.append(f"at most {values['max_steps']} steps")
+    views = "+".join(str(v) for v in values.get("view_sizes") or [])
+    parts += [f"batch {values['batch_global']}", f"views {views}" if views else ""]
+    parts += ["EMA" if values.get("ema") else "", f"seed {values['seed']}"]
+    return ", ".join(filter(None, parts))
+
+
+def _recipe(values: dict[str, Any]) -> str:
+    """The recipe that was run, told by its values: all of them, or all but a few."""
+    known = {file.stem: _yaml(file) for file in sorted(RECIPES.glob("*.yaml"))}
+    differing = {
+        name: [key for key, value in recipe.items() if values.get(key) != value]
+        for name, recipe in known.items()
+    }
+    if not differing:
+        return ""
+    name = min(differing, key=lambda n: (len(differing[n]), n))
+    keys = differing[name]
+    if len(keys) > MAX_CHANGES:
+        return ""
+    return f"recipe {name}" + (f" with another {', '.join(keys)}" if keys else "")
+
+
+def _yaml(file: Path) -> dict[str, Any]:
     try:
-        values: Any = yaml.safe_load(config.read_text(encoding="utf-8")) if config else None
+        values: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return ""
-    if not isinstance(values, dict) or "epochs" not in values:
-        return ""
-    wanted = {"recipe": "recipe {}", "dataset": "{}", "epochs": "{} epochs", "batch_global": "batch {}"}
-    wanted |= {"batch_size": "batch {}", "image_size": "{} px", "seed": "seed {}"}
-    return ", ".join(
-        text.format(values[k]) for k, text in wanted.items() if isinstance(values.get(k), (str, int))
-    )
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def alarms(evidence: Evidence) -> tuple[str, ...]:
