@@ -62,8 +62,10 @@ class FineTuning:
             convert_sync_batchnorm(model, device) if sync_bn and world_size() > 1 else model
         )
         self.rates = (lr_backbone, lr_head)
-        parts = (self.model.backbone, self.model.head)
-        groups = [{"params": list(part.parameters()), "lr": lr} for part, lr in zip(parts, self.rates)]
+        named = list(self.model.named_parameters())
+        groups = [
+            {"params": [p for n, p in named if n.startswith("head.") is head]} for head in (False, True)
+        ]
         self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.dtype, self.device = dtype, device
@@ -101,7 +103,7 @@ class FineTuning:
             return self.model(images).float()
 
     def share_buffers(self) -> None:
-        """Give every rank rank 0's BatchNorm statistics, those that are saved and judged. All ranks must call."""
+        """Give every rank rank 0's BatchNorm statistics, which are saved and judged. All ranks call."""
         if is_on():
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)

@@ -102,7 +102,7 @@ def balanced_draw(data: ImageDataset, percent: float, seed: int) -> np.ndarray:
         if len(members) < each:
             raise UserError(
                 f"{data.root}: {percent:g} % of {len(data)} images is {each} of each of {classes} classes, "
-                f"and {name!r} has {len(members)}; take a higher --label-percent or name the images by --lists"
+                f"and {name!r} has {len(members)}; take a higher --label-percent or give --lists"
             )
         rng = np.random.default_rng([BALANCED_KEY, seed, label])
         drawn.append(rng.permutation(members)[:each])
