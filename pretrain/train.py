@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,15 @@ from pretrain.cli import Progress, RunFailed, UserError, parse_settings, save_se
 from pretrain.control import estimate_bn
 from pretrain.data import ImageDataset, open_dataset
 from pretrain.diagnostics import collapse, diagnose
-from pretrain.distributed import any_rank, barrier, is_main, process_group, rank, world_size
+from pretrain.distributed import (
+    any_rank,
+    barrier,
+    convert_sync_batchnorm,
+    is_main,
+    process_group,
+    rank,
+    world_size,
+)
 from pretrain.loader import Batch, StepBatches, Views, batches, default_workers
 from pretrain.loss import INTLLoss, intl_loss, loss_floor
 from pretrain.metrics import LossLog, MetricsWriter
@@ -30,7 +38,7 @@ from pretrain.signals import StopSignals
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent / "recipes"
-ASK_RANKS_EVERY = 10  # steps between two questions to all ranks whether one was told to stop
+ASK_RANKS_EVERY = {"cpu": 1, "cuda": 10}  # steps between two questions to all ranks: was one told to stop?
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Hook = Callable[[nn.Module, Settings], Mapping[str, float]]
@@ -96,6 +104,8 @@ class Learner:
         )  # fmt: skip
         encoder = Encoder(backbone, projector).to(device)
         encoder.to(memory_format=torch.channels_last)
+        if world_size() > 1:
+            encoder = cast(Encoder, convert_sync_batchnorm(encoder, device))
         slow = momentum_copy(encoder) if settings.ema else None
         optimizer = build_optimizer(
             encoder, name=settings.optimizer, momentum=settings.momentum,
@@ -178,7 +188,7 @@ def _loop(
     )  # fmt: skip
     workers = default_workers(world_size(), device) if settings.workers is None else settings.workers
     loader = batches(views, steps, workers=workers, pin_memory=device.type == "cuda")
-    encoder = _parallel(learner.encoder, learner.slow, device, compiled=settings.compile)
+    encoder = _parallel(learner.encoder, device, compiled=settings.compile)
     learner.encoder.train()
     floor = loss_floor(
         settings.batch_global, settings.projector_output, iterations=settings.iterations,
@@ -226,7 +236,7 @@ def _loop(
             epoch = done // plan.steps_per_epoch
             stopping = stop.requested
             if world_size() > 1:
-                stopping = done % ASK_RANKS_EVERY == 0 and any_rank(stop.requested, device)
+                stopping = done % ASK_RANKS_EVERY[device.type] == 0 and any_rank(stop.requested, device)
             keep = settings.keep_every_epochs
             copy = epoch_ends and keep is not None and epoch % keep == 0
             log = done % settings.log_every == 0 or last
@@ -325,10 +335,8 @@ def _count_broken(batch: Batch, broken: set[str], limit: int) -> None:
         raise RunFailed(f"more than --max-broken-images {limit} images cannot be read; the last: {message}")
 
 
-def _parallel(
-    encoder: nn.Module, slow: nn.Module | None, device: torch.device, *, compiled: bool
-) -> nn.Module:
-    """The encoder as it is called: DDP with synchronised BN where there are several ranks."""
+def _parallel(encoder: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
+    """The encoder as it is called: in DDP where there are several ranks, compiled on request."""
     if world_size() > 1:
         encoder = nn.parallel.DistributedDataParallel(
             encoder, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import load_checkpoint
-from pretrain.cli import RunFailed, UserError
+from pretrain.cli import RunFailed, UserError, save_settings
 from pretrain.files import read_jsonl
 from pretrain.settings import Settings
 from pretrain.signals import Stopped
@@ -24,7 +27,8 @@ from pretrain.train import Plan, train
 CPU = torch.device("cpu")
 TINY = {
     "dataset": "cifar10", "arch": "resnet18", "view_sizes": [24, 16], "min_scales": [0.2],
-    "projector_hidden": 32, "projector_output": 64, "projector_layers": 2, "epochs": 2, "batch_global": 160, "lr": 0.2,
+    "projector_hidden": 32, "projector_output": 64, "projector_layers": 2,
+    "epochs": 2, "batch_global": 160, "lr": 0.2,
     "warmup_epochs": 0.25, "workers": 0, "log_every": 2, "save_every": 100, "seed": 1, "precision": "float32",
 }  # fmt: skip
 """Four steps an epoch of 640 images, eight in all."""
@@ -275,3 +279,49 @@ def test_float16_is_refused_on_a_cpu(cifar_folder: Path, tmp_path: Path) -> None
     with pytest.raises(UserError, match="float16 needs a GPU"):
         train(tiny(cifar_folder, tmp_path / "run", precision="float16"), CPU)
     assert not (tmp_path / "run").exists()
+
+
+def start_ranks(settings: Settings, *options: str, world: int = 2) -> list[subprocess.Popen[str]]:
+    """`python -m pretrain` as torchrun would start it on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = Path(settings.output).with_suffix(".yaml")
+    save_settings(settings, config)
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "pretrain", "--recipe", str(config), *options],
+            env={
+                **os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1",
+                "RANK": str(r), "WORLD_SIZE": str(world), "LOCAL_RANK": str(r),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            },
+            stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(world)
+    ]  # fmt: skip
+
+
+def wait_ranks(ranks: list[subprocess.Popen[str]], expected: int) -> None:
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [expected] * len(ranks), said
+
+
+def test_two_ranks_step_as_one(cifar_folder: Path, tmp_path: Path) -> None:
+    """One step: float32 rounding alone (another order of the batch) makes later ones differ by tenths."""
+    train(tiny(cifar_folder, tmp_path / "one", max_steps=1), CPU)
+    wait_ranks(start_ranks(tiny(cifar_folder, tmp_path / "two", max_steps=1)), 0)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in (k for k in one if one[k].is_floating_point()):
+        error = (one[name] - two[name]).norm() / one[name].norm().clamp_min(1e-3)
+        assert error < 0.01, (name, float(error))
+
+
+def test_two_ranks_resume_to_the_bit(cifar_folder: Path, tmp_path: Path) -> None:
+    wait_ranks(start_ranks(tiny(cifar_folder, tmp_path / "whole")), 0)
+    cut = tiny(cifar_folder, tmp_path / "cut", hook_every_epochs=1)
+    wait_ranks(start_ranks(cut, "--hook", "test_train:stop_after_epoch_one"), 75)
+    assert 4 <= load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"] < 8
+    wait_ranks(start_ranks(cut, "--workers", "1"), 0)
+    assert differing(tmp_path / "whole", tmp_path / "cut") == []

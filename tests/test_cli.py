@@ -1,0 +1,154 @@
+"""`python -m pretrain` and the command-line foundation as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.cli import Progress, RunFailed, UserError, parse_settings, run, save_settings
+from pretrain.settings import Settings
+from pretrain.signals import Stopped
+from pretrain.train import RECIPES, views_of
+
+
+def pretrain(*argv: str) -> int:
+    """The exit code of the command, in this process."""
+    from pretrain.__main__ import main
+
+    return main(list(argv))
+
+
+def test_help_and_the_command_as_typed() -> None:
+    done = subprocess.run([sys.executable, "-m", "pretrain", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for word in (
+        "--data-dir",
+        "--view-sizes",
+        "--ema-momentum",
+        "imagenet_ep100_multicrop_ema",
+        "exit codes",
+    ):
+        assert word in done.stdout, word
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--recipe", "nonsense"], "known names: cifar100_ep1000, cifar10_ep1000"),
+        (["--data-dir", "DATA", "--dataset", "mnist"], "unknown data set 'mnist'"),
+        (["--data-dir", "nowhere"], "nowhere: no such folder"),
+        (["--data-dir", "DATA", "--arch", "resnet19"], "did you mean resnet18"),
+        (["--data-dir", "DATA", "--view-sizes", "[32]"], "at least 2 views"),
+        (["--data-dir", "DATA", "--batch-global", "100000"], "more than the 640 images"),
+        (["--data-dir", "DATA", "--hook", "no.such:thing"], "MODULE:FUNCTION"),
+    ],
+)
+def test_mistakes_cost_one_line_and_leave_nothing(
+    argv: list[str], said: str, cifar_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [str(cifar_folder) if a == "DATA" else a for a in argv]
+    code = pretrain(*(["--dataset", "cifar10"] if "--dataset" not in argv else []), *argv,
+                    "--output", str(tmp_path / "run"))  # fmt: skip
+    err = capsys.readouterr().err
+    assert code == 2 and said in err and "Traceback" not in err and err.count("error:") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_options_and_values_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (["--learning-rate", "1"], ["--epochs", "many"], ["--stem", "big"]):
+        with pytest.raises(SystemExit) as stop:
+            pretrain("--data-dir", "x", "--output", "y", *argv)
+        assert stop.value.code == 2 and argv[0].strip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in RECIPES.glob("*.yaml")))
+def test_each_recipe_parses_and_states_its_source(recipe: str) -> None:
+    settings = parse_settings(
+        Settings, ["--recipe", recipe, "--data-dir", "d", "--output", "o", "--epochs", "3"],
+        prog="p", description="d", config_flag="--recipe", presets=RECIPES,
+    )  # fmt: skip
+    assert settings.epochs == 3 and len(views_of(settings)) == len(settings.view_sizes)
+    text = (RECIPES / f"{recipe}.yaml").read_text()
+    assert text.startswith("#")
+    if not recipe.startswith("demo"):
+        assert "# Published: " in text and "https://github.com/winci-ai/INTL" in text
+
+
+def test_published_recipes_have_the_published_figures() -> None:
+    def values(name: str) -> dict:
+        return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+
+    rates = {100: 0.5, 200: 0.4, 400: 0.4, 800: 0.3}
+    for epochs, lr in rates.items():
+        recipe = values(f"imagenet_ep{epochs}_multicrop_ema")
+        assert (recipe["epochs"], recipe["lr"], recipe["ema"]) == (epochs, lr, True)
+        assert recipe["view_sizes"] == [224, 224, 192, 160, 128, 96] and recipe["batch_global"] == 256
+    assert values("imagenet_ep800")["view_sizes"] == [224, 224] and not values("imagenet_ep800")["ema"]
+    small = values("imagenet100_ep400")
+    assert (small["batch_global"], small["projector_hidden"], small["projector_output"]) == (128, 4096, 8192)
+    for name in ("cifar10_ep1000", "cifar100_ep1000"):
+        cifar = values(name)
+        assert (cifar["stem"], cifar["weight_decay"], cifar["decay_1d"]) == ("cifar", 1e-4, True)
+        assert cifar["precision"] == "float32" and cifar["blur_p"] == [0.0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Small:
+    name: str = "x"
+    """A name."""
+    side_px: int = 3
+    """A side."""
+
+    def __post_init__(self) -> None:
+        if self.side_px < 0:
+            raise ValueError(f"side_px must not be negative, got {self.side_px}")
+
+
+def parse_small(*argv: str) -> Small:
+    return parse_settings(Small, argv, prog="p", description="d")
+
+
+def test_files_then_options_and_back(tmp_path: Path) -> None:
+    for name, content in (("a", "name: a\nside_px: 5\n"), ("b", "name: b\n")):
+        (tmp_path / f"{name}.yaml").write_text(content)
+    a, b = str(tmp_path / "a.yaml"), f"--config={tmp_path / 'b.yaml'}"
+    assert parse_small("--config", a, b, "--side-px", "7") == Small(name="b", side_px=7)
+    save_settings(Small(name="q", side_px=9), tmp_path / "used.yaml")
+    assert parse_small("--config", str(tmp_path / "used.yaml")) == Small(name="q", side_px=9)
+    with pytest.raises(UserError, match="must not be negative, got -1"):
+        parse_small("--side-px", "-1")
+    with pytest.raises(UserError, match="no such file"):
+        parse_small("--config", "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UserError("mend it"), 2),
+        (RunFailed("broken"), 1),
+        (Stopped("stopped"), 75),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: list[str]) -> None:
+        raise error
+
+    assert run(main, []) == code and "Traceback" not in capsys.readouterr().err
+    assert run(lambda _: None, []) == 0 and run(lambda _: 3, []) == 3
+
+
+def test_progress_tells_other_processes(tmp_path: Path) -> None:
+    with Progress(10, label="x", start=4, file=tmp_path / "progress.json") as bar:
+        bar.update(3, loss=0.5)
+        seen = json.loads((tmp_path / "progress.json").read_text())
+        assert (seen["done"], seen["total"], seen["values"]) == (7, 10, {"loss": 0.5})
+        assert bar.eta_s() >= 0
+        bar.update(3)
+    assert json.loads((tmp_path / "progress.json").read_text())["done"] == 10
