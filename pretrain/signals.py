@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 OWN_SIGNAL_WAIT_S = 10.0
 
@@ -27,6 +27,8 @@ class StopSignals:
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+    heard: ClassVar[int | None] = None
+    """The last of them that this process noted: an error that follows it may be of its making."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -46,7 +48,7 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
+        self.received = StopSignals.heard = number
 
     def _restore(self) -> None:
         for number, handler in self._earlier.items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pretrain.cli import UserError, parse_settings
 from slurm.folder import holder
-from slurm.local import STOP_WAIT_S, is_alive, kill_job, stop_job
+from slurm.local import end_jobs
 from slurm.options import positional
 from slurm.queue import live_steps
 from slurm.record import Record
@@ -46,13 +46,6 @@ def main(argv: list[str]) -> int | None:
     if driver is not None:  # a run on this machine stops its own jobs, and starts no further ones
         with contextlib.suppress(ProcessLookupError):
             os.kill(driver, signal.SIGTERM)
-    for job_id in here:
-        stop_job(job_id)
-    deadline = time.monotonic() + STOP_WAIT_S
-    while any(is_alive(j) for j in here) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    for job_id in here:
-        if is_alive(job_id):
-            kill_job(job_id)
+    end_jobs(here)
     print(f"cancelled: {', '.join(live)}" if live else "nothing was queued or running")
     return None

@@ -28,7 +28,7 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
 from pretrain.cli import EXIT_STOPPED, EXIT_USAGE, UserError
 from pretrain.files import write_json
-from pretrain.signals import Stopped
+from pretrain.signals import Stopped, StopSignals
 from slurm.graph import Step
 from slurm.ranks import joined, rank_variables
 from slurm.record import Record
@@ -88,6 +88,10 @@ class Job:
                     _wait_for_kill(str(stop))
                 raise
             except Exception as error:
+                if StopSignals.heard and not isinstance(error, UncompletedJobError):
+                    # SLURM tells data workers and neighbours too: their end is no failure of this job.
+                    logger.exception("error after %s", signal.Signals(StopSignals.heard).name)
+                    os.kill(os.getpid(), StopSignals.heard)
                 trace = None if isinstance(error, (UserError, StepFailed)) else traceback.format_exc()
                 self.record.fail(attempt, _last_line(error), trace, env.global_rank)
                 raise

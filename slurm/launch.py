@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -94,14 +95,13 @@ def executor(
 
 @contextlib.contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Processes started meanwhile do not see the terminal's Ctrl-C: whoever started them stops them."""
-    import signal
-
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes started meanwhile are deaf to Ctrl-C and a closed terminal: who started them stops them."""
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def submit_local(

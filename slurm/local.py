@@ -28,6 +28,7 @@ from slurm.table import as_table, one_line
 POLL_S = 0.5
 SAY_EVERY_S = 10.0
 STOP_WAIT_S = 90.0
+SAY_AGAIN_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,14 +182,7 @@ class LocalRun:
         """Ask every job to save and leave; kill what does not."""
         with _deaf_to_interrupts():
             print("stopping the jobs; what they have saved is kept ...", file=sys.stderr, flush=True)
-            for run in self.running.values():
-                stop_job(run.job_id)
-            deadline = time.monotonic() + STOP_WAIT_S
-            while any(not r.ended for r in self.running.values()) and time.monotonic() < deadline:
-                time.sleep(0.1)
-            for run in self.running.values():
-                if not run.ended:
-                    kill_job(run.job_id)
+            end_jobs([run.job_id for run in self.running.values()])
             self._collect()
 
     def views(self) -> list[View]:
@@ -237,11 +231,23 @@ class LocalRun:
         yield show
 
 
-def stop_job(job_id: str) -> None:
-    """SIGTERM to submitit's controller, which hands it to the tasks."""
-    if is_alive(job_id):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(job_id), signal.SIGTERM)
+def end_jobs(job_ids: list[str]) -> None:
+    """SIGTERM to submitit's controllers, which hand it to their tasks; SIGKILL to what does not leave.
+
+    A task that was still starting does not hear the first one, so it is said again.
+    """
+    deadline = time.monotonic() + STOP_WAIT_S
+    said = 0.0
+    while alive := [j for j in job_ids if is_alive(j)]:
+        now = time.monotonic()
+        for job_id in alive:
+            if now > deadline:
+                kill_job(job_id)
+            elif now - said > SAY_AGAIN_S:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(job_id), signal.SIGTERM)
+        said = now if now - said > SAY_AGAIN_S else said
+        time.sleep(0.1)
 
 
 def kill_job(job_id: str) -> None:

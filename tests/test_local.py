@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -104,14 +106,16 @@ def test_two_ranks_form_one_group(world: Path) -> None:
 def test_stopped_by_a_signal_it_goes_on_where_it_was(world: Path) -> None:
     steps = (step(world, "long", "train", "25", kind="pretrain"), step(world, "next", needs=("long",)))
 
-    def press(number: int) -> None:
-        while not (world / "long" / "steps0.txt").exists():
+    told = world / "long" / "steps0.txt"
+
+    def press(number: int, trained: int) -> None:
+        while not told.exists() or len(told.read_text().split()) <= trained:
             time.sleep(0.05)
-        time.sleep(0.3)
         os.kill(os.getpid(), number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        thread = threading.Thread(target=press, args=(number,))
+        trained = len(told.read_text().split()) if told.exists() else 0
+        thread = threading.Thread(target=press, args=(number, trained))
         thread.start()
         with pytest.raises(KeyboardInterrupt):
             run(world, *steps)
@@ -156,3 +160,36 @@ def test_jobs_run_the_pinned_code_with_their_share_of_cores(world: Path) -> None
     told = json.loads((world / "where" / "where.json").read_text())
     assert Path(told["slurm"]).is_relative_to(code) and Path(told["cwd"]) == code and told["threads"] == "2"
     assert (code / "COMMIT").read_text().strip()
+
+
+def test_jobs_outlive_the_process_that_started_them(world: Path) -> None:
+    """... killed without a chance to clean up; run again, it waits for what is still running."""
+    driver = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+import test_local as t
+t.run(Path({str(world)!r}), t.step(Path({str(world)!r}), "long", "train", "40", kind="pretrain"))
+"""
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=SOURCE, stderr=subprocess.DEVNULL)
+    while not (world / "long" / "steps0.txt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    views = run(world, step(world, "long", "train", "40", kind="pretrain"))
+    assert views["long"].state == "done" and runs(world, "long") == 1
+
+
+def test_an_error_after_a_signal_is_a_stop(world: Path) -> None:
+    """A data worker that got the same signal takes the training down: the job is queued again, not failed."""
+
+    def warn() -> None:
+        while not (world / "frail" / "told").exists():
+            time.sleep(0.05)
+        os.kill(Record(world, "frail").state["pid"], signal.SIGUSR2)
+
+    thread = threading.Thread(target=warn)
+    thread.start()
+    views = run(world, step(world, "frail", "frail"))
+    thread.join()
+    assert views["frail"].state == "done" and Record(world, "frail").state["starts"] == 2

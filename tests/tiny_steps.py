@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int | None:
         _ranks(out)
     elif what == "where":
         _where(out)
+    elif what == "frail":
+        _frail(out)
     elif what == "train":
         _train(out, int(rest[0]))
     (out / "made").write_text("yes")
@@ -86,6 +88,17 @@ def _train(out: Path, total: int) -> None:
                 state.write_text(json.dumps({"step": step + 1}))
             if told:
                 stop.hand_over()
+
+
+def _frail(out: Path) -> None:
+    """The first time, fall over a signal before it can be answered."""
+    if (out / "told").exists():
+        return
+    with StopSignals() as stop:
+        (out / "told").touch()
+        while not stop.requested:
+            time.sleep(0.02)
+        raise RuntimeError("DataLoader worker exited unexpectedly")
 
 
 def slow_hook(backbone: object, settings: object) -> dict[str, float]:
