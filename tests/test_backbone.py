@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import checkpoint_zoo as zoo
 import lightly.loss
 import lightly.models.modules
 import lightly.utils.benchmarking
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import transfer.backbone
 from pretrain.cli import UserError
 from pretrain.model import build_backbone
 from transfer.architecture import ARCHS, SAME_SHAPES, arch_shapes
@@ -339,3 +343,52 @@ def test_files_that_lightly_writes(tmp_path: Path):
     path = save({"state_dict": dino.state_dict(), "pytorch-lightning_version": "2.0"}, tmp_path / "dino.ckpt")
     torch.testing.assert_close(load_backbone(path).model(image), dino.student_backbone(image))
     torch.testing.assert_close(load_backbone(path, branch="ema").model(image), dino.backbone(image))
+
+
+def test_a_file_that_lightning_writes(tmp_path: Path):
+    """With an OmegaConf configuration and NumPy scalars among the hyperparameters, as solo-learn's hold."""
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Method(pl.LightningModule):
+        def __init__(self, cfg: Any, best: Any) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.backbone = stirred(torchvision.models.resnet18())
+            self.backbone.fc = nn.Identity()
+            self.projector = nn.Linear(512, 8)
+            self.classifier = nn.Linear(512, 3)
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return self.classifier(self.projector(self.backbone(batch[0])) @ torch.ones(8, 512)).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 1e-3, momentum=0.9)
+
+    method = Method(OmegaConf.create({"method": "vicreg", "sizes": [1, 2]}), np.float64(71.5))
+    trainer = pl.Trainer(
+        max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    images = torch.utils.data.TensorDataset(torch.rand(4, 3, 32, 32))
+    trainer.fit(method, torch.utils.data.DataLoader(images, batch_size=4))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "last.ckpt", weights_only=True)
+    found = load_backbone(tmp_path / "last.ckpt")
+    assert found.format == "solo-learn" and any("omegaconf" in note for note in found.notes)
+    image = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(found.model(image), method.eval().backbone(image))
+
+
+def test_a_file_replaced_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = save(A, tmp_path / "m.pth")
+    read = transfer.backbone.load_reading
+
+    def read_and_replace(*args: Any, **options: Any) -> Any:
+        loaded = read(*args, **options)
+        save(B, tmp_path / "new.pth").replace(path)
+        return loaded
+
+    monkeypatch.setattr(transfer.backbone, "load_reading", read_and_replace)
+    with pytest.raises(UserError, match="was replaced while it was read"):
+        load_backbone(path)
