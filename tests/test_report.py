@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from report_data import record, write_lines, write_suite
+from scipy import stats
 
 from pretrain.cli import UserError
 from pretrain.data import open_dataset
@@ -70,6 +71,17 @@ def test_welch_by_hand() -> None:
     assert found.points == pytest.approx(11.5)
     assert "t = 9.14, df = 2.6" in found.reason and "n = 3 and 2" in found.reason
     assert found.verdict == "beyond noise"
+
+
+def test_welch_agrees_with_scipy() -> None:
+    a, b = (70.1, 70.9, 71.4, 69.8), (68.0, 70.3, 69.1)
+    test = stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    found = compare(trials(*a), trials(*b))
+    assert f"t = {test.statistic:.2f}, df = {test.df:.1f}, p = {test.pvalue:.3g}" in found.reason
+    assert found.spread == f"95 % CI {low:+.2f} to {high:+.2f}"
+    # one side without any spread is no obstacle
+    assert "df = 1.0" in compare(trials(80, 82), trials(70, 70)).reason
 
 
 def test_seeds_that_agree_do_not_hide_the_error_of_the_images() -> None:

@@ -124,23 +124,26 @@ def compare(a: Summary, b: Summary) -> Difference:
 
 def _welch(a: Summary, b: Summary, points: float) -> Difference:
     assert a.std is not None and b.std is not None
-    error = math.hypot(a.std / math.sqrt(a.n), b.std / math.sqrt(b.n))
+    variances = a.std**2 / a.n, b.std**2 / b.n
+    error = math.sqrt(sum(variances))
     if error == 0:
         return Difference(
             points=points, spread="0", verdict="cannot be told",
             reason=f"no test: no spread among {a.n} and {b.n} trials" + _by_seed(a, b),
         )  # fmt: skip
-    test = stats.ttest_ind(a.values, b.values, equal_var=False)
-    low, high = test.confidence_interval(1 - SIGNIFICANCE)
+    t = points / error
+    df = sum(variances) ** 2 / (variances[0] ** 2 / (a.n - 1) + variances[1] ** 2 / (b.n - 1))
+    p = 2 * float(stats.t.sf(abs(t), df))
+    margin = error * float(stats.t.ppf(1 - SIGNIFICANCE / 2, df))
     ratio = _binomial_ratio(a, b)
-    clear = test.pvalue < SIGNIFICANCE and (ratio is None or ratio > 2)
-    reason = f"Welch t = {test.statistic:.2f}, df = {test.df:.1f}, p = {test.pvalue:.3g}, n = {a.n} and {b.n}"
+    clear = p < SIGNIFICANCE and (ratio is None or ratio > 2)
+    reason = f"Welch t = {t:.2f}, df = {df:.1f}, p = {p:.3g}, n = {a.n} and {b.n}"
     reason += "" if ratio is None else f"; {ratio:.1f} binomial standard errors"
     if "evaluation seeds" in (a.over, b.over):
         reason += "; over evaluation seeds: pretraining again may differ more"
     return Difference(
         points=points,
-        spread=f"95 % CI {low:+.2f} to {high:+.2f}",
+        spread=f"95 % CI {points - margin:+.2f} to {points + margin:+.2f}",
         verdict="beyond noise" if clear else "within noise",
         reason=reason + _by_seed(a, b),
     )

@@ -61,9 +61,9 @@ def verdict(results: Results) -> Table:
                 rows.append([cell(p.name, note="published", link=p.source, kind=PUBLISHED), *blank])
     note = (
         "Percent. ± is the standard deviation over n trials (n − 1); SE the binomial standard error of "
-        "one run over its images. Main figures are of the last epoch; the best one, where given, was chosen "
-        "on the reported split. Bold: the highest of a column; whether that is beyond noise is told under "
-        "Differences."
+        "one run over its images. Main figures are of the last epoch; beside it, a best epoch chosen on the "
+        "reported split, or one chosen on training images held out. Bold: the highest of a column; whether "
+        "that is beyond noise is told under Differences."
     )
     return table("verdict", "Verdict", columns, rows, note)
 
