@@ -476,6 +476,21 @@ def test_an_unreadable_picture_is_told_and_left_out(tmp_path: Path) -> None:
     assert "not a readable picture" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_plots_of_other_commands_are_shown_as_images(tmp_path: Path) -> None:
+    """An SVG that another command wrote is embedded as an image, in which no script runs."""
+    folder = tmp_path / "study" / "pictures"
+    folder.mkdir(parents=True)
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 200"><script>alert(1)</script></svg>'
+    (folder / "condition_number.svg").write_text(svg)
+    (folder / "broken.svg").write_text("<html/>")
+    report.main([str(tmp_path / "study"), "--output", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "study: condition number" in page and 'width="320" height="200"' in page
+    assert "data:image/svg+xml;base64," in page and "<script" not in page
+    assert "Pictures of other runs" in page and "Predictions beside" not in page
+    assert "broken.svg: not a readable picture" in page
+
+
 def test_a_report_removes_what_an_earlier_one_left(tmp_path: Path) -> None:
     write_lines(tmp_path / "run" / "results.jsonl", [record("INTL", "knn", {"top1_k20": 84.0})])
     (tmp_path / "out" / "tables").mkdir(parents=True)

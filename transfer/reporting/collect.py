@@ -13,7 +13,7 @@ from pretrain.files import read_jsonl
 from transfer.reporting.gaps import Gap, StepTime, is_jobs, job_gaps, job_times, run_gaps, suite_of
 from transfer.reporting.records import Record, why_stale
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg")
 DRAWN_HERE = ("curves.png",)
 """Pictures of what the report draws itself."""
 
@@ -32,6 +32,8 @@ class Run:
 class Picture:
     path: Path
     caption: str
+    detection: bool
+    """Whether it shows what a detector finds; else it is a plot of another command."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -94,8 +96,10 @@ def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Ev
             runs.append(Run(label=name, folder=folder, rows=_last_of_each(rows, step)))
     if folder.name == "pictures":
         run = _label_and_seed(folder.parent, root)
+        detection = any((folder.parent / f).exists() for f in ("metrics.json", "results.jsonl"))
         for file in sorted(f for f in files - {*DRAWN_HERE} if f.lower().endswith(PICTURE_SUFFIXES)):
-            found.pictures.append(Picture(path=folder / file, caption=f"{run}: {Path(file).stem}"))
+            caption = f"{run}: {Path(file).stem.replace('_', ' ')}"
+            found.pictures.append(Picture(path=folder / file, caption=caption, detection=detection))
     return name
 
 

@@ -76,7 +76,14 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         Section(slug="elsewhere", title="Published under other protocols", tables=_some(elsewhere)),
         Section(slug="pretraining", title="Pretraining", plots=tuple(curves)),
         Section(slug="detection", title="Detection and segmentation", plots=tuple(detection)),
-        Section(slug="pictures", title="Predictions beside ground truth", pictures=tuple(shown)),
+        Section(
+            slug="predictions", title="Predictions beside ground truth",
+            pictures=tuple(p for p in shown if p.detection),
+        ),
+        Section(
+            slug="pictures", title="Pictures of other runs",
+            pictures=tuple(p for p in shown if not p.detection),
+        ),
         Section(
             slug="neighbours", title="Nearest neighbours", pictures=tuple(near), text=NEIGHBOURS_TEXT,
             notes=tuple(unseen),
@@ -118,7 +125,7 @@ def write(page: Page, output: Path) -> None:
     for name, suffixes in (
         ("tables", (".csv", ".tex")),
         ("plots", (".svg",)),
-        ("pictures", (".png", ".jpg")),
+        ("pictures", (".png", ".jpg", ".svg")),
     ):
         folder = output / name
         for file in folder.glob("*") if folder.is_dir() else ():

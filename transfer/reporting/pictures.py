@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ class Shown:
 
     name: str
     """File name under OUTPUT/pictures."""
+    detection: bool = False
     caption: str
     data: bytes
     mime: str
@@ -57,6 +59,12 @@ def load(pictures: Sequence[Picture], *, per_folder: int) -> tuple[list[Shown], 
 def _prepare(picture: Picture, number: str) -> Shown:
     """The file itself where it is small, else a JPEG of at most MAX_SIDE pixels."""
     raw = picture.path.read_bytes()
+    if picture.path.suffix.lower() == ".svg":
+        width, height = _size_of_svg(raw)
+        return Shown(
+            name=f"{number}.svg", caption=picture.caption, data=raw, mime="image/svg+xml", width=width,
+            height=height, detection=picture.detection,
+        )  # fmt: skip
     with Image.open(io.BytesIO(raw)) as image:
         image.load()
         width, height = image.size
@@ -68,8 +76,17 @@ def _prepare(picture: Picture, number: str) -> Shown:
             raw, mime = encode(image, "JPEG"), "image/jpeg"
     suffix = ".jpg" if mime == "image/jpeg" else ".png"
     return Shown(
-        name=number + suffix, caption=picture.caption, data=raw, mime=mime, width=width, height=height
-    )
+        name=number + suffix, caption=picture.caption, data=raw, mime=mime, width=width, height=height,
+        detection=picture.detection,
+    )  # fmt: skip
+
+
+def _size_of_svg(raw: bytes) -> tuple[int, int]:
+    """Width and height of the view box. As an <img> an SVG runs no script and loads nothing."""
+    box = re.search(rb'viewBox="[\d.+-]+[ ,]+[\d.+-]+[ ,]+([\d.]+)[ ,]+([\d.]+)"', raw)
+    if b"<svg" not in raw or box is None:
+        raise ValueError("no SVG with a view box")
+    return round(float(box[1])), round(float(box[2]))
 
 
 def encode(image: Image.Image, form: str) -> bytes:
