@@ -92,7 +92,7 @@ def by_pycocotools(annotations: Path, results: list[dict[str, Any]], task: Task)
 
 
 def measure(quick: bool) -> list[Comparison]:
-    """Both from the annotation file and the predictions to the twelve numbers, which must be equal to 1e-6."""
+    """Each from files to the twelve numbers, which must be equal to 1e-6."""
     truth, results = synthesise(200 if quick else 5000, detections=20)
     comparisons = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Conversion to detectron2 with its proof, beside what any conversion must do: write the tensors to a file."""
+"""Conversion to detectron2 with its proof, beside what any conversion must do: write the tensors."""
 
 from __future__ import annotations
 
