@@ -1,0 +1,197 @@
+"""Finished runs of a spectrum study enter; study.md and three SVG pictures leave."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from pretrain.files import atomic_path, write_text
+
+Runs = list[dict[str, Any]]
+
+
+def write_study(runs: Runs, output: Path, *, title: str) -> Path:
+    """Write OUTPUT/study.md beside spectra.svg, curves.svg and knn.svg; returns its path."""
+    groups = by_instance(runs)
+    _save(_spectra(groups), output / "spectra.svg")
+    _save(_curves(groups), output / "curves.svg")
+    _save(_knn(groups), output / "knn.svg")
+    write_text(output / "study.md", statement(groups, title=title))
+    return output / "study.md"
+
+
+def by_instance(runs: Runs) -> dict[str, Runs]:
+    groups: dict[str, Runs] = {}
+    for run in runs:
+        groups.setdefault(run["instance"], []).append(run)
+    return groups
+
+
+def statement(groups: dict[str, Runs], *, title: str) -> str:
+    """What was measured, which instances avoided collapse, and where that differs from the paper."""
+    lines = [
+        f"# Spectrum study: {title}", "",
+        "Means over seeds, with the standard deviation where there are several. Of the last logged batch: "
+        "condition number of the column-centred covariance (median), RankMe, and evenness: the entropy rank "
+        "of the whitened covariance's spectrum as a share of what is possible (1: all eigenvalues equal).", "",
+        "| transformation | runs | collapsed or diverged | loss | condition number | RankMe "
+        "| evenness before | evenness after | 20-NN top-1 % |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name, runs in groups.items():
+        ends = [r["log"][-1] for r in runs]
+        condition = statistics.median(e["condition_number"] for e in ends)
+        lines.append(
+            f"| {name} | {len(runs)} | {sum(_failed(r) for r in runs)} | {_mean([e['loss'] for e in ends])} "
+            f"| {condition:.2g} | {_mean([e['rankme'] for e in ends])} "
+            f"| {_mean([_evenness(e['eigenvalues'], r) for e, r in zip(ends, runs)])} "
+            f"| {_mean([_evenness(e['transformed'], r) for e, r in zip(ends, runs)])} "
+            f"| {_mean([r['knn_top1'] for r in runs if r['knn_top1'] is not None])} |"
+        )
+    lines += ["", *_findings(groups), "", *_failures(groups)]
+    lines += ["![spectra](spectra.svg)", "", "![curves](curves.svg)", "", "![k-NN](knn.svg)"]
+    return "\n".join(lines) + "\n"
+
+
+def _findings(groups: dict[str, Runs]) -> list[str]:
+    """The paper's claims beside what these runs say."""
+    safe = [name for name, runs in groups.items() if not any(_failed(r) for r in runs)]
+    lost = [name for name in groups if name not in safe]
+    lines = [
+        f"- Avoided collapse in all seeds: {', '.join(safe) or 'none'}.",
+        f"- Collapsed or diverged in at least one seed: {', '.join(lost) or 'none'}.",
+    ]
+    expected = {
+        "λ^-0": False,
+        "λ^-0.4": True,
+        "λ^-0.6": True,
+        "hard whitening": True,
+        "INTL": True,
+        "λ^-1": False,
+    }
+    differ = [
+        f"{name} {'avoided' if name in safe else 'did not avoid'} collapse"
+        for name, avoids in expected.items()
+        if name in groups and (name in safe) != avoids
+    ]
+    lines.append(
+        "- The paper: powers near 1/2, hard whitening and INTL avoid collapse; those far from it do not. "
+        + (f"Here it differs: {'; '.join(differ)}." if differ else "These runs agree.")
+    )
+    even = {
+        name: statistics.mean(_evenness(r["log"][-1]["transformed"], r) for r in runs)
+        for name, runs in groups.items()
+        if runs[0]["kind"] in ("iternorm", "intl")
+    }
+    alone = "IterNorm T=4"  # INTL's own number of iterations
+    if "INTL" in even and alone in even:
+        verdict = "agrees" if even["INTL"] > even[alone] else "does not agree"
+        lines.append(
+            "- The paper: IterNorm alone leaves the spectrum uneven, INTL's tends to equal eigenvalues. "
+            f"After the transformation evenness is {even['INTL']:.3f} with INTL and {even[alone]:.3f} with "
+            f"{alone}: this {verdict}."
+        )
+    return lines
+
+
+def _failures(groups: dict[str, Runs]) -> list[str]:
+    told = [
+        f"- {r['instance']}, seed {r['seed']}: {r['verdict']}"
+        for rs in groups.values()
+        for r in rs
+        if _failed(r)
+    ]
+    return ["What failed:", "", *told, ""] if told else []
+
+
+def _failed(run: dict[str, Any]) -> bool:
+    return run["verdict"] is not None
+
+
+def _evenness(eigenvalues: list[float], run: dict[str, Any]) -> float:
+    """exp of the entropy of λ / Σ λ over the number of eigenvalues that can be positive."""
+    import numpy as np
+
+    share = np.clip(np.array(eigenvalues), 0, None)
+    if not np.isfinite(share).all() or share.sum() == 0:
+        return 0.0
+    share = share[share > 0] / share.sum()
+    return float(np.exp(-(share * np.log(share)).sum()) / run["possible_rank"])
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+def _spectra(groups: dict[str, Runs]) -> Figure:
+    """Eigenvalues as shares of their sum, over training: one panel an instance, seed 0, light to dark."""
+    columns = 4
+    rows = -(-len(groups) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.4 * rows), squeeze=False, sharey=True)
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    for axis, (name, runs) in zip(axes.flat, groups.items()):
+        log = runs[0]["log"]
+        for i, entry in enumerate(log):
+            shares = [max(v, 1e-9) for v in entry["eigenvalues"]]
+            axis.semilogy(
+                range(1, len(shares) + 1), shares, color=plt.cm.viridis_r(i / max(len(log) - 1, 1)), lw=1
+            )  # type: ignore[attr-defined]
+        axis.set_title(name, fontsize=9)
+        axis.set_ylim(1e-9, 1)
+    figure.supxlabel("eigenvalue, from the largest")
+    figure.supylabel("share of the sum (light: start, dark: end)")
+    figure.tight_layout()
+    return figure
+
+
+def _curves(groups: dict[str, Runs]) -> Figure:
+    """Loss, condition number and RankMe over training, seed 0."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    for axis, (key, label) in zip(
+        axes, (("loss", "loss"), ("condition_number", "condition number"), ("rankme", "RankMe"))
+    ):
+        for i, (name, runs) in enumerate(groups.items()):
+            log = runs[0]["log"]
+            axis.plot([e["step"] for e in log], [e[key] for e in log], label=name, color=plt.cm.tab20(i % 20))  # type: ignore[attr-defined]
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        if key == "condition_number":
+            axis.set_yscale("log")
+    axes[-1].legend(fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def _knn(groups: dict[str, Runs]) -> Figure:
+    """20-NN top-1 of every run, and the mean; a cross where the run collapsed or diverged."""
+    figure, axis = plt.subplots(figsize=(9, 4))
+    for i, runs in enumerate(groups.values()):
+        for run in runs:
+            if run["knn_top1"] is not None:
+                axis.plot(
+                    i, run["knn_top1"], "x" if _failed(run) else "o", color="C3" if _failed(run) else "C0"
+                )
+        values = [r["knn_top1"] for r in runs if r["knn_top1"] is not None]
+        if values:
+            axis.hlines(statistics.mean(values), i - 0.3, i + 0.3, color="0.4")
+    axis.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right")
+    axis.set_ylabel("20-NN top-1 % (cross: collapsed)")
+    figure.tight_layout()
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as aside:
+        figure.savefig(aside, format="svg")
+    plt.close(figure)
