@@ -1,4 +1,4 @@
-"""A training image enters; the crop that a classifier is trained on leaves, drawn from (seed, epoch, index)."""
+"""A training image enters; a crop to train a classifier on leaves, drawn from (seed, epoch, index)."""
 
 from __future__ import annotations
 

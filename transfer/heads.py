@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from pretrain.distributed import sum_over_ranks
 
@@ -33,8 +32,8 @@ def rate_factor(
 ) -> float:
     """The learning rate at `step` as a share of the first one.
 
-    cosine: final + (1 - final)(1 + cos(pi t)) / 2 with t by step, or by whole epoch; steps: times `gamma` at each
-    milestone epoch; exponential: final ** (epoch / epochs).
+    cosine: final + (1 - final)(1 + cos(pi t)) / 2 with t by step, or by whole epoch; steps: times `gamma`
+    at each milestone epoch; exponential: final ** (epoch / epochs).
     """
     epoch = step // steps_per_epoch
     if schedule == "constant":
@@ -48,7 +47,7 @@ def rate_factor(
 
 
 class HeadGrid:
-    """Weights W (H x D x C), biases b (H x C) and their optimiser's state.
+    """Weights W (D x H x C), biases b (1 x H x C) and their optimiser's state.
 
     The gradient of the mean cross entropy is written out, dL/dW_h = x^T (softmax(x W_h + b_h) - y) / B, so one
     product serves all heads and nothing flows into the features.
@@ -79,8 +78,8 @@ class HeadGrid:
             bias = (torch.rand(classes, generator=generator) * 2 - 1) * bound
         heads = len(self.grid)
         self.parameters = [
-            weight.to(device).repeat(heads, 1, 1),
-            bias.to(device).repeat(heads, 1),
+            weight.to(device)[:, None].repeat(1, heads, 1),
+            bias.to(device)[None, None].repeat(1, heads, 1),
         ]
         slots = 2 if optimizer in ("adam", "adamw") else 1
         self.slots = [[torch.zeros_like(p) for _ in range(slots)] for p in self.parameters]
@@ -90,9 +89,9 @@ class HeadGrid:
         return len(self.grid)
 
     def logits(self, x_BD: Tensor) -> Tensor:
-        """H x B x C."""
+        """B x H x C."""
         weight, bias = self.parameters
-        return torch.matmul(x_BD, weight) + bias[:, None]
+        return (x_BD @ weight.flatten(1)).view(-1, *bias.shape[1:]) + bias
 
     def step(self, x_BD: Tensor, labels_B: Tensor, *, factor: float) -> Tensor:
         """One optimiser step at `factor` times each head's rate; returns the mean loss of each head (H).
@@ -100,23 +99,19 @@ class HeadGrid:
         The batch is this rank's share; gradients are those of the mean over all ranks. All ranks must call.
         """
         weight, _ = self.parameters
-        heads, features, classes = weight.shape
+        heads = weight.shape[1]
         count = sum_over_ranks(torch.tensor(float(len(labels_B)), device=x_BD.device))
-        logits = self.logits(x_BD)
-        log_p = logits.log_softmax(2)
-        target = labels_B[None, :, None].expand(heads, -1, 1)
-        loss = -log_p.gather(2, target).sum((1, 2))
+        log_p = self.logits(x_BD).log_softmax(2)
+        target = labels_B[:, None, None].expand(-1, heads, 1)
+        loss = -log_p.gather(2, target).sum((0, 2))
         delta = log_p.exp()
         delta.scatter_add_(2, target, torch.full_like(delta[:, :, :1], -1.0))
-        flat = delta.permute(1, 0, 2).reshape(len(x_BD), heads * classes)
-        gradients = [(x_BD.T @ flat).view(features, heads, classes).permute(1, 0, 2), delta.sum(1)]
+        gradients = [(x_BD.T @ delta.flatten(1)).view_as(weight), delta.sum(0, keepdim=True)]
         gradients = [sum_over_ranks(g) / count for g in gradients]
         self.steps += 1
+        rate, decay = self._rates[:, None] * factor, self._decays[:, None]
         for parameter, gradient, slots in zip(self.parameters, gradients, self.slots):
-            shape = (heads,) + (1,) * (parameter.ndim - 1)
-            self._update(
-                parameter, gradient, slots, self._rates.view(shape) * factor, self._decays.view(shape)
-            )
+            self._update(parameter, gradient, slots, rate, decay)
         return sum_over_ranks(loss) / count
 
     def _update(self, p: Tensor, g: Tensor, slots: list[Tensor], rate: Tensor, decay: Tensor) -> None:
@@ -156,8 +151,7 @@ class HeadGrid:
 
 def _trust(p: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
     """LARC's factor, one a head: trust |p| / (|g| + decay |p|), 1 where either norm is 0."""
-    axes = tuple(range(1, p.ndim))
-    norm, slope = p.norm(dim=axes, keepdim=True), gradient.norm(dim=axes, keepdim=True)
+    norm, slope = p.norm(dim=(0, 2), keepdim=True), gradient.norm(dim=(0, 2), keepdim=True)
     ratio = LARS_TRUST * norm / (slope + decay * norm + 1e-8)
     return torch.where((norm > 0) & (slope > 0), ratio, torch.ones_like(ratio))
 
@@ -178,8 +172,3 @@ def accuracies(logits_BC: Tensor, labels_B: Tensor) -> dict[str, float]:
         "top5": 100 * float((place < 5).double().mean()),
         "mean_per_class": 100 * float((total[seen] / count[seen]).mean()),
     }
-
-
-def loss_of(logits_BC: Tensor, labels_B: Tensor) -> float:
-    """Mean cross entropy."""
-    return float(cross_entropy(logits_BC, labels_B))

@@ -1,8 +1,8 @@
 """A frozen backbone enters; the accuracy of linear heads trained on its features leaves.
 
-With `augmentation` each batch of training images is cropped, flipped and passed through the backbone anew, once
-for all heads of the grid; without, features are extracted once and kept. Test features are always extracted
-once: the backbone does not change.
+With `augmentation` each batch of training images is cropped, flipped and passed through the backbone anew,
+once for all heads of the grid; without, features are extracted once and kept. Test features are always
+extracted once: the backbone does not change.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LinearProtocol:
     """Learning rate at the end, as a share of the first."""
     init: Literal["normal", "uniform"] = "normal"
     scaling: Literal["none", "standardise", "l2"] = "none"
-    """Of cached features: each to mean 0 and variance 1 over the training images; or each image to length 1."""
+    """Of cached features: each to mean 0 and variance 1 over training images, or each image to length 1."""
     held_out_percent: float = 0.0
     """Share of each class's training images kept aside for the choice among heads."""
     choose_on: Literal["held-out", "reported"] = "held-out"
@@ -65,9 +65,15 @@ class LinearProtocol:
     costs: tuple[float, ...] = ()
     """logreg and svm: inverse regularisation strengths C to choose from."""
     iterations: int = 1000
+    """logreg: at most so many of L-BFGS; svm: of the solver."""
     folds: int = 3
+    """svm: parts of the training images for the choice of C."""
     shots: tuple[int, ...] = ()
+    """svm: positive images a class; empty: all images."""
     samples: int = 5
+    """svm: draws for each number of shots."""
+    negatives: int = 19
+    """svm: negative images a positive one in a draw."""
     resize: int = 256
     crop: int = 224
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -132,7 +138,7 @@ def main(argv: list[str]) -> int | None:
     )  # fmt: skip
     evaluation = Evaluation(
         settings=settings, protocol=protocol, subject=subject, train=train, test=test, transform=transform,
-        clock=clock, seed=None if values.method == "logreg" and not values.held_out_percent else settings.seed,
+        clock=clock, seed=settings.seed,
     )  # fmt: skip
     if evaluation.finished():
         return 0
@@ -156,7 +162,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def held_out_split(labels_N: np.ndarray, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to train on and positions kept aside: `percent` of each class, rounded, never a whole class."""
+    """Positions to train on, and `percent` of each class (rounded, never all of it) kept aside."""
     if percent == 0:
         return np.arange(len(labels_N)), np.arange(0)
     rng = np.random.default_rng([seed, 77])
@@ -183,7 +189,8 @@ def cached_parts(
     def features(part: Any, indices: np.ndarray | None) -> np.ndarray:
         return extract(
             extractor, evaluation.subject, part, cache=settings.cache, indices=indices,
-            batch_size=settings.batch_size, workers=settings.workers, progress=settings.output / "progress.json",
+            batch_size=settings.batch_size, workers=settings.workers,
+            progress=settings.output / "progress.json",
         )  # fmt: skip
 
     def labelled(x_ND: np.ndarray, labels_N: np.ndarray) -> Labelled:
@@ -310,7 +317,7 @@ def _augmented(
     settings, train = evaluation.settings, evaluation.train
     images = Augmented(
         train, size=evaluation.transform.size, seed=evaluation.seed or 0, epoch=epoch,
-        interpolation=values.interpolation if values.interpolation == "bicubic" else "bilinear",
+        interpolation="bilinear",  # as every published linear protocol here has it in training
     )  # fmt: skip
     workers = settings.workers
     for pixels, positions in image_loader(images, [fit[b] for b in batches], evaluation.transform, workers):
@@ -324,8 +331,8 @@ def _judge(heads: HeadGrid, held: Labelled | None, test: Labelled) -> dict[str, 
         if part is None:
             continue
         rows = 16384
-        logits = [heads.logits(part.features_ND[s : s + rows]) for s in range(0, len(part.labels_N), rows)]
-        whole = torch.cat(logits, 1)
+        starts = range(0, len(part.labels_N), rows)
+        whole = torch.cat([heads.logits(part.features_ND[s : s + rows]) for s in starts]).transpose(0, 1)
         whole = torch.where(torch.isfinite(whole), whole, torch.full_like(whole, -math.inf))
         out[name] = [accuracies(h, part.labels_N) for h in whole]
     return out
@@ -350,8 +357,8 @@ def _report(
     def line(selection: str, epoch: int, head: int) -> Result:
         rate, decay = heads.grid[head]
         extra: dict[str, Any] = {
-            "learning_rate": rate, "weight_decay": decay, "heads": len(heads), "precision": extractor.precision,
-            "augmentation": values.augmentation, "chosen_on": {"held": "held-out", "test": "reported"}[place],
+            "learning_rate": rate, "weight_decay": decay, "heads": len(heads),
+            "precision": extractor.precision, "augmentation": values.augmentation, "chosen_on": {"held": "held-out", "test": "reported"}[place],
         }  # fmt: skip
         if place == "held":
             extra["held_out_top1"] = round(history[epoch]["held"][head]["top1"], 4)

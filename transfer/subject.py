@@ -32,7 +32,7 @@ class EvaluationSettings:
     weights: str
     """Checkpoint file in any known format; raw-pixels: judge the pixels themselves (knn and linear)."""
     protocol: str
-    """Protocol NAME@VERSION, or a YAML file of your own so named (listed by: python -m transfer protocols)."""
+    """Protocol NAME@VERSION (python -m transfer protocols lists them), or a YAML file of your own."""
     dataset: str
     """Name of the data set."""
     data_dir: Path
