@@ -20,6 +20,7 @@ from pretrain.files import atomic_path
 logger = logging.getLogger(__name__)
 
 FORMAT = "intl-bench/1"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class NotSaved(RunFailed):
@@ -32,7 +33,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         with atomic_path(path) as aside:
             torch.save({"format": FORMAT, **state}, aside)
     except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        full = getattr(error, "errno", None) in DISK_FULL
         full = full or (not isinstance(error, OSError) and "write" in str(error))
         reason = "the disk is full" if full else str(error).splitlines()[0]
         kept = "the last good one is kept" if path.exists() else "there is none before it"

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class Views(Dataset[Any]):
     def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch:
         epoch = pairs[0][0]
         wanted = np.array([index for _, index in pairs])
-        crops = [np.empty((len(pairs), v.size, v.size, 3), np.uint8) for v in self.views]
+        crops = [torch.empty((len(pairs), v.size, v.size, 3), dtype=torch.uint8) for v in self.views]
         numbers = [uniforms(self.seed, epoch, wanted, v) for v in range(len(self.views))]
         broken: list[str] = []
         for n, index in enumerate(wanted):
@@ -101,13 +102,12 @@ class Views(Dataset[Any]):
             for out, part in zip(crops, parts):
                 out[n] = part
         colours = [draw_colours(u[:, COLOUR_SLOTS:], v) for u, v in zip(numbers, self.views)]
-        tensors = [torch.from_numpy(c) for c in crops]
         if self.finish_here:
-            tensors = [finish(c, k, mean=self.mean, std=self.std) for c, k in zip(tensors, colours)]
+            crops = [finish(c, k, mean=self.mean, std=self.std) for c, k in zip(crops, colours)]
             colours = []
-        return Batch(views=tensors, colours=colours, broken=broken)
+        return Batch(views=crops, colours=colours, broken=broken)
 
-    def _crops(self, index: int, numbers: list[np.ndarray], broken: list[str]) -> list[np.ndarray]:
+    def _crops(self, index: int, numbers: list[np.ndarray], broken: list[str]) -> list[Tensor]:
         """The crops of image `index`, or of the next one that can be read."""
         boxes: list[tuple[int, int, int, int]] = []
         full = (0, 0)
@@ -133,8 +133,9 @@ class Views(Dataset[Any]):
         shrunk = round(
             full[0] / image.width
         )  # 2, 4 or 8 where a JPEG was decoded smaller; its size rounds up
+        pixels = torch.from_numpy(np.array(image))
         return [
-            resized_crop(image, (left / shrunk, top / shrunk, w / shrunk, h / shrunk), view)
+            resized_crop(pixels, (left // shrunk, top // shrunk, w // shrunk, h // shrunk), view)
             for (left, top, w, h), view in zip(boxes, self.views)
         ]
 
@@ -143,7 +144,7 @@ def batches(views: Views, steps: StepBatches, *, workers: int, pin_memory: bool 
     """Batches of the steps, made ahead by `workers` processes (0: in this one)."""
     loader = DataLoader(
         views, batch_sampler=steps, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None, worker_init_fn=_leave_signals_to_the_main_process,
+        prefetch_factor=2 if workers else None, worker_init_fn=_set_up_worker,
     )  # fmt: skip
     return iter(loader)
 
@@ -158,7 +159,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_main_process(_: int) -> None:
+def _set_up_worker(_: int) -> None:
     # A signal to the whole group (SLURM, Ctrl-C) must not take the workers from under the last step.
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(0)  # the workers are the threads

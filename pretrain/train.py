@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.augment import View, finish
-from pretrain.checkpoint import CheckpointWriter, load_checkpoint, remove_leftovers, save_backbone
+from pretrain.checkpoint import DISK_FULL, CheckpointWriter, load_checkpoint, remove_leftovers, save_backbone
 from pretrain.cli import Progress, RunFailed, UserError, parse_settings, save_settings, settings_as_dict
 from pretrain.control import estimate_bn
 from pretrain.data import ImageDataset, open_dataset
@@ -158,7 +158,14 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     if plan.steps == 0:
         _write_control(settings, learner, images, device)
         return
-    _loop(settings, plan, learner, images, device, dtype, start=start, hook=hook)
+    try:
+        _loop(settings, plan, learner, images, device, dtype, start=start, hook=hook)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise RunFailed(
+            f"{output}: the disk is full; the last good checkpoint is kept: free some space and run it again"
+        ) from error
     if is_main():
         _write_backbones(settings, learner, step=plan.steps, source="INTL pretraining")
         logger.info("wrote %s", output / "backbone.safetensors")

@@ -61,10 +61,10 @@ def test_mistakes_cost_one_line_and_leave_nothing(
 
 
 def test_unknown_options_and_values_exit_with_two(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["--learning-rate", "1"], ["--epochs", "many"], ["--stem", "big"]):
-        with pytest.raises(SystemExit) as stop:
-            pretrain("--data-dir", "x", "--output", "y", *argv)
-        assert stop.value.code == 2 and argv[0].strip("-") in capsys.readouterr().err
+    for option, value in (("--learning-rate", "1"), ("--epochs", "many"), ("--stem", "big")):
+        assert pretrain("--data-dir", "x", "--output", "y", option, value) == 2
+        err = capsys.readouterr().err
+        assert option.strip("-") in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in RECIPES.glob("*.yaml")))
@@ -149,6 +149,6 @@ def test_progress_tells_other_processes(tmp_path: Path) -> None:
         bar.update(3, loss=0.5)
         seen = json.loads((tmp_path / "progress.json").read_text())
         assert (seen["done"], seen["total"], seen["values"]) == (7, 10, {"loss": 0.5})
-        assert bar.eta_s() >= 0
+        assert seen["eta_s"] >= 0
         bar.update(3)
     assert json.loads((tmp_path / "progress.json").read_text())["done"] == 10
