@@ -40,7 +40,7 @@ def statement(groups: dict[str, Runs], *, title: str) -> str:
         f"# Spectrum study: {title}", "",
         "Means over seeds, with the standard deviation where there are several. Of the last logged batch: "
         "condition number of the column-centred covariance (median), RankMe, and evenness: the entropy rank "
-        "of the whitened covariance's spectrum as a share of what is possible (1: all eigenvalues equal).", "",
+        "of the covariance's spectrum as a share of what is possible (1: all eigenvalues equal).", "",
         "| transformation | runs | collapsed or diverged | loss | condition number | RankMe "
         "| evenness before | evenness after | 20-NN top-1 % |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",

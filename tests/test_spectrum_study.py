@@ -1,0 +1,99 @@
+"""The spectrum study as a user starts it, on real images; the benchmarks' harness."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness import Comparison, Timing, as_markdown, as_record, interleave, peak_extra_bytes
+from pretrain.cli import UserError
+from pretrain.files import read_jsonl
+from transfer import spectrum_study
+from transfer.study_pictures import by_instance, statement
+
+
+def test_study_runs_goes_on_and_draws(cifar_folder: Path, tmp_path: Path) -> None:
+    argv = [
+        "--dataset", "imagefolder", "--data-dir", str(cifar_folder), "--output", str(tmp_path),
+        "--steps", "2", "--seeds", "2", "--batch", "16", "--features", "24", "--powers", "[0.25]", "--iterations", "[4]",
+        "--bank", "60", "--queries", "20",
+    ]  # fmt: skip
+    spectrum_study.main(argv)
+    runs = read_jsonl(tmp_path / "runs.jsonl")
+    assert [(r["instance"], r["seed"]) for r in runs] == [
+        (name, seed) for seed in (0, 1) for name in ("λ^-0.25", "hard whitening", "IterNorm T=4", "INTL")
+    ]
+    for run in runs:
+        assert run["diverged"] is None and 0 <= run["knn_top1"] <= 100
+        assert len(run["log"][0]["eigenvalues"]) == 16
+        assert sum(run["log"][0]["eigenvalues"]) == pytest.approx(1)
+        if run["kind"] == "hard":  # all eigenvalues 1
+            assert run["log"][0]["transformed"] == pytest.approx([1.0] * 16, abs=1e-4)
+    # the same weights and batches: what is measured before the first step differs in nothing but the loss
+    assert runs[0]["log"][0]["eigenvalues"] == runs[3]["log"][0]["eigenvalues"]
+    assert runs[0]["log"][0]["eigenvalues"] != runs[4]["log"][0]["eigenvalues"]
+    for picture in ("spectra.svg", "curves.svg", "knn.svg"):
+        assert "<svg" in (tmp_path / picture).read_text()
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]))  # the last run was cut off
+    spectrum_study.main(argv)
+    again = read_jsonl(tmp_path / "runs.jsonl")
+    assert len(again) == 8 and again[-1]["log"] == runs[-1]["log"]
+    with pytest.raises(UserError, match="other settings"):
+        spectrum_study.main([*argv, "--lr", "0.5"])
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    for wrong in ({"batch": 8}, {"seeds": 0}, {"iterations": (0,)}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            spectrum_study.Settings(data_dir=".", output=".", **wrong)
+
+
+def test_statement_tells_where_the_paper_differs() -> None:
+    def run(name: str, kind: str, verdict: str | None, after: list[float]) -> dict:
+        end = {
+            "loss": 1.0,
+            "condition_number": 2.0,
+            "rankme": 2.0,
+            "eigenvalues": after,
+            "transformed": after,
+        }
+        return {
+            "instance": name, "kind": kind, "seed": 0, "verdict": verdict, "knn_top1": 50.0,
+            "possible_rank": 2, "log": [end],
+        }  # fmt: skip
+
+    text = statement(by_instance([
+        run("λ^-0", "power", "full collapse", [1.0, 0.0]),
+        run("hard whitening", "hard", "full collapse", [1.0, 1.0]),
+        run("IterNorm T=4", "iternorm", None, [3.0, 1.0]), run("INTL", "intl", None, [1.0, 1.0]),
+    ]), title="x")  # fmt: skip
+    assert "Here it differs: hard whitening did not avoid collapse." in text
+    assert "1.000 with INTL and 0.877 with IterNorm T=4: this agrees" in text  # exp(H(¾, ¼)) / 2 = 0.877
+
+
+def _hold(mib: int):
+    return lambda: torch.ones(mib * 2**18).sum()
+
+
+def test_harness_measures_time_and_memory() -> None:
+    times = interleave({"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, repeats=5)
+    assert times["short"].median_s < 0.015 <= times["long"].median_s and times["long"].repeats == 5
+    assert 60 * 2**20 <= peak_extra_bytes(_hold, 64, warm_up=None) <= 90 * 2**20
+
+    def timing(s: float) -> Timing:
+        return Timing(median_s=s, lower_s=s, upper_s=s, repeats=1)
+
+    fast = Comparison(case="a", reference=timing(4), ours=timing(2), target_speedup=1.8)
+    slow = Comparison(
+        case="b", reference=timing(4), ours=timing(3), target_speedup=1.8,
+        reference_peak_bytes=100, ours_peak_bytes=60, target_memory_share=0.5,
+    )  # fmt: skip
+    assert fast.met and fast.memory_share is None and math.isclose(fast.speedup, 2)
+    assert not slow.met and math.isclose(slow.memory_share or 0, 0.6)
+    table = as_markdown(as_record("t", [fast, slow]))
+    assert "2.00x" in table and "met |" in table and "MISSED |" in table
