@@ -238,14 +238,22 @@ def gaussian_blur(x: Tensor, sigma_N: Tensor, kernel: int = BLUR_KERNEL) -> Tens
 
     On a CPU by OpenCV, which is many times faster there and equal to 1e-6.
     """
-    n, c, height, width = x.shape
-    half = min(kernel // 2, height - 1, width - 1)
-    if x.device.type == "cpu":
-        size, out = (2 * half + 1, 2 * half + 1), torch.empty_like(x, memory_format=torch.contiguous_format)
-        for planes_in, planes_out, sigma in zip(x.numpy(), out.numpy(), sigma_N.tolist()):
-            for plane, blurred in zip(planes_in, planes_out):
-                cv2.GaussianBlur(plane, size, sigma, dst=blurred, borderType=cv2.BORDER_REFLECT_101)
-        return out
+    half = min(kernel // 2, x.shape[-2] - 1, x.shape[-1] - 1)
+    return (_blur_by_opencv if x.device.type == "cpu" else _blur_by_convolution)(x, sigma_N, half)
+
+
+def _blur_by_opencv(x: Tensor, sigma_N: Tensor, half: int) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for planes_in, planes_out, sigma in zip(x.numpy(), out.numpy(), sigma_N.tolist()):
+        for plane, blurred in zip(planes_in, planes_out):
+            cv2.GaussianBlur(
+                plane, (2 * half + 1,) * 2, sigma, dst=blurred, borderType=cv2.BORDER_REFLECT_101
+            )
+    return out
+
+
+def _blur_by_convolution(x: Tensor, sigma_N: Tensor, half: int) -> Tensor:
+    n, c, height, _ = x.shape
     at = torch.arange(-half, half + 1, device=x.device, dtype=x.dtype)
     weights = torch.exp(-0.5 * (at / sigma_N[:, None]) ** 2)
     weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(c, 0)
