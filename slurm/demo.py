@@ -191,7 +191,7 @@ def print_results(root: Path) -> None:
     from rich.table import Table
 
     table = Table(title="results (percent)", title_justify="left", box=None)
-    for column in ("task", "backbone", "seed", "n", "metrics"):
+    for column in ("task", "backbone", "seed", "selection", "n", "metrics"):
         table.add_column(column, justify="right" if column in ("seed", "n") else "left")
     lines = [
         r
@@ -210,6 +210,6 @@ def print_results(root: Path) -> None:
         seed = line.get("seed")
         table.add_row(
             str(line.get("task", "")), str(line.get("label") or line.get("weights", {}).get("path", "")),
-            "" if seed is None else str(seed), str(line.get("n", "")), told,
+            "" if seed is None else str(seed), str(line.get("selection", "")), str(line.get("n", "")), told,
         )  # fmt: skip
     Console().print(table)

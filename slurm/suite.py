@@ -57,7 +57,7 @@ class Suite:
     """Protocol of k-NN."""
     linear_protocol: str = "intl_linear@1"
     """Protocol of the linear probe."""
-    semisup_protocol: str = "intl_semisup@1"
+    semisup_protocol: str = "intl_semisup_as_released@1"
     """Protocol of the semi-supervised evaluation."""
     pretrain_options: str = ""
     """Further options for pretraining, as one text: "--epochs 2"."""

@@ -74,10 +74,10 @@ SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 FirstJobId=$(( ($(date +%s) % 600000) * 100 + 1 ))
 MinJobAge=3600
-KillWait=5
+KillWait=2
 CompleteWait=0
 InactiveLimit=0
-ReturnToService=2
+ReturnToService=1
 SlurmctldTimeout=60
 SlurmdTimeout=60
 $(for i in "${!NAMES[@]}"; do

@@ -18,7 +18,7 @@ from slurm.look import DONE, FAILED, View, look
 from slurm.queue import live_steps
 from slurm.record import Record
 from slurm.resources import KINDS, Resources
-from slurm.snapshot import SOURCE, pin
+from slurm.snapshot import pin
 from slurm.tasks import Images, Subject
 from tests.cluster.conftest import Cluster, wait_for
 
@@ -119,7 +119,7 @@ def undisturbed(
     root = tmp_path_factory.mktemp("undisturbed")
     steps = [pretraining(root, recipe, cifar_folder), detection(root, scenes)]
     local = dict.fromkeys(KINDS, Resources(timeout_min=60))
-    views = LocalRun(Graph(steps), root, local, SOURCE, Machine(cpus=2)).run()
+    views = LocalRun(Graph(steps), root, local, pin(root), Machine(cpus=2)).run()
     assert {v.state for v in views} == {DONE}, views
     return root
 
@@ -141,10 +141,10 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
     assert "interrupted 1 time" in seen(preempted, "pretrain").detail
     wait_for(lambda: cluster.job(ids["pretrain"])["JobState"] == "RUNNING")
 
-    # A time limit of a minute ends one: this pretraining sleeps now and then, which changes no weight.
+    # A time limit of two minutes ends one: this pretraining sleeps now and then, which changes no weight.
     limited = tmp_path / "limited"
     slowly = pretraining(limited, recipe, cifar_folder, "--hook", "tiny_steps:slow_hook")
-    limited_id = send(limited, [slowly], timeout_min=1)["pretrain"]
+    limited_id = send(limited, [slowly], timeout_min=2, signal_delay_s=50)["pretrain"]
 
     # An administrator queues one again; a SIGKILL ends one for good, and it is submitted again.
     requeued, killed = tmp_path / "requeued", tmp_path / "killed"
@@ -162,6 +162,8 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
     wait_for(done(preempted, "pretrain"), END_S)
     wait_for(done(preempted, fine_tuned), END_S)
     assert same(weights(preempted), expected)
+    tuned = [torch.load(r / fine_tuned / "model_final.pth")["model"] for r in (undisturbed, preempted)]
+    assert same(*tuned)
     first, second = (read_jsonl(r / fine_tuned / "results.jsonl") for r in (undisturbed, preempted))
     assert [r["metrics"] for r in first] == [r["metrics"] for r in second]
     assert Record(preempted, fine_tuned).state["starts"] == 2
@@ -173,6 +175,7 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
     node = cluster.call("sinfo", "-h", "-o", "%n").split()[0]
     cluster.down(node)
     wait_for(lambda: cluster.job(down_id)["JobState"] == "PENDING")
+    wait_for(lambda: not Path("/proc", str(Record(down, "pretrain").state["pid"])).exists())
     cluster.up(node)
 
     wait_for(lambda: cluster.job(limited_id)["Restarts"] != "0")

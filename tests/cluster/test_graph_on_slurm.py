@@ -205,6 +205,7 @@ def test_two_nodes_form_one_group_and_survive_the_loss_of_one(two_nodes: Cluster
     wait_for(lambda: Record(tmp_path, "long").progress.get("done", 0) > 12)
     two_nodes.down("n2")
     wait_for(lambda: two_nodes.job(job_id)["JobState"] == "PENDING")
+    wait_for(lambda: not Path("/proc", str(Record(tmp_path, "long").state["pid"])).exists())
     two_nodes.up("n2")
     now = ended(tmp_path, 180)
     assert {v.state for v in now.values()} == {DONE}, now
