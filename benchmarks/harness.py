@@ -91,7 +91,7 @@ def peak_extra_bytes(
     """Highest memory while `make(*args)()` runs, less what was held before, in a process of its own.
 
     On a GPU torch's allocator counts. On a CPU it is the process's resident set: the kernel's high-water
-    mark, reset just before the call (Linux). `make` must be a module's function; what it builds counts as held
+    mark, reset just before the call (Linux). `make` must be a module's function; what it builds is held
     before. `warm_up()()` runs first, to load libraries and start threads.
     """
     context = multiprocessing.get_context("spawn")
