@@ -56,7 +56,18 @@ def words(scene_folder: Path, output: Path, *more: str) -> list[str]:
     pairs = [w for w in more if not w.startswith("--")]
     datasets = [f"scenes_{s}={scene_folder / s}.json:{scene_folder / s}" for s in ("train", "test")]
     flags = ["--config-file", "scenes_R18_FPN", "--num-gpus", "0"]
-    return [*flags, "--dataset", datasets[0], "--dataset", datasets[1], *options, *TINY, *pairs, "OUTPUT_DIR", str(output)]
+    return [
+        *flags,
+        "--dataset",
+        datasets[0],
+        "--dataset",
+        datasets[1],
+        *options,
+        *TINY,
+        *pairs,
+        "OUTPUT_DIR",
+        str(output),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +91,8 @@ def test_a_run_leaves_results_pictures_and_curves(
         assert line["protocol"]["name"] == "scenes_R18_FPN" and line["arch"] == "resnet18"
         origin = convert.read_pickle(weights)["origin"]
         assert line["weights"] == {k: origin[k] for k in ("path", "sha256", "format", "branch")}
-    assert json.loads((finished / "progress.json").read_text())["done"] == 4
+    progress = json.loads((finished / "progress.json").read_text())
+    assert (progress["label"], progress["done"], progress["total"]) == ("evaluating on scenes_test", 3, 3)
     assert [m["iteration"] for m in read_jsonl(finished / "metrics.json")] == [0, 1, 2, 3]
     assert (finished / "pictures" / "predictions_0.png").exists() and (finished / "curves.png").exists()
     assert not (finished / "model_last.pth").exists()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, inference_on_dataset
 from torch import nn
+
+from pretrain.cli import Progress
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 REPORTED = METRICS[:6]
@@ -60,6 +62,21 @@ class CocoAP(COCOEvaluator):
             self._results[task] = {name: 100 * float(v) for name, v in zip(METRICS, stats) if v >= 0}
 
 
+class _Counted:
+    """A data loader whose batches are counted on a progress bar."""
+
+    def __init__(self, loader: Any, progress: Progress) -> None:
+        self.loader, self.progress = loader, progress
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield batch
+            self.progress.update(1)
+
+
 def evaluate(cfg: CfgNode, model: nn.Module, name: str) -> dict[str, dict[str, float]]:
     """Average precision on the data set `name`: {"bbox": {...}} and, with masks on, {"segm": {...}}.
 
@@ -70,7 +87,11 @@ def evaluate(cfg: CfgNode, model: nn.Module, name: str) -> dict[str, dict[str, f
     else:
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         evaluator = CocoAP(name, tasks=tasks, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
-    outcome = inference_on_dataset(model, build_detection_test_loader(cfg, name), evaluator) or {}
+    loader = build_detection_test_loader(cfg, name)
+    with Progress(
+        len(loader), label=f"evaluating on {name}", unit="image", file=Path(cfg.OUTPUT_DIR) / "progress.json"
+    ) as progress:
+        outcome = inference_on_dataset(model, _Counted(loader, progress), evaluator) or {}
     return {
         task: {k: float(v) for k, v in values.items() if k in REPORTED and math.isfinite(v)}
         for task, values in outcome.items()

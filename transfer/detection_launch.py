@@ -43,10 +43,13 @@ def world_size(num_gpus: int, num_machines: int, *, on_cpu: bool) -> int:
 
 
 def launch(
-    function: Callable[..., None], arguments: Sequence[Any], *, num_gpus: int, num_machines: int = 1,
-    machine_rank: int = 0, dist_url: str = "auto",
+    function: Callable[..., None], arguments: Sequence[Any], *, num_gpus: int, on_cpu: bool = False,
+    num_machines: int = 1, machine_rank: int = 0, dist_url: str = "auto",
 ) -> None:  # fmt: skip
-    """Call `function(*arguments)` on every rank and wait. Raises Stopped when the ranks saved and stopped."""
+    """Call `function(*arguments)` on every rank and wait. Raises Stopped when the ranks saved and stopped.
+
+    `on_cpu`: `num_gpus` is the number of CPU processes on each machine.
+    """
     if is_on() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         with process_group(TIMEOUT.total_seconds() / 60):
             _know_the_machine(int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or _ranks_per_machine())
@@ -66,7 +69,7 @@ def launch(
     with StopSignals() as stop:
         ranks = mp.start_processes(
             _worker,
-            (function, tuple(arguments), first, per_machine, per_machine * num_machines, dist_url),
+            (function, tuple(arguments), first, per_machine, per_machine * num_machines, dist_url, on_cpu),
             nprocs=per_machine,
             join=False,
             start_method="spawn",
@@ -84,16 +87,15 @@ def launch(
 
 def _worker(
     local_rank: int, function: Callable[..., None], arguments: tuple[Any, ...], first: int, per_machine: int,
-    world: int, dist_url: str,
+    world: int, dist_url: str, on_cpu: bool,
 ) -> None:  # fmt: skip
     os.environ.update(RANK=str(first + local_rank), LOCAL_RANK=str(local_rank))
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
+    if on_cpu:
+        torch.set_num_threads(max(1, torch.get_num_threads() // per_machine))
+    else:
         torch.cuda.set_device(local_rank)
-    elif torch.get_num_threads() > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // per_machine))
     dist.init_process_group(
-        "nccl" if on_gpu else "gloo", init_method=dist_url, rank=first + local_rank, world_size=world,
+        "gloo" if on_cpu else "nccl", init_method=dist_url, rank=first + local_rank, world_size=world,
         timeout=TIMEOUT,
     )  # fmt: skip
     _know_the_machine(per_machine)

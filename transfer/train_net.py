@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int | None:
     """Check everything that can be checked, then run on every rank."""
     args = parser().parse_args(argv)
+    _log_to(None)
     opts = _overrides(args.opts)
     on_cpu = args.num_gpus == 0 or opts.get("MODEL.DEVICE") == "cpu"
     ranks = world_size(args.num_gpus, args.num_machines, on_cpu=on_cpu)
@@ -83,13 +85,14 @@ def main(argv: list[str]) -> int | None:
     if training and args.force == "true":
         (Path(cfg.OUTPUT_DIR) / "last_checkpoint").unlink(missing_ok=True)
     for line in detection_data.check(cfg, train=training):
-        logger.info(line)
+        if comm.is_main_process():
+            logger.info(line)
     if args.show:
         show(cfg, Path(args.show))
         return None
     launch(
-        _on_each_rank, (args, cfg, origin), num_gpus=args.num_gpus, num_machines=args.num_machines,
-        machine_rank=args.machine_rank, dist_url=args.dist_url,
+        _on_each_rank, (args, cfg, origin), num_gpus=args.num_gpus, on_cpu=on_cpu,
+        num_machines=args.num_machines, machine_rank=args.machine_rank, dist_url=args.dist_url,
     )  # fmt: skip
     return None
 
@@ -207,18 +210,22 @@ def _is_finished(cfg: CfgNode, origin: Mapping[str, Any]) -> bool:
     )
 
 
-def _log_to(file: Path) -> None:
-    """detectron2's own messages go to log.txt, its warnings to the screen too."""
+def _log_to(file: Path | None) -> None:
+    """detectron2's own messages go to log.txt, its errors to the screen: what it only warns of and matters
+    (weights, data) is an error of ours. Warnings of torch about calls inside detectron2 are left out."""
+    warnings.filterwarnings("ignore", module=r"torch|detectron2")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     for name in ("detectron2", "fvcore"):
         log = logging.getLogger(name)
         log.setLevel(logging.INFO)
         log.propagate = False
         for handler in list(log.handlers):
             log.removeHandler(handler)
+            handler.close()
         screen = logging.StreamHandler()
-        screen.setLevel(logging.WARNING)
+        screen.setLevel(logging.ERROR)
         log.addHandler(screen)
-        if comm.is_main_process():
+        if file is not None and comm.is_main_process():
             log.addHandler(logging.FileHandler(file))
 
 
