@@ -43,9 +43,12 @@ class Images:
 
 
 DETECTION = {
+    "coco_c4_1x": "coco_R50_C4_1x",
     "coco_c4_2x": "coco_R50_C4_2x",
     "coco_fpn_1x": "coco_R50_FPN_1x",
+    "coco_fpn_2x": "coco_R50_FPN_2x",
     "voc_c4": "voc_R50_C4_24k",
+    "voc_fpn": "voc_R50_FPN_24k",
 }
 """Detection tasks by their short names, and the file in detection_configs."""
 

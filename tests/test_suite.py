@@ -100,3 +100,9 @@ def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2 and main(["--help"]) == 0
     assert "suite" in capsys.readouterr().out
     assert (SOURCE / "slurm" / "suite.py").exists()
+
+
+def test_every_detection_task_has_its_config() -> None:
+    from slurm.tasks import DETECTION
+
+    assert all((SOURCE / "detection_configs" / f"{name}.yaml").is_file() for name in DETECTION.values())
