@@ -49,7 +49,7 @@ def rate_factor(
 class HeadGrid:
     """Weights W (D x H x C), biases b (1 x H x C) and their optimiser's state.
 
-    The gradient of the mean cross entropy is written out, dL/dW_h = x^T (softmax(x W_h + b_h) - y) / B, so one
+    The gradient of the mean cross entropy is written out, dL/dW_h = x^T (softmax(x W_h + b_h) - y) / B: one
     product serves all heads and nothing flows into the features.
     """
 

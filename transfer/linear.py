@@ -72,8 +72,6 @@ class LinearProtocol:
     """svm: positive images a class; empty: all images."""
     samples: int = 5
     """svm: draws for each number of shots."""
-    negatives: int = 19
-    """svm: negative images a positive one in a draw."""
     resize: int = 256
     crop: int = 224
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
