@@ -98,6 +98,24 @@ def test_published_recipes_have_the_published_figures() -> None:
         assert cifar["precision"] == "float32" and cifar["blur_p"] == [0.0]
 
 
+def test_profile_accounts_for_a_step(cifar_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from pretrain.profile import PARTS, main
+
+    main([
+        "--steps", "1", "--dataset", "cifar10", "--data-dir", str(cifar_folder), "--arch", "resnet18",
+        "--view-sizes", "[32, 32]", "--projector-hidden", "64", "--projector-output", "64",
+        "--batch-global", "16",
+        "--workers", "0",
+    ])  # fmt: skip
+    out = capsys.readouterr().out
+    shares = [float(line.split()[-2]) for line in out.splitlines() if line.startswith(PARTS)]
+    assert len(shares) == len(PARTS) and sum(shares) == pytest.approx(100, abs=0.5)
+    assert "worth changing first" in out
+    # ResNet-18 has 1.8 G multiply-adds at 224 px, so (32 / 224)^2 of it here; 2 views, 3 passes, 16 images.
+    flops = float(out.split("model: ")[1].split()[0])
+    assert flops == pytest.approx(1.82 * (32 / 224) ** 2 * 2 * 2 * 3 * 16, rel=0.1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Small:
     name: str = "x"

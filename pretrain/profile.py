@@ -1,0 +1,167 @@
+"""A recipe enters; where a step's time goes on this machine, and what to change, leaves.
+
+python -m pretrain.profile --recipe NAME|FILE.yaml --data-dir DIR [--steps 10 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+
+import torch
+
+from pretrain.cli import parse_settings, run
+from pretrain.data import open_dataset
+from pretrain.loader import StepBatches, Views, batches, default_workers
+from pretrain.loss import intl_loss
+from pretrain.model import momentum_update
+from pretrain.settings import Settings
+from pretrain.train import RECIPES, Learner, Plan, choose_dtype, on_device, views_of
+
+PARTS = ("data wait", "transfer and augment", "forward", "loss", "backward", "optimizer")
+
+
+def main(argv: list[str]) -> None:
+    """Time some steps part by part, and print the table."""
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--steps", type=int, default=10)
+    options, rest = own.parse_known_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = parse_settings(
+            Settings, [*rest, "--output", scratch], prog="python -m pretrain.profile [--steps 10]",
+            description="Where a step's time goes.", config_flag="--recipe", presets=RECIPES,
+        )  # fmt: skip
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        seconds = time_parts(settings, device, max(options.steps, 1))
+    total = sum(seconds.values())
+    for part, value in seconds.items():
+        print(f"{part:22s}{1000 * value:10.1f} ms{100 * value / total:7.1f} %")
+    print(f"{'step':22s}{1000 * total:10.1f} ms, {settings.batch_global / total:.0f} images/s on {device}")
+    flops, peak = step_flops(settings), matmul_flops_per_s(choose_dtype(settings.precision, device), device)
+    print(f"model: {flops / 1e9:.1f} GFLOP a step (forward and backward, multiply-add counted as two)")
+    print(
+    share = 100 * flops / total / peak
+    print(f"reached {flops / total / 1e9:.0f} GFLOP/s, {share:.0f} % of what a large matrix product reaches")
+    )
+    if device.type == "cuda":
+        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    print("worth changing first:")
+    for line in advice(settings, device, {k: v / total for k, v in seconds.items()})[:3]:
+        print(f"  - {line}")
+
+
+def time_parts(settings: Settings, device: torch.device, steps: int, warm_up: int = 3) -> dict[str, float]:
+    """Mean seconds of each part of a step, the device waited for after each."""
+    images = open_dataset(settings.dataset, settings.data_dir, "train")
+    Plan.of(settings, len(images), 1)
+    dtype = choose_dtype(settings.precision, device)
+    learner = Learner.build(settings, device, dtype)
+    views = Views(
+        images, views_of(settings), seed=0, mean=settings.mean, std=settings.std,
+        finish_here=device.type == "cpu", jpeg_draft=settings.jpeg_draft,
+    )  # fmt: skip
+    order = StepBatches(
+        len(images),
+        batch_global=settings.batch_global,
+        rank=0,
+        world=1,
+        seed=0,
+        start=0,
+        stop=steps + warm_up,
+    )
+    workers = default_workers(1, device) if settings.workers is None else settings.workers
+    loader = batches(views, order, workers=workers, pin_memory=device.type == "cuda")
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for step in range(steps + warm_up):
+        marks = [_now(device)]
+        batch = next(loader)
+        marks.append(_now(device))
+        made = on_device(batch, views, device)
+        marks.append(_now(device))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if learner.slow is None:
+                embeddings = learner.encoder(made)
+            else:
+                with torch.no_grad():
+                    target = learner.slow(made[:1])
+                embeddings = target + learner.encoder(made[1:])
+        marks.append(_now(device))
+        loss = intl_loss(
+            embeddings, iterations=settings.iterations, trade_off=settings.trade_off,
+            whitening=settings.whitening, momentum_target=settings.ema,
+        )  # fmt: skip
+        marks.append(_now(device))
+        learner.scaler.scale(loss.total).backward()
+        marks.append(_now(device))
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        learner.optimizer.zero_grad(set_to_none=True)
+        if learner.slow is not None:
+            momentum_update(learner.slow, learner.encoder, settings.ema_momentum)
+        marks.append(_now(device))
+        if step >= warm_up:
+            for part, a, b in zip(PARTS, marks, marks[1:]):
+                seconds[part] += (b - a) / steps
+    return seconds
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def step_flops(settings: Settings) -> float:
+    """Floating-point operations of a step: fvcore's count of one image a view; backward is twice forward."""
+    from fvcore.nn import FlopCountAnalysis
+
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    learner = Learner.build(settings, torch.device("cpu"), torch.float32)
+    learner.encoder.eval()
+    total = 0.0
+    for place, size in enumerate(settings.view_sizes):
+        count = FlopCountAnalysis(learner.encoder, ([torch.zeros(1, 3, size, size)],))
+        count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        slow = settings.ema and place == 0
+        total += 2 * count.total() * (1 if slow else 3)
+    return total * settings.batch_global
+
+
+def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
+    """What a large matrix product reaches here: the peak that the step is held against."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = _now(device)
+        a @ a
+        best = min(best, _now(device) - start)
+    return 2 * n**3 / best
+
+
+def advice(settings: Settings, device: torch.device, share: dict[str, float]) -> list[str]:
+    """What would help, the most promising first."""
+    found = []
+    if share["data wait"] > 0.1:
+        found.append(f"the loader is late ({100 * share['data wait']:.0f} % of the step): raise --workers")
+    dtype = choose_dtype(settings.precision, device)
+    if dtype == torch.float32 and choose_dtype("auto", device) != torch.float32:
+        found.append("--precision auto: this device computes in bfloat16 natively")
+    if share["loss"] > 0.2:
+        found.append("the loss is a large share: a smaller --projector-output makes it cheaper")
+    if device.type == "cuda" and not settings.compile:
+        found.append("--compile true fuses the small operations of the backbone")
+    if device.type == "cuda" and share["transfer and augment"] > 0.15 and settings.augment_on == "auto":
+        found.append("--augment-on workers moves colour and blur to the CPU, if it has cores to spare")
+    if device.type == "cpu":
+        found.append("smaller --view-sizes: the time of a step goes with their square")
+        found.append("--projector-hidden and --projector-output of 1024 to 2048 suit ResNet-18")
+    found.append("--batch-global as large as the memory holds, the learning rate follows it")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
