@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from pretrain.cli import UserError
 from slurm.local import is_alive
-from slurm.record import Record, records
+from slurm.record import records
 
 
 def live_jobs(job_ids: Iterable[str]) -> dict[str, str]:
@@ -61,8 +61,3 @@ def live_steps(root: Path) -> dict[str, str]:
         if s.get("cluster") == "local" and is_alive(str(s.get("job_id", ""))):
             found[name] = "RUNNING"
     return {n: "RUNNING" if s in ("RUNNING", "COMPLETING") else s for n, s in found.items()}
-
-
-def job_ids(root: Path, live: Mapping[str, str]) -> dict[str, str]:
-    """Job ids of these steps."""
-    return {name: str(Record(root, name).submitted["job_id"]) for name in live}

@@ -5,6 +5,7 @@
 # Settings: NODES=1 CPUS=4 GRACE=20 PORT=16817 (seven ports from there on)
 # Afterwards: export SLURM_CONF=DIR/slurm.conf
 set -euo pipefail
+trap 'echo "start_slurm: line $LINENO failed: $BASH_COMMAND" >&2; tail -n 5 "$DIR"/*.out "$DIR"/*.log "$DIR"/db/*.log >&2 2>/dev/null || true' ERR
 DIR=${1:?usage: start_slurm.sh DIR}
 mkdir -p "$DIR"; chmod 755 "$DIR"; DIR=$(cd "$DIR" && pwd -P)
 : "${NODES:=1}" "${CPUS:=4}" "${GRACE:=20}" "${PORT:=16817}"
