@@ -71,7 +71,7 @@ def test_a_faulty_file_is_named(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_unknown_and_misplaced_names_list_the_known(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="did you mean solo_knn@1.*dino_knn@1"):
+    with pytest.raises(UserError, match=r"did you mean solo_knn@1.*dino_knn@1"):
         load_protocol("solo_knn", "knn")
     with pytest.raises(UserError, match="is for linear; for knn"):
         load_protocol("moco_linear@1", "knn")

@@ -356,7 +356,8 @@ def _report(
         rate, decay = heads.grid[head]
         extra: dict[str, Any] = {
             "learning_rate": rate, "weight_decay": decay, "heads": len(heads),
-            "precision": extractor.precision, "augmentation": values.augmentation, "chosen_on": {"held": "held-out", "test": "reported"}[place],
+            "precision": extractor.precision, "augmentation": values.augmentation,
+            "chosen_on": "held-out" if place == "held" else "reported",
         }  # fmt: skip
         if place == "held":
             extra["held_out_top1"] = round(history[epoch]["held"][head]["top1"], 4)

@@ -2,7 +2,7 @@
 
 Two forms. `crop`: ImageNet's Resize(shorter side) and CenterCrop, by PIL, one image at a time. `square`, for
 sets of small images: Resize((size, size)) with antialiasing on 8-bit pixels, a whole batch at once; equal to
-PIL's resize of each image but for one grey level in rounding.
+PIL's resize of each image but for rounding: one grey level, two where bicubic.
 """
 
 from __future__ import annotations
