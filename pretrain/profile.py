@@ -42,10 +42,8 @@ def main(argv: list[str]) -> None:
     print(f"{'step':22s}{1000 * total:10.1f} ms, {settings.batch_global / total:.0f} images/s on {device}")
     flops, peak = step_flops(settings), matmul_flops_per_s(choose_dtype(settings.precision, device), device)
     print(f"model: {flops / 1e9:.1f} GFLOP a step (forward and backward, multiply-add counted as two)")
-    print(
     share = 100 * flops / total / peak
     print(f"reached {flops / total / 1e9:.0f} GFLOP/s, {share:.0f} % of what a large matrix product reaches")
-    )
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     print("worth changing first:")
