@@ -61,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
                    help="a COCO-format folder under a name of yours; may be given several times")  # fmt: skip
     p.add_argument("--label", default=None, help="name of this row in reports")
     p.add_argument("--show", default=None, metavar="DIR", help="only draw predictions into DIR")
-    p.add_argument("--force", default="false", choices=("true", "false"), help="run again when finished")
+    p.add_argument("--force", nargs="?", const="true", default="false", choices=("true", "false"),
+                   help="run again when finished")  # fmt: skip
     p.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="any key of detectron2's config"
     )
