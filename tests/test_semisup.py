@@ -20,6 +20,7 @@ from torch import nn
 
 from pretrain.checkpoint import load_checkpoint, save_backbone
 from pretrain.cli import RunFailed, UserError
+from pretrain.distributed import process_group, rank, sum_over_ranks
 from pretrain.model import build_backbone
 from pretrain.signals import Stopped
 from transfer import results
@@ -269,15 +270,65 @@ def test_stopped_and_gone_on_is_the_same_to_the_bit(
     assert _figures(whole) == _figures(parts)
 
 
+def _two_steps(sizes: tuple[int, ...], sync_bn: bool) -> list[torch.Tensor]:
+    """Weights, statistics and losses after two steps on the same 7 images, shared out in parts of `sizes`."""
+    torch.manual_seed(1)
+    learner = _learner(Small(), sync_bn=sync_bn)
+    torch.manual_seed(2)
+    x, y = torch.randn(2, 7, 3, 8, 8), torch.randint(0, 5, (2, 7))
+    losses = []
+    for images, labels in zip(x, y):
+        mine = images.split(sizes)[rank()], labels.split(sizes)[rank()]
+        losses.append(sum_over_ranks(learner.step(*mine, batch_global=7, factor=1.0)))
+    learner.share_buffers()
+    return [v.detach().clone() for v in learner.model.state_dict().values()] + losses
+
+
+def _rank_of_two(number: int, port: int, sync_bn: bool, file: str) -> None:
+    os.environ |= {
+        "RANK": str(number),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    with process_group():
+        torch.save(_two_steps((5, 2), sync_bn), f"{file}{number}")
+
+
+def test_unequal_shares_of_two_ranks_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("fork")
+    for sync_bn in (True, False):
+        port = _free_port()
+        started = [
+            context.Process(target=_rank_of_two, args=(r, port, sync_bn, str(tmp_path / f"{sync_bn}")))
+            for r in range(2)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(120)
+        assert [p.exitcode for p in started] == [0, 0]
+        first, second = (torch.load(tmp_path / f"{sync_bn}{r}") for r in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+        one = _two_steps((7,), sync_bn)
+        same = [torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(one, first)]
+        assert all(same) == sync_bn  # without, each rank normalises by its own images, as published
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def test_two_ranks_agree_with_one(words: list[str], tmp_path: Path) -> None:
     """With synchronised BatchNorm; 60 = 3 · 16 + 12 images, so that the last batch is another size."""
     # Rates so small that rounding is not blown up; the momenta, sums of gradients, are compared as well.
     rates = {"lr_backbone": {"10": 1e-6}, "lr_head": {"10": 1e-4}}
     words = [*words, "--protocol", _protocol(tmp_path, sync_bn=True, epochs=1, **rates)]
     assert main([*words, "--output", str(tmp_path / "one")]) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "transfer", "semisup", *words, "--output", str(tmp_path / "two")],
@@ -298,8 +349,8 @@ def test_two_ranks_agree_with_one(words: list[str], tmp_path: Path) -> None:
     a, b = _tensors(tmp_path / "one"), _tensors(tmp_path / "two")
     for key in a:
         if a[key].is_floating_point():
-            # float32 sums in another order, over four steps
-            assert float((a[key] - b[key]).norm()) <= 1e-2 * float(a[key].norm()) + 1e-5, key
+            # float32 sums in another order, and a last stage of 1 x 1 maps that blows the difference up
+            assert float((a[key] - b[key]).norm()) <= 5e-2 * float(a[key].norm()) + 1e-5, key
 
 
 def test_all_labels_train_by_the_same_code_and_it_learns(words: list[str], tmp_path: Path) -> None:
