@@ -117,6 +117,15 @@ def test_evaluating_the_saved_model_gives_the_same_numbers(
     assert len(list(pictures.glob("predictions_*.png"))) == 3 and (pictures / "curves.png").exists()
 
 
+def test_a_finished_run_is_not_lengthened_without_its_optimizer(
+    finished: Path, scene_folder: Path, weights: Path, capsys: Any
+) -> None:
+    longer = words(scene_folder, finished, "--resume", "MODEL.WEIGHTS", str(weights), "SOLVER.MAX_ITER", "6")
+    before = (finished / "config.yaml").read_text()
+    assert "finished run of 4 iterations" in refused(longer, capsys)
+    assert (finished / "config.yaml").read_text() == before
+
+
 def test_the_real_predictions_score_as_with_pycocotools(finished: Path, scene_folder: Path) -> None:
     from tests.test_coco_ap import by_pycocotools
 

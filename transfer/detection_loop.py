@@ -50,8 +50,9 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Train `model` for SOLVER.MAX_ITER iterations, from OUTPUT_DIR's checkpoint where there is one.
 
-    All ranks must call. Leaves OUTPUT_DIR/model_final.pth and returns the record kept in it. On SIGTERM or
-    SIGUSR2 it saves and hands over (`pretrain.signals`). `resume_changed`: go on although settings differ.
+    All ranks must call. Leaves OUTPUT_DIR/config.yaml and model_final.pth; returns the record kept in that.
+    On SIGTERM or SIGUSR2 it saves and hands over (`pretrain.signals`). `resume_changed`: go on although
+    settings differ.
     Raises RunFailed when a loss is not finite, UserError when weights or settings do not fit.
     """
     rank, world_size = comm.get_rank(), comm.get_world_size()
@@ -74,8 +75,15 @@ def fine_tune(
         record["seed"] = seed = held["run"]["seed"]
         start = held["iteration"] + 1
         logger.info("going on from iteration %d", start)
+        if start < max_iter and scheduler.last_epoch != start:
+            raise UserError(
+                f"{output} holds a finished run of {start} iterations without its optimizer; to train on, "
+                f"give another OUTPUT_DIR and MODEL.WEIGHTS {output / FINAL}.pth"
+            )
     elif cfg.MODEL.WEIGHTS:
         checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    if comm.is_main_process():
+        write_text(output / "config.yaml", cfg.dump())
     parallel = create_ddp_model(
         model, broadcast_buffers=False, device_ids=[torch.cuda.current_device()] if on_gpu else None
     )

@@ -134,8 +134,7 @@ def _on_each_rank(args: argparse.Namespace, cfg: CfgNode, origin: dict[str, Any]
     clock = Clock()
     detection_data.register(args.dataset)  # a spawned process starts with detectron2's own data sets only
     output = Path(cfg.OUTPUT_DIR)
-    if comm.is_main_process():
-        write_text(output / "config.yaml", cfg.dump())
+    output.mkdir(parents=True, exist_ok=True)
     _log_to(output / "log.txt")
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     torch.manual_seed(seed)
@@ -145,6 +144,8 @@ def _on_each_rank(args: argparse.Namespace, cfg: CfgNode, origin: dict[str, Any]
         return evaluate(cfg, network, cfg.DATASETS.TEST[0])
 
     if args.eval_only:
+        if comm.is_main_process():
+            write_text(output / "config.yaml", cfg.dump())
         held = StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
         iteration, seed = held.get("iteration", -1) + 1, held.get("run", {}).get("seed", seed)
     else:
