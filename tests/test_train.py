@@ -114,7 +114,7 @@ def test_a_finished_run_is_left_alone(
     [
         {},
         {"ema": True, "view_sizes": [24, 16, 16], "blur_p": [0.5], "solarise_p": [0.1], "whitening": "batch"},
-        {"optimizer": "lars", "precision": "bfloat16", "view_sizes": [16, 16]},
+        {"optimizer": "lars", "precision": "bfloat16", "stem": "cifar", "view_sizes": [12, 12]},
     ],
     ids=["two views", "six-crop-like with EMA", "LARS in bfloat16"],
 )
