@@ -38,6 +38,7 @@ log_every: 10
 save_every: 10
 """
 END_S = 420
+EACH_EPOCH = ("--hook-every-epochs", "1")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
 
     # A time limit of two minutes ends one: this pretraining sleeps now and then, which changes no weight.
     limited = tmp_path / "limited"
-    slowly = pretraining(limited, recipe, cifar_folder, "--hook", "tiny_steps:slow_hook")
+    slowly = pretraining(limited, recipe, cifar_folder, "--hook", "tiny_steps:slow_hook", *EACH_EPOCH)
     limited_id = send(limited, [slowly], timeout_min=2, signal_delay_s=50)["pretrain"]
 
     # An administrator queues one again; a SIGKILL ends one for good, and it is submitted again.
@@ -175,10 +176,11 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
     node = cluster.call("sinfo", "-h", "-o", "%n").split()[0]
     cluster.down(node)
     wait_for(lambda: cluster.job(down_id)["JobState"] == "PENDING")
-    wait_for(lambda: not Path("/proc", str(Record(down, "pretrain").state["pid"])).exists())
+    for root in (requeued, killed, down, limited):  # SLURM holds a job whose last processes it still meets
+        wait_for(lambda r=root: not Path("/proc", str(Record(r, "pretrain").state["pid"])).exists())
     cluster.up(node)
 
-    wait_for(lambda: cluster.job(limited_id)["Restarts"] != "0")
+    wait_for(lambda: cluster.job(limited_id)["Restarts"] != "0", END_S)
     for root in (requeued, killed, down, limited):
         wait_for(done(root, "pretrain"), END_S)
         assert same(weights(root), expected), root.name
