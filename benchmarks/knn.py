@@ -1,4 +1,4 @@
-"""k-NN for four values of k in one pass, beside one pass per k with a one-hot vote and beside bare products."""
+"""k-NN for four k in one pass, beside one pass per k with a one-hot vote and beside bare products."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def measure(quick: bool) -> list[Comparison]:
         memory = peak_extra_bytes(make, n, m, d)
         comparisons += [
             Comparison(
-                case=f"{n} x {d}, {m} queries: one pass per k, one-hot vote", reference=times["one pass per k"],
+                case=f"{n} x {d}, {m} queries: one pass per k, one-hot vote",
+                reference=times["one pass per k"],
                 ours=times["ours"], target_speedup=5.0 if target else None, ours_peak_bytes=memory,
             ),
             Comparison(

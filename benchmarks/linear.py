@@ -12,8 +12,8 @@ from transfer.features import Extractor
 from transfer.heads import HeadGrid
 from transfer.transforms import EvalTransform
 
-TITLE = "Linear probe, ResNet-50, float32: a step of 13 learning rates beside a step of one"
-RATES = tuple(m * 10.0**e for e in (-5, -4, -3, -2) for m in (1, 2, 5)) + (0.1,)
+TITLE = "Linear probe, float32: a step of 13 learning rates beside a step of one"
+RATES = (*(m * 10.0**e for e in (-5, -4, -3, -2) for m in (1, 2, 5)), 0.1)
 
 # architecture, images, px, classes; the first is the case with a target: 13 cost at most 1.3 times one
 CASES = (("resnet50", 32, 224, 1000), ("resnet18", 128, 48, 10))
