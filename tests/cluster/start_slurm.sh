@@ -2,6 +2,7 @@
 # start_slurm.sh DIR: as root on Debian, start a private SLURM cluster on this host, every file of it in DIR.
 # slurmctld, slurmd, munge, and slurmdbd with MariaDB (submitit asks sacct). Each node has CPUS cores and two
 # fake GPUs. DIR is a short path (sockets), mode 755, below no group-writable folder.
+# cred_expire delays a requeued job until nothing of its first run is left: SLURM drains a node that still has it.
 # Settings: NODES=1 CPUS=4 GRACE=20 PORT=16817 (seven ports from there on)
 # Afterwards: export SLURM_CONF=DIR/slurm.conf
 set -euo pipefail
@@ -39,7 +40,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$DIR/munge/sock,cred_expire=5
+AuthInfo=socket=$DIR/munge/sock,cred_expire=12
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmctldPort=$PORT
 SlurmdPort=$((PORT+1))
