@@ -103,5 +103,5 @@ def _frail(out: Path) -> None:
 
 def slow_hook(backbone: object, settings: object) -> dict[str, float]:
     """A hook for pretraining that only takes time, so that a time limit is met."""
-    time.sleep(15)
+    time.sleep(35)
     return {}
