@@ -24,6 +24,7 @@ from transfer.reporting.compare import Summary, Trial, binomial_error, compare
 from transfer.reporting.inventory import RECIPES, pretraining_of
 from transfer.reporting.methods import group
 from transfer.reporting.published import load_published
+from transfer.study_pictures import write_study
 from transfer.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -487,8 +488,29 @@ def test_plots_of_other_commands_are_shown_as_images(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "index.html").read_text()
     assert "study: condition number" in page and 'width="320" height="200"' in page
     assert "data:image/svg+xml;base64," in page and "<script" not in page
-    assert "Pictures of other runs" in page and "Predictions beside" not in page
+    assert "Predictions beside" not in page
     assert "broken.svg: not a readable picture" in page
+
+
+def test_a_spectrum_study_is_shown(tmp_path: Path) -> None:
+    """What transfer/study_pictures.py writes for three runs, one of them collapsed."""
+    eigenvalues = [0.5, 0.3, 0.2]
+    log = {"step": 9, "loss": 1.0, "condition_number": 2.5, "rankme": 2.9, "eigenvalues": eigenvalues,
+           "transformed": eigenvalues, "stable_rank": 2.0, "row_condition_number": 2.0}  # fmt: skip
+    runs = [
+        {"instance": name, "kind": kind, "seed": seed, "log": [{**log, "step": 1}, log], "diverged": None,
+         "verdict": verdict, "knn_top1": 30.0 + seed, "possible_rank": 3, "seconds": 1.0}
+        for name, kind, seed, verdict in (
+            ("INTL", "intl", 0, None), ("INTL", "intl", 1, None), ("λ^-1", "power", 0, "collapsed: rank 1"),
+        )
+    ]  # fmt: skip
+    write_study(runs, tmp_path / "study", title="cifar10, channel whitening")
+    report.main([str(tmp_path / "study"), "--output", str(tmp_path / "out")])
+    (table,) = list((tmp_path / "out" / "tables").glob("study-*.csv"))
+    assert [r["transformation"] for r in rows(table)] == ["INTL", "λ^-1"]
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == len(list((tmp_path / "study").glob("*.svg"))) >= 3
+    assert "Avoided collapse in all seeds: INTL" in page and "λ^-1, seed 0: collapsed: rank 1" in page
 
 
 def test_a_report_removes_what_an_earlier_one_left(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ class Evidence:
     pretraining: list[Run] = dataclasses.field(default_factory=list)
     detection: list[Run] = dataclasses.field(default_factory=list)
     pictures: list[Picture] = dataclasses.field(default_factory=list)
+    studies: list[Path] = dataclasses.field(default_factory=list)
+    """Folders of spectrum studies."""
     gaps: list[Gap] = dataclasses.field(default_factory=list)
     times: list[StepTime] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -73,7 +75,8 @@ def collect(dirs: Sequence[str | Path], *, skip: Path | None = None) -> Evidence
                 name = _read(folder, files, root, suites.index(suite), found)
                 if folder.resolve() not in accounted:
                     found.gaps += run_gaps(folder, name, files)
-    if not (found.records or found.pretraining or found.detection or found.pictures or found.gaps):
+    kinds = (found.records, found.pretraining, found.detection, found.pictures, found.studies, found.gaps)
+    if not any(kinds):
         raise UserError(
             f"nothing to report under {', '.join(map(str, dirs))}: no results.jsonl, metrics.jsonl or "
             "metrics.json there; give folders that `transfer knn`, `transfer linear`, `train_net` or "
@@ -94,6 +97,8 @@ def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Ev
         rows = [row for row in read_jsonl(folder / file) if step in row] if file in files else []
         if rows:
             runs.append(Run(label=name, folder=folder, rows=_last_of_each(rows, step)))
+    if "study.md" in files:
+        found.studies.append(folder)
     if folder.name == "pictures":
         run = _label_and_seed(folder.parent, root)
         detection = any((folder.parent / f).exists() for f in ("metrics.json", "results.jsonl"))

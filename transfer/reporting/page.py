@@ -16,6 +16,7 @@ from transfer.reporting.content import Finding
 from transfer.reporting.methods import Results
 from transfer.reporting.pictures import Shown
 from transfer.reporting.plots import Plot
+from transfer.reporting.study import read_study
 from transfer.reporting.tables import Table
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -31,6 +32,8 @@ class Section:
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
     pictures: tuple[Shown, ...] = ()
+    points: tuple[str, ...] = ()
+    """Plain statements."""
     notes: tuple[str, ...] = ()
     """What could not be shown, and why."""
 
@@ -53,7 +56,9 @@ class Page:
 
 def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int) -> Page:
     """Everything that the report says, in its order; sections with nothing in them are left out."""
-    shown, left_out = pictures.load(evidence.pictures, per_folder=per_folder)
+    studies = [read_study(folder, i) for i, folder in enumerate(evidence.studies)]
+    found = [*evidence.pictures, *(p for s in studies for p in s.pictures)]
+    shown, left_out = pictures.load(found, per_folder=per_folder)
     evidence = dataclasses.replace(evidence, problems=[*evidence.problems, *left_out])
     near, unseen = _neighbours(results)
     difference_table, findings = content.differences(results)
@@ -81,7 +86,8 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
             pictures=tuple(p for p in shown if p.detection),
         ),
         Section(
-            slug="pictures", title="Pictures of other runs",
+            slug="studies", title="Spectrum studies", tables=tuple(s.table for s in studies if s.table),
+            points=tuple(line for s in studies for line in s.statements),
             pictures=tuple(p for p in shown if not p.detection),
         ),
         Section(
