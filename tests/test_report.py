@@ -18,6 +18,7 @@ from pretrain.cli import UserError
 from pretrain.data import open_dataset
 from transfer import report
 from transfer.__main__ import main as transfer_main
+from transfer.protocol import load_protocol
 from transfer.reporting import tables
 from transfer.reporting.collect import collect
 from transfer.reporting.compare import Summary, Trial, binomial_error, compare
@@ -298,6 +299,11 @@ def test_published_data_has_a_source_for_every_figure() -> None:
         assert entry.source.startswith("https://github.com/")
         assert all(0 < value <= 100 for value in entry.metrics.values())
         assert set(entry.spread) <= set(entry.metrics)
+        if entry.protocol and entry.task in ("knn", "linear", "semisup"):
+            assert str(load_protocol(entry.protocol, entry.task)) == entry.protocol
+        elif entry.protocol:
+            config = Path("detection_configs", f"{entry.protocol.partition('@')[0]}.yaml")
+            assert entry.protocol in (Path(__file__).parent.parent / config).read_text()
 
 
 def two_folders(root: Path) -> list[str]:
