@@ -200,7 +200,8 @@ def _rank(record: Record) -> int:
     path = (record["weights"] or {}).get("path")
     if path == RAW_PIXELS:
         return 2
-    return 1 if not path or "random" in record.label.lower() else 0
+    untrained = not path or any(word in record.label.lower() for word in ("random", "control"))
+    return int(untrained)
 
 
 def _method_names(evidence: Evidence, pool: bool) -> dict[int, str]:
