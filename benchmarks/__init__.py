@@ -11,4 +11,4 @@ and builds its comparisons with `benchmarks.harness`: `interleave` for times, `p
 Shares and ratios travel between machines, seconds do not: targets are stated as ratios.
 """
 
-BENCHMARKS = ("loss", "augment", "loader", "step")
+BENCHMARKS = ("loss", "augment", "loader", "step", "knn", "linear", "coco_ap", "convert")

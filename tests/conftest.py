@@ -47,9 +47,8 @@ def _archive(name: str) -> Path | None:
 @pytest.fixture(scope="session")
 def fashion_mnist_dir() -> Path:
     """The four Fashion-MNIST files, wherever `make demo` would find or put them."""
-    from pretrain.fashion_mnist import find_or_fetch
-
     from pretrain.cli import UserError
+    from pretrain.fashion_mnist import find_or_fetch
 
     try:
         return find_or_fetch()

@@ -12,6 +12,7 @@ from pretrain.cli import EXIT_CODES, UserError, run
 COMMANDS = {
     "inspect": ("transfer.inspection", "say what a checkpoint file holds and whether its backbone loads"),
     "formats": ("transfer.formats", "list the checkpoint formats that can be read"),
+    "protocols": ("transfer.protocol", "list the evaluation protocols"),
     "knn": ("transfer.knn", "classify by nearest neighbours in feature space"),
     "linear": ("transfer.linear", "train linear heads on the frozen backbone"),
     "semisup": ("transfer.semisup", "fine-tune with 1 %, 10 % or all of the labels"),
