@@ -58,6 +58,10 @@ def main(argv: list[str]) -> int | None:
     asked = parse_settings(Demo, argv, prog="python -m slurm demo", description=__doc__ or "")
     root = Path(asked.output).resolve()
     images = Images(dataset=asked.dataset, data_dir=find_images(asked.dataset, asked.data_dir))
+    tasks.recipe_settings(
+        asked.recipe or f"demo_{asked.dataset}", asked.pretrain_options.split(),
+        data_dir=str(images.data_dir), output=str(root / "pretrain"),
+    )  # fmt: skip
     graph = demo_graph(root, images, asked)
     redo = graph.forced(asked.force or [])
     with locked(root):

@@ -169,15 +169,10 @@ def dataset_of(asked: Suite) -> str:
     """The data set's name; parses the recipe with its overrides, as the job will, where there is one."""
     if not asked.recipe:
         return asked.dataset or "imagenet"
-    from pretrain.settings import Settings
-    from pretrain.train import RECIPES
-
     named = ["--dataset", asked.dataset] if asked.dataset else []
-    words = ["--recipe", asked.recipe, "--data-dir", asked.data_dir or "", *named, "--output", asked.output]
-    settings = parse_settings(
-        Settings, [*words, *asked.pretrain_options.split()], prog="python -m pretrain",
-        description="", config_flag="--recipe", presets=RECIPES,
-    )  # fmt: skip
+    settings = tasks.recipe_settings(
+        asked.recipe, [*named, *asked.pretrain_options.split()], data_dir=asked.data_dir, output=asked.output
+    )
     return settings.dataset
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pretrain.cli import parse_settings
+from pretrain.settings import Settings
 from slurm.graph import Step
 
 
@@ -51,6 +53,16 @@ DETECTION = {
     "voc_fpn": "voc_R50_FPN_24k",
 }
 """Detection tasks by their short names, and the file in detection_configs."""
+
+
+def recipe_settings(recipe: str, words: Sequence[str], *, data_dir: str | None, output: str) -> Settings:
+    """A recipe with its overrides, parsed as the job will parse it; raises UserError where the job would."""
+    from pretrain.train import RECIPES
+
+    return parse_settings(
+        Settings, ["--recipe", recipe, "--data-dir", data_dir or "", *words, "--output", output],
+        prog="python -m pretrain", description="", config_flag="--recipe", presets=RECIPES,
+    )  # fmt: skip
 
 
 def pretraining(root: Path, recipe: str, images: Images | None, seed: int, extra: Sequence[str] = ()) -> Step:
