@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain.augment import Colours, View, crop_box, draw_colours, finish, resized_crop, uniforms
+from pretrain.augment import (
+    Colours,
+    View,
+    crop_box,
+    draw_colours,
+    finish,
+    resized_crop,
+    shrunk_crop,
+    uniforms,
+)  # fmt: skip
 from pretrain.data import BrokenImage, ImageDataset
 
 logger = logging.getLogger(__name__)
@@ -130,14 +139,11 @@ class Views(Dataset[Any]):
             raise BrokenImage(
                 f"{MOST_BROKEN_IN_A_ROW} images in a row cannot be read, the last: {broken[-1]}"
             )
-        shrunk = round(
-            full[0] / image.width
-        )  # 2, 4 or 8 where a JPEG was decoded smaller; its size rounds up
+        shrunk = round(full[0] / image.width)  # 2, 4 or 8 where a JPEG was decoded smaller
+        if shrunk > 1:
+            return [shrunk_crop(image, box, shrunk, view) for box, view in zip(boxes, self.views)]
         pixels = torch.from_numpy(np.array(image))
-        return [
-            resized_crop(pixels, (left // shrunk, top // shrunk, w // shrunk, h // shrunk), view)
-            for (left, top, w, h), view in zip(boxes, self.views)
-        ]
+        return [resized_crop(pixels, box, view) for box, view in zip(boxes, self.views)]
 
 
 def batches(views: Views, steps: StepBatches, *, workers: int, pin_memory: bool = False) -> Iterator[Batch]:

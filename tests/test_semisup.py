@@ -354,7 +354,7 @@ def test_two_ranks_agree_with_one(words: list[str], tmp_path: Path) -> None:
 
 
 def test_all_labels_train_by_the_same_code_and_it_learns(words: list[str], tmp_path: Path) -> None:
-    protocol = _protocol(tmp_path, batch=64, epochs=3)
+    protocol = _protocol(tmp_path, batch=64, epochs=12)
     assert (
         main([*words, "--label-percent", "100", "--protocol", protocol, "--output", str(tmp_path / "o")]) == 0
     )
