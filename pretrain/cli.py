@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,6 +145,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    earlier_hook, threading.excepthook = threading.excepthook, _note_thread_error
     try:
         return main(list(sys.argv[1:] if argv is None else argv)) or EXIT_OK
     except UserError as error:
@@ -161,6 +163,16 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]
         return EXIT_OK
+    finally:
+        threading.excepthook = earlier_hook
+
+
+def _note_thread_error(failed: threading.ExceptHookArgs) -> None:
+    """One line for what a library's thread met in the outside world (TensorBoard's: a full disk)."""
+    if isinstance(failed.exc_value, OSError):
+        logger.warning("in the background: %s", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
 
 
 class Progress:

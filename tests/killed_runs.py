@@ -14,13 +14,15 @@ from test_train import CPU, tiny
 
 from pretrain.train import train
 
+EPOCHS = 20  # of 10 steps: far more than 20 children reach before they are killed
+
 
 def start(data: Path, output: Path, workers: int) -> int:
     """Fork a child that trains, or goes on training, in `output`; the process id."""
     pid = os.fork()
     if pid == 0:
         try:
-            train(tiny(data, output, batch_global=64, save_every=1, workers=workers), CPU)
+            train(tiny(data, output, batch_global=64, save_every=1, workers=workers, epochs=EPOCHS), CPU)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
             os._exit(1)
@@ -30,7 +32,7 @@ def start(data: Path, output: Path, workers: int) -> int:
 
 def killed(pid: int, output: Path, rng: random.Random) -> str | None:
     """Kill the child at a random moment, or while it writes a checkpoint; None when it was done before."""
-    until = time.monotonic() + rng.uniform(0.1, 4.0)
+    until = time.monotonic() + rng.uniform(0.1, 1.5)
     in_writing = rng.random() < 0.5
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         writing = any(output.glob(".checkpoint.pt.*.tmp"))
