@@ -150,7 +150,7 @@ def batches(views: Views, steps: StepBatches, *, workers: int, pin_memory: bool 
     """Batches of the steps, made ahead by `workers` processes (0: in this one)."""
     loader = DataLoader(
         views, batch_sampler=steps, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None, worker_init_fn=_set_up_worker,
+        prefetch_factor=2 if workers else None, worker_init_fn=set_up_worker,
     )  # fmt: skip
     return iter(loader)
 
@@ -165,7 +165,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _set_up_worker(_: int) -> None:
+def set_up_worker(_: int) -> None:
+    """Start of a DataLoader's worker: signals are for the main process, OpenCV takes one thread."""
     # A signal to the whole group (SLURM, Ctrl-C) must not take the workers from under the last step.
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -16,9 +16,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cosine_similarity
 
 from pretrain.distributed import all_reduce, gather_rows, split_features, world_size
-from pretrain.spectral import Whitening, iternorm, newton_inverse_root, no_autocast, wide
+from pretrain.spectral import (
+    SpectralFunction,
+    Whitening,
+    iternorm,
+    newton_inverse_root,
+    no_autocast,
+    spectral_transform,
+    wide,
+)
 
 
 class INTLLoss(NamedTuple):
@@ -71,6 +80,27 @@ def intl_loss(
         if not momentum_target:
             trace = trace + penalty_V[0]
         return INTLLoss(alignment + trade_off * trace, alignment, trace)
+
+
+def spectral_loss(
+    embeddings: Sequence[Tensor],
+    g: SpectralFunction,
+    *,
+    whitening: Whitening = "channel",
+    momentum_target: bool = False,
+) -> Tensor:
+    """2 − 2·mean cos of views i >= 1 with view 0 after the transformation g, without a penalty.
+
+    What Section 3 of the paper compares: g = λ^-1/2 is hard whitening. Shapes and ranks as in `intl_loss`;
+    every rank transforms the embeddings of all. Raises ValueError as `intl_loss` and `spectral_transform` do.
+    """
+    _check(embeddings, whitening, iterations=1)
+    if momentum_target:
+        embeddings = [embeddings[0].detach(), *embeddings[1:]]
+    with no_autocast(embeddings[0]):
+        whole = [gather_rows(wide(z_nD)) for z_nD in embeddings]
+        target_ND, *others = (spectral_transform(z_ND, g, whitening=whitening) for z_ND in whole)
+        return torch.stack([2 - 2 * cosine_similarity(z, target_ND, dim=1).mean() for z in others]).mean()
 
 
 def default_trade_off(n: int) -> float:

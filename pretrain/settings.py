@@ -47,6 +47,8 @@ class Settings:
     """Weight of the trace penalty; default 0.01 (log2 n - 3), n the global batch (batch: the embedding)."""
     whitening: Literal["channel", "batch"] = "channel"
     """Whiten the N x N (channel) or the D x D (batch) covariance."""
+    power: float | None = None
+    """Train with g = λ^-power (0.5: hard whitening) and without penalty in place of INTL, to compare."""
     ema: bool = False
     """Let view 0 be embedded by a momentum encoder."""
     ema_momentum: float = 0.996

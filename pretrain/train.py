@@ -28,12 +28,13 @@ from pretrain.distributed import (
     world_size,
 )
 from pretrain.loader import Batch, StepBatches, Views, batches, default_workers
-from pretrain.loss import INTLLoss, intl_loss, loss_floor
+from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
 from pretrain.metrics import LossLog, MetricsWriter
 from pretrain.model import SHALLOW, Encoder, build_backbone, build_projector, momentum_copy, momentum_update
 from pretrain.optim import build_optimizer, ema_momentum_at, lr_at
 from pretrain.settings import FREE_TO_CHANGE, Settings
 from pretrain.signals import StopSignals
+from pretrain.spectral import power
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
             f"{output}: the disk is full; the last good checkpoint is kept: free some space and run it again"
         ) from error
     if is_main():
-        _write_backbones(settings, learner, step=plan.steps, source="INTL pretraining")
+        method = "INTL" if settings.power is None else f"λ^-{settings.power:g}"
+        _write_backbones(settings, learner, step=plan.steps, source=f"{method} pretraining")
         logger.info("wrote %s", output / "backbone.safetensors")
     barrier()
 
@@ -197,7 +199,7 @@ def _loop(
     loader = batches(views, steps, workers=workers, pin_memory=device.type == "cuda")
     encoder = _parallel(learner.encoder, device, compiled=settings.compile)
     learner.encoder.train()
-    floor = loss_floor(
+    floor = 0.0 if settings.power is not None else loss_floor(
         settings.batch_global, settings.projector_output, iterations=settings.iterations,
         trade_off=settings.trade_off, whitening=settings.whitening, momentum_target=settings.ema,
     )  # fmt: skip
@@ -292,6 +294,11 @@ def _forward(
             with torch.no_grad():
                 target = slow(views[:1])
             embeddings = target + encoder(views[1:])
+    if settings.power is not None:
+        alignment = spectral_loss(
+            embeddings, power(settings.power), whitening=settings.whitening, momentum_target=slow is not None
+        )
+        return INTLLoss(alignment, alignment, torch.zeros_like(alignment)), embeddings
     loss = intl_loss(
         embeddings, iterations=settings.iterations, trade_off=settings.trade_off,
         whitening=settings.whitening, momentum_target=slow is not None,
@@ -382,6 +389,7 @@ def _write_backbones(settings: Settings, learner: Learner, *, step: int, source:
         zero = settings.zero_init_last
         metadata = {
             "arch": settings.arch, "stem": settings.stem, "source": source, "branch": branch,
+            "stem_padding": cast(nn.Conv2d, encoder.backbone.conv1).padding[0],
             "image_size": settings.image_size, "mean": settings.mean, "std": settings.std,
             "dataset": settings.dataset, "epochs": settings.epochs, "seed": settings.seed, "step": step,
             "zero_init_last": settings.arch not in SHALLOW if zero is None else zero,

@@ -135,8 +135,9 @@ def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
     )
     pixels = Subject(name="raw-pixels", label="raw pixels", weights="raw-pixels")
     evaluations = []
-    for subject in (intl, control, pixels):
-        for kind, protocol in (("knn", "solo_knn@1"), ("linear", "cached_linear@1")):
+    # All of one kind before the next: a backbone's k-NN and probe read the same features, made by the first.
+    for kind, protocol in (("knn", "solo_knn@1"), ("linear", "cached_linear@1")):
+        for subject in (intl, control, pixels):
             seed = None if kind == "knn" else asked.seed
             evaluations.append(
                 tasks.classification(root, subject, images, kind=kind, protocol=protocol, seed=seed)

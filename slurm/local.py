@@ -144,6 +144,11 @@ class LocalRun:
             unchanged = all(self.ended.get(name) for name in step.after)
             if step.after and unchanged and record.is_done(self.graph.keys[step.name], step.makes):
                 self.ended[step.name] = True
+        for order, step in enumerate(self.graph):
+            if step.name not in self.ended and step.name not in self.running:
+                record = Record(self.root, step.name)
+                if not record.submitted:
+                    record.describe(step, self.graph.keys[step.name], order)
 
     def _collect(self) -> None:
         for name, run in list(self.running.items()):

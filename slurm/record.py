@@ -1,6 +1,6 @@
 """What is known on disk about one step: its command, its submissions, how it goes, how it ended.
 
-OUT/jobs/<step>/step.json       the command and its key
+OUT/jobs/<step>/step.json       the command and its key, there from the start
 OUT/jobs/<step>/submitted.json  where and under which id it was handed in last
 OUT/jobs/<step>/state.json      written by the job itself: started, requeued, stopped
 OUT/jobs/<step>/failure-*.json  the first error of an attempt, with its traceback
@@ -87,6 +87,13 @@ class Record:
 
     # what is written
 
+    def describe(self, step: Step, key: str, order: int) -> None:
+        """Write the command down: what is to come is seen before it is submitted."""
+        write_json(self.folder / "step.json", {
+            "name": step.name, "kind": step.kind, "module": step.module, "argv": list(step.argv), "key": key,
+            "needs": list(step.needs), "after": list(step.after), "output": str(step.output), "order": order,
+        })  # fmt: skip
+
     def submit(self, step: Step, key: str, order: int, **values: Any) -> None:
         """Before a submission: forget how the last one went, write the command down."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -96,10 +103,7 @@ class Record:
             self.folder / "done.json",
         ):
             path.unlink(missing_ok=True)
-        write_json(self.folder / "step.json", {
-            "name": step.name, "kind": step.kind, "module": step.module, "argv": list(step.argv), "key": key,
-            "needs": list(step.needs), "after": list(step.after), "output": str(step.output), "order": order,
-        })  # fmt: skip
+        self.describe(step, key, order)
         write_json(self.folder / "submitted.json", {"submitted_at": time.time(), **values})
 
     def submitted_as(self, job_id: str, logs: Path) -> None:
@@ -139,7 +143,7 @@ class Record:
 
 
 def records(root: str | Path) -> Iterator[Record]:
-    """All steps that were ever submitted in this folder, in the graph's order."""
+    """All steps of this folder, submitted or still to come, in the graph's order."""
     found = [read_json(p) for p in Path(root).glob("jobs/*/step.json")]
     for step in sorted((s for s in found if "name" in s), key=lambda s: s.get("order", 0)):
         yield Record(root, step["name"])
@@ -149,7 +153,8 @@ def differing(root: str | Path, graph: Graph) -> list[str]:
     """Steps on disk that had another command than the graph gives them, each as a line to print."""
     lines = []
     for step in graph:
-        old = Record(root, step.name).step
+        record = Record(root, step.name)
+        old = record.step if record.submitted else {}
         if not old or step.after or old.get("key") == graph.keys[step.name]:
             continue
         before, now = old.get("argv", []), list(step.argv)

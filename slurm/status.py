@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import EXIT_FAILED, UserError, parse_settings
-from slurm.look import CANCELLED, DONE, FAILED, View, all_views
+from slurm.look import CANCELLED, DONE, FAILED, QUEUED, RUNNING, View, all_views
 from slurm.options import positional, spread
 from slurm.queue import live_steps
 from slurm.table import as_lines, as_table, summary
@@ -39,32 +40,34 @@ def look_now(root: Path) -> list[View]:
     return all_views(root, live_steps(root))
 
 
+def changing(root: Path, every_s: float) -> Iterator[list[View]]:
+    """Looks `every_s` apart, until all have ended or, twice in a row, none that others wait for runs."""
+    idle = 0
+    while idle < 2:
+        views = look_now(root)
+        yield views
+        if all(v.state in (DONE, FAILED, CANCELLED) for v in views):
+            return
+        idle = 0 if any(v.state in (RUNNING, QUEUED) for v in views) else idle + 1
+        if idle < 2:
+            time.sleep(every_s)
+
+
 def main(argv: list[str]) -> int | None:
     """Print the table once, or until everything has ended; exit code 1 when something failed."""
     argv = spread(positional(argv, "--dir"), [], ["--watch"])
     asked = parse_settings(Status, argv, prog="python -m slurm status", description=__doc__ or "")
     root = suite_folder(asked.dir)
-    views = look_now(root)
-    over = {DONE, FAILED, CANCELLED}
+    looks = changing(root, asked.every_s) if asked.watch else iter([look_now(root)])
+    views: list[View] = []
     if sys.stdout.isatty():
-        from rich.console import Console
         from rich.live import Live
 
-        console = Console()
-        if not asked.watch:
-            console.print(as_table(views, str(root)))
-        else:
-            with Live(as_table(views, str(root)), console=console) as live:
-                while not all(v.state in over for v in views):
-                    time.sleep(asked.every_s)
-                    views = look_now(root)
-                    live.update(as_table(views, str(root)))
+        with Live() as live:
+            for views in looks:
+                live.update(as_table(views, str(root)))
     else:
-        while True:
+        for views in looks:
             print("\n".join(as_lines(views)), flush=True)
-            if not asked.watch or all(v.state in over for v in views):
-                break
-            time.sleep(asked.every_s)
-            views = look_now(root)
     print(summary(views))
     return EXIT_FAILED if any(v.state == FAILED for v in views) else None

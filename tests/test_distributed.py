@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pretrain import distributed
-from pretrain.loss import intl_loss
+from pretrain.loss import intl_loss, spectral_loss
+from pretrain.spectral import power
 
 IMAGES = 16
 
@@ -42,15 +43,22 @@ CASES = [  # width of the embedding, options; 30 and 9 do not divide by 4, 9 not
     (32, {"whitening": "batch"}),
     (33, {"whitening": "batch"}),
     (10, {"whitening": "batch"}),
+    (32, {"power": 0.5}),
+    (8, {"power": 0.4, "whitening": "batch"}),
 ]
 
 
 def _outcome(model: nn.Module, bare: nn.Module, views: Tensor, options: dict) -> dict[str, Tensor]:
-    out = intl_loss([model(view) for view in views], **options)
-    out.total.backward()
+    options = dict(options)
+    embeddings = [model(view) for view in views]
+    if "power" in options:
+        terms = {"total": spectral_loss(embeddings, power(options.pop("power")), **options)}
+    else:
+        terms = intl_loss(embeddings, **options)._asdict()
+    terms["total"].backward()
     found = {name: p.grad for name, p in bare.named_parameters()}
     found |= dict(bare.named_buffers())
-    return {**found, "total": out.total.detach(), "alignment": out.alignment, "trace": out.trace}
+    return {**found, **{name: value.detach() for name, value in terms.items()}}
 
 
 def _rank(rank: int, world: int, port: int, folder: str) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from pretrain.loss import default_trade_off, intl_loss, loss_floor, trace_floor
+from pretrain.loss import default_trade_off, intl_loss, loss_floor, spectral_loss, trace_floor
+from pretrain.spectral import iternorm, zca
 
 
 def plain_loss(views, *, iterations=4, trade_off, whitening="channel", momentum_target=False) -> Tensor:
@@ -74,6 +75,22 @@ def test_iterations_and_trade_off_are_used() -> None:
         assert relative(intl_loss(views, iterations=iterations, trade_off=0.3).total, expected) < 1e-12
     aligned = intl_loss(views, trade_off=0)
     assert torch.equal(aligned.total, aligned.alignment)
+
+
+@pytest.mark.parametrize("momentum_target", [False, True])
+@pytest.mark.parametrize("whitening,n,d", [("channel", 24, 70), ("batch", 40, 20)])
+def test_without_penalty_any_transformation(whitening, n, d, momentum_target) -> None:
+    views = views_of(n, d, 3)
+    options = {"whitening": whitening, "momentum_target": momentum_target}
+    expected = intl_loss(views, trade_off=0.0, **options).total
+    found = spectral_loss(views, iternorm(4), **options)
+    assert relative(found, expected.detach()) < 1e-10
+    wanted = torch.autograd.grad(expected, views[1:])
+    for mine, its in zip(torch.autograd.grad(found, views[1:]), wanted):
+        assert relative(mine, its) < 1e-8
+    assert float(spectral_loss([views[0]] * 2, zca(), **options)) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(ValueError, match="at least 2 views"):
+        spectral_loss(views[:1], zca())
 
 
 @pytest.mark.parametrize("whitening", ["channel", "batch"])

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import load_checkpoint
@@ -92,6 +93,14 @@ def test_a_run_leaves_what_the_next_steps_read(finished: Path) -> None:
         assert r["loss_minus_floor"] > 0
     assert list((finished / "tensorboard").iterdir()) and (finished / "progress.json").exists()
     assert not list(finished.glob(".*"))
+
+
+def test_hard_whitening_trains_in_place_of_intl(cifar_folder: Path, tmp_path: Path) -> None:
+    train(tiny(cifar_folder, tmp_path / "run", power=0.5, epochs=1), CPU)
+    line = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert line["loss"] == line["alignment"] == line["loss_minus_floor"] and line["trace"] == 0
+    with safe_open(tmp_path / "run" / "backbone.safetensors", "pt") as file:
+        assert file.metadata()["source"] == "λ^-0.5 pretraining"
 
 
 def test_the_loss_falls_on_real_images(cifar_folder: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.cli import UserError
 from pretrain.data import read_image
+from pretrain.loader import set_up_worker
 
 SAMPLED_IMAGES = 32
 
@@ -227,9 +228,10 @@ def train_loader(
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_set_up_worker if workers else None,
     ))  # fmt: skip
 
 
-def _one_thread(_: int) -> None:
+def _set_up_worker(number: int) -> None:
+    set_up_worker(number)
     torch.set_num_threads(1)

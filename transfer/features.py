@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.cli import Progress, UserError
-from pretrain.data import ImageDataset
+from pretrain.data import BrokenImage, ImageDataset
 from pretrain.distributed import barrier, is_main, rank, world_size
 from pretrain.files import atomic_path, write_json
+from pretrain.loader import set_up_worker
 from pretrain.signals import StopSignals
 from transfer.subject import Subject
 from transfer.transforms import EvalTransform
@@ -197,7 +198,7 @@ def _write_parts(
         for p in mine
         for start in range(p * PART, min((p + 1) * PART, len(indices)), batch_size)
     ]
-    loader = image_loader(Decoded(data, extractor.transform), batches, extractor.transform, workers)
+    loader = image_batches(Decoded(data, extractor.transform), batches, extractor.transform, workers)
     total = sum(len(b) for b in batches)
     left = iter(mine)
     rows: list[np.ndarray] = []
@@ -263,14 +264,18 @@ class _Collate:
         return self.transform.square([pixels for pixels, _ in items]), np.array([i for _, i in items])
 
 
-def image_loader(
+def image_batches(
     images: Dataset[Any], batches: Sequence[np.ndarray], transform: EvalTransform, workers: int | None
-) -> DataLoader[Any]:
-    """Batches of (pixels B x 3 x H x W uint8, positions B) in the order given."""
+) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """(pixels B x 3 x H x W uint8, positions B) in the order given. Raises BrokenImage naming the file."""
     if workers is None:
         small = transform.resize is None
         workers = 0 if small else min(8, len(os.sched_getaffinity(0)))
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         images, batch_sampler=[b.tolist() for b in batches], collate_fn=_Collate(transform),  # type: ignore[arg-type]
-        num_workers=workers, pin_memory=torch.cuda.is_available(),
+        num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=set_up_worker,
     )  # fmt: skip
+    try:
+        yield from loader
+    except BrokenImage as error:  # a worker's comes with its traceback as text
+        raise BrokenImage(str(error).rpartition("BrokenImage: ")[2].strip()) from None

@@ -22,7 +22,7 @@ from pretrain.distributed import any_rank, barrier, is_main, process_group, rank
 from pretrain.files import atomic_path
 from pretrain.signals import StopSignals
 from transfer.augment import Augmented
-from transfer.features import Extractor, extract, image_loader, make_extractor
+from transfer.features import Extractor, extract, image_batches, make_extractor
 from transfer.heads import HeadGrid, Optimizer, Schedule, accuracies, rate_factor
 from transfer.protocol import load_protocol
 from transfer.results import Clock, Result
@@ -318,7 +318,7 @@ def _augmented(
         interpolation="bilinear",  # as every published linear protocol here has it in training
     )  # fmt: skip
     workers = settings.workers
-    for pixels, positions in image_loader(images, [fit[b] for b in batches], evaluation.transform, workers):
+    for pixels, positions in image_batches(images, [fit[b] for b in batches], evaluation.transform, workers):
         yield extractor(pixels), torch.from_numpy(train.labels_N[positions]).to(device)
 
 
@@ -361,6 +361,11 @@ def _report(
         }  # fmt: skip
         if place == "held":
             extra["held_out_top1"] = round(history[epoch]["held"][head]["top1"], 4)
+        if len(heads) > 1:
+            extra["sweep"] = [
+                {"lr": lr, "weight_decay": wd, "top1": round(m["top1"], 4)}
+                for (lr, wd), m in zip(heads.grid, history[epoch][place])
+            ]
         return evaluation.result(
             history[epoch]["test"][head], device, epoch=epoch + 1, selection=selection, settings=extra
         )

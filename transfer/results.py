@@ -135,8 +135,14 @@ def versions() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The commit of this project's checkout, with "+changes" where files differ from it; None elsewhere."""
+    """The commit of this project's checkout, with "+changes" where files differ from it; None elsewhere.
+
+    A copy of the code that was pinned for a job has it in the file COMMIT.
+    """
     here = Path(__file__).resolve().parent
+    pinned = here.parent / "COMMIT"
+    if pinned.is_file():
+        return pinned.read_text(encoding="utf-8").strip() or None
 
     def git(*words: str) -> str:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}

@@ -26,7 +26,7 @@ from pretrain.signals import StopSignals
 from pretrain.train import choose_dtype
 from transfer import results
 from transfer.augment import Augmented
-from transfer.features import Decoded, image_loader
+from transfer.features import Decoded, image_batches
 from transfer.finetune import FineTuning, joined, percentages, places
 from transfer.heads import rate_factor
 from transfer.protocol import load_protocol
@@ -261,8 +261,8 @@ class Run:
             interpolation=self.values.interpolation,
         )  # fmt: skip
         mine = [b[rank() :: world_size()] for b in cut]
-        loader = image_loader(images, mine, self.evaluation.transform, self.settings.workers)
-        for (pixels, positions), whole in zip(loader, cut):
+        stream = image_batches(images, mine, self.evaluation.transform, self.settings.workers)
+        for (pixels, positions), whole in zip(stream, cut):
             labels = torch.from_numpy(train.labels_N[positions]).to(self.device)
             yield self._input(pixels), labels, len(whole)
 
@@ -278,7 +278,7 @@ class Run:
         size = self.settings.batch_size
         batches = [mine[s : s + size] for s in range(0, len(mine), size)]
         place_N = torch.full((len(test),), -1)
-        for pixels, positions in image_loader(
+        for pixels, positions in image_batches(
             Decoded(test, transform), batches, transform, self.settings.workers
         ):
             labels = torch.from_numpy(test.labels_N[positions]).to(self.device)

@@ -22,14 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from pretrain.augment import View
 from pretrain.cli import Progress, UserError, parse_settings, save_settings, settings_as_dict
 from pretrain.data import ImageDataset, open_dataset
 from pretrain.files import append_jsonl, read_jsonl
 from pretrain.loader import StepBatches, Views, batches, epoch_order
-from pretrain.loss import intl_loss
+from pretrain.loss import intl_loss, spectral_loss
 from pretrain.model import Encoder, build_projector
 from pretrain.optim import build_optimizer, lr_at
 from pretrain.signals import StopSignals
@@ -108,8 +107,7 @@ class Instance:
             return intl_loss(
                 views, iterations=self.g.iterations, trade_off=trade_off, whitening=whitening
             ).total
-        a, b = (spectral_transform(z, self.g, whitening=whitening) for z in views)
-        return 2 - 2 * cosine_similarity(a, b, dim=1).mean()
+        return spectral_loss(views, self.g, whitening=whitening)
 
 
 def instances(settings: Settings) -> list[Instance]:

@@ -104,6 +104,7 @@ def load_subject(settings: EvaluationSettings) -> Subject:
         logger.info("%s", note)
     weights = {
         "path": str(loaded.path), "sha256": loaded.sha256, "format": loaded.format, "branch": loaded.branch,
+        "stem": loaded.stem, "stem_padding": loaded.stem_padding,
     }  # fmt: skip
     return Subject(
         model=loaded.model.eval(), arch=loaded.arch, weights=weights, metadata=dict(loaded.metadata)
@@ -183,7 +184,7 @@ class Evaluation:
         if found and is_main():
             for r in found:
                 print(f"finished already: {spell(r)}")
-            print(f"{self.settings.output / results.FILE} holds it; --force true evaluates again")
+            print(f"{self.settings.output / results.FILE} holds it; --force evaluates again")
         return bool(found)
 
     def begin(self) -> None:

@@ -76,10 +76,17 @@ def job_gaps(jobs: Path, accounted: set[Path]) -> list[Gap]:
             Gap(
                 name=str(step["name"]),
                 state="failed" if failures else state or "not started",
-                detail=str(error).strip().splitlines()[-1] if error else "see its log",
+                detail=_why(str(error), state, step),
             )
         )
     return gaps
+
+
+def _why(error: str, state: str, step: dict[str, Any]) -> str:
+    if error.strip():
+        return error.strip().splitlines()[-1]
+    waits = ", ".join(step.get("needs") or [])
+    return "see its log" if state else f"comes after {waits}" if waits else "its turn has not come"
 
 
 def run_gaps(folder: Path, name: str, files: frozenset[str]) -> list[Gap]:
