@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.cli import EXIT_FAILED, UserError, parse_settings, save_settings
-from pretrain.files import read_jsonl
 from slurm import tasks
 from slurm.folder import locked, refuse_other_configuration, set_aside
 from slurm.graph import Graph, Step
@@ -22,6 +21,7 @@ from slurm.options import spread
 from slurm.resources import load_profile
 from slurm.snapshot import pin
 from slurm.tasks import Images, Subject
+from transfer.report import show_summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Demo:
     """Where they are; found or fetched when not given."""
     seed: int = 0
     """Seed of pretraining, its control, the linear probes and the first detection run."""
-    detection_seeds: int = 1
+    detection_seeds: int = 2
     """Detection runs from each start, with seeds seed, seed + 1 ..."""
     recipe: str | None = None
     """Recipe name or file; demo_DATASET when not given."""
@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int | None:
         run = LocalRun(graph, root, load_profile("local", []), pin(root))
         _say_what_comes(graph, run.machine, root)
         views = run.run()
-    print_results(root)
+    if (root / "report" / "index.html").exists():
+        show_summary(root)
     bad = [v for v in views if v.state != DONE]
     for view in bad:
         print(
@@ -188,33 +189,3 @@ def _say_what_comes(graph: Graph, machine: Machine, root: Path) -> None:
         f"look at them from elsewhere: python -m slurm status {root}",
         file=sys.stderr,
     )
-
-
-def print_results(root: Path) -> None:
-    """One line a result, in the order of the folders."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="results (percent)", title_justify="left", box=None)
-    for column in ("task", "backbone", "seed", "selection", "n", "metrics"):
-        table.add_column(column, justify="right" if column in ("seed", "n") else "left")
-    lines = [
-        r
-        for name in ("knn", "linear", "detection")
-        for p in sorted((root / name).rglob("results.jsonl"))
-        for r in read_jsonl(p)
-    ]
-    for line in lines:
-        metrics = line.get("metrics", {})
-        shown = {
-            k: v
-            for k, v in metrics.items()
-            if k in ("top1", "top5", "AP", "AP50", "AP75") or k.startswith("top1")
-        }
-        told = "  ".join(f"{k} {v:.1f}" for k, v in (shown or metrics).items() if isinstance(v, (int, float)))
-        seed = line.get("seed")
-        table.add_row(
-            str(line.get("task", "")), str(line.get("label") or line.get("weights", {}).get("path", "")),
-            "" if seed is None else str(seed), str(line.get("selection", "")), str(line.get("n", "")), told,
-        )  # fmt: skip
-    Console().print(table)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.cli import UserError, parse_settings, save_settings
-from transfer.reporting import page, tables
+from transfer.reporting import content, inventory, page, tables
 from transfer.reporting.collect import collect
+from transfer.reporting.content import Finding
 from transfer.reporting.methods import group
 from transfer.reporting.tables import Table
 
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> None:
     report = page.compose(evidence, results, title=settings.title, per_folder=settings.pictures)
     page.write(report, output)
     save_settings(settings, output / "config.yaml")
-    show(report)
+    show(report.alarms, report.verdict, report.findings)
     print(f"\nreport: {(output / 'index.html').resolve()}")
 
 
@@ -75,19 +77,27 @@ def _with_dirs(argv: list[str]) -> list[str]:
     return [*options, f"--dirs={json.dumps(dirs)}"] if dirs else options
 
 
-def show(report: page.Page) -> None:
+def show_summary(folder: Path) -> None:
+    """Print the verdict over the results in `folder` without writing a report."""
+    evidence = collect([str(folder)], skip=folder / "report")
+    results = group(evidence, pool=False)
+    verdict = content.verdict(results) if results.tasks else None
+    show(inventory.alarms(evidence), verdict, content.differences(results)[1])
+
+
+def show(alarms: Sequence[str], verdict: Table | None, findings: Sequence[Finding]) -> None:
     """Print what is missing, the verdict and its statements; coloured on a terminal, plain in a pipe."""
-    for alarm in report.alarms:
+    for alarm in alarms:
         print(f"missing: {alarm}")
-    if report.verdict is None:
+    if verdict is None:
         print("no result has been written yet")
         return
     if sys.stdout.isatty():
-        _show_rich(report.verdict)
+        _show_rich(verdict)
     else:
-        print(tables.to_text(report.verdict))
+        print(tables.to_text(verdict))
     print()
-    for finding in report.findings:
+    for finding in findings:
         print(f"- {finding.sentence}")
 
 

@@ -95,14 +95,14 @@ def load_subject(settings: EvaluationSettings) -> Subject:
     """The backbone named by --weights. Raises UserError where the file is none."""
     if settings.weights == RAW_PIXELS:
         digest = hashlib.sha256(RAW_PIXELS.encode()).hexdigest()
-        weights = {"path": RAW_PIXELS, "sha256": digest, "format": RAW_PIXELS, "branch": "online"}
-        return Subject(model=None, arch=None, weights=weights, metadata={})
+        pixels = {"path": RAW_PIXELS, "sha256": digest, "format": RAW_PIXELS, "branch": "online"}
+        return Subject(model=None, arch=None, weights=pixels, metadata={})
     from transfer.backbone import load_backbone
 
     loaded = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
     for note in loaded.notes:
         logger.info("%s", note)
-    weights = {
+    weights: dict[str, Any] = {
         "path": str(loaded.path), "sha256": loaded.sha256, "format": loaded.format, "branch": loaded.branch,
         "stem": loaded.stem, "stem_padding": loaded.stem_padding,
     }  # fmt: skip

@@ -115,8 +115,10 @@ def to_tex(t: Table) -> str:
 
 def to_text(t: Table) -> str:
     """Aligned plain text, for pipes and logs."""
-    lines = [[_one_line(c) for c in t.columns], *([_one_line(c) for c in row] for row in t.rows)]
+    heads = [[c.text for c in t.columns], [c.note for c in t.columns]]
+    lines = [*(heads if any(heads[1]) else heads[:1]), *([_one_line(c) for c in row] for row in t.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(t.columns))]
     rule = "  ".join("-" * w for w in widths)
     spelt = ["  ".join(f"{text:{w}s}" for text, w in zip(line, widths)).rstrip() for line in lines]
-    return "\n".join([t.title, "", spelt[0], rule, *spelt[1:]])
+    first = len(lines) - len(t.rows)
+    return "\n".join([t.title, "", *spelt[:first], rule, *spelt[first:]])
