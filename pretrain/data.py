@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile
 
 from pretrain.cli import UserError
+from pretrain.shards import Shards, find_shards, open_shards
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test", "validation")}
@@ -38,7 +41,8 @@ class BrokenImage(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataset:
-    """Images with labels: files on disk (`files`) or uint8 arrays in memory (`pixels`: N x H x W [x 3])."""
+    """Images with labels: files (`files`), members of tar files (`shards`) or uint8 arrays in memory
+    (`pixels`: N x H x W [x 3])."""
 
     name: str
     split: str
@@ -47,17 +51,22 @@ class ImageDataset:
     native_size: int | None
     root: Path
     files: Sequence[str] | None = None
+    shards: Shards | None = None
     pixels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels_N)
 
     def key(self, i: int) -> str:
-        """The file's name under `root`, or the index of an image that has no file."""
+        """The name under `root` of the file, or of shard and member; the index where there is neither."""
+        if self.shards is not None:
+            return self.shards.key(i)
         return self.files[i] if self.files is not None else str(i)
 
     def image(self, i: int, *, least_size: SizeRule | None = None) -> Image.Image:
         """Image `i` as 8-bit RGB, see `read_image`. Raises BrokenImage naming the file."""
+        if self.shards is not None:
+            return _read_member(self.root / self.key(i), self.shards, i, least_size)
         if self.pixels is None:
             return read_image(self.root / self.key(i), least_size=least_size)
         image = Image.fromarray(self.pixels[i])
@@ -75,6 +84,9 @@ class ImageDataset:
         for file in self.files or ():
             stat = os.stat(self.root / file)
             digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        if self.shards is not None:
+            for path, (size, time) in zip(self.shards.paths, self.shards.stamps):
+                digest.update(f"{path.name}\0{size}\0{time}\n".encode())
         return digest.hexdigest()
 
 
@@ -84,18 +96,30 @@ def read_image(path: str | Path, *, least_size: SizeRule | None = None) -> Image
     `least_size`, asked with the image's (width, height), answers with a size: a JPEG is then decoded at 1/2,
     1/4 or 1/8 of its own where that is no smaller.
     """
+    return _decode(path, path, least_size, "replace the file or take it out of the folder")
+
+
+def _read_member(name: Path, shards: Shards, i: int, least_size: SizeRule | None) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        data = shards.read(i)
+    except OSError as error:
+        raise BrokenImage(f"{name}: cannot be read ({error})") from error
+    return _decode(io.BytesIO(data), name, least_size, "write the shard anew without it")
+
+
+def _decode(
+    file: str | Path | BinaryIO, name: str | Path, least_size: SizeRule | None, advice: str
+) -> Image.Image:
+    try:
+        with Image.open(file) as image:
             if least_size is not None:
                 image.draft(None, least_size(image.size))
             return to_rgb(image)
     except FileNotFoundError as error:
-        raise BrokenImage(f"{path}: the file is gone since the folder was read") from error
+        raise BrokenImage(f"{name}: the file is gone since the folder was read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "it")
-        raise BrokenImage(
-            f"{path}: not a readable image ({reason}); replace the file or take it out of the folder"
-        ) from error
+        reason = str(error).replace(str(file), "it")
+        raise BrokenImage(f"{name}: not a readable image ({reason}); {advice}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -161,7 +185,8 @@ def _open_folder(
         labels += [label] * len(names)
     return ImageDataset(
         name=name, split=split, classes=list(classes or found), labels_N=np.asarray(labels, np.int64),
-        native_size=native_size or _common_small_side(folder, files), root=folder, files=files,
+        native_size=native_size or _common_small_side(len(files), lambda i: folder / files[i]), root=folder,
+        files=files,
     )  # fmt: skip
 
 
@@ -176,12 +201,12 @@ def _image_files(folder: Path) -> list[str]:
     return out
 
 
-def _common_small_side(folder: Path, files: Sequence[str]) -> int | None:
-    """The side of the images where 32 files spread over the set are all square, equal and small."""
+def _common_small_side(count: int, image_file: Callable[[int], Path | BinaryIO]) -> int | None:
+    """The side of the images where 32 of them spread over the set are all square, equal and small."""
     sizes = set()
-    for file in files[:: max(1, len(files) // 32)]:
+    for i in range(0, count, max(1, count // 32)):
         try:
-            with Image.open(folder / file) as image:
+            with Image.open(image_file(i)) as image:
                 sizes.add(image.size)
         except OSError:
             continue
@@ -189,6 +214,16 @@ def _common_small_side(folder: Path, files: Sequence[str]) -> int | None:
             return None
     width, height = sizes.pop() if sizes else (0, 1)
     return width if width == height else None
+
+
+def _open_webdataset(name: str, root: Path, split: str) -> ImageDataset:
+    """`root`/train-*.tar, val-*.tar; the classes are called by their numbers."""
+    shards = open_shards(find_shards(root, SPLIT_FOLDERS[split]), IMAGE_SUFFIXES)
+    return ImageDataset(
+        name=name, split=split, classes=[str(c) for c in range(int(shards.labels_N.max()) + 1)],
+        labels_N=shards.labels_N, root=root, shards=shards,
+        native_size=_common_small_side(len(shards.names), lambda i: io.BytesIO(shards.read(i))),
+    )  # fmt: skip
 
 
 def _open_imagenet100(name: str, root: Path, split: str) -> ImageDataset:
@@ -266,6 +301,7 @@ DATASETS: dict[str, Callable[[str, Path, str], ImageDataset]] = {
     "imagenet": _open_folder,
     "imagenet100": _open_imagenet100,
     "imagefolder": _open_folder,
+    "webdataset": _open_webdataset,
     "cifar10": _open_cifar,
     "cifar100": _open_cifar,
     "fashion_mnist": _open_fashion_mnist,

@@ -24,7 +24,8 @@ class Settings:
     output: str
     """Folder for checkpoint, backbone, logs and the settings used; an unfinished run in it goes on."""
     dataset: str = "imagenet"
-    """imagenet, imagenet100, imagefolder (train/<class>/, val/<class>/), cifar10, cifar100, fashion_mnist."""
+    """imagenet, imagenet100, imagefolder (train/<class>/, val/<class>/), webdataset (train-*.tar, val-*.tar
+    of KEY.jpg and KEY.cls), cifar10, cifar100, fashion_mnist."""
     seed: int = 0
     """Of initialisation, order and augmentation."""
 
