@@ -60,7 +60,8 @@ class Suite:
     semisup_protocol: str = "intl_semisup_as_released@1"
     """Protocol of the semi-supervised evaluation."""
     pretrain_options: str = ""
-    """Further options for pretraining, as one text: "--epochs 2"."""
+    """Further options for pretraining, as one text: "--epochs 2". Every --hook-every-epochs the k-NN accuracy
+    of the running backbone is logged, unless this says "--hook null"."""
     linear_options: str = ""
     """Further options for the linear probe."""
     semisup_options: str = ""

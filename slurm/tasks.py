@@ -65,9 +65,20 @@ def recipe_settings(recipe: str, words: Sequence[str], *, data_dir: str | None, 
     )  # fmt: skip
 
 
+KNN_HOOK = ("--hook", "transfer.hooks:knn")
+"""k-NN of the running backbone every --hook-every-epochs, into metrics.jsonl and the report's curves."""
+
+
 def pretraining(root: Path, recipe: str, images: Images | None, seed: int, extra: Sequence[str] = ()) -> Step:
-    """INTL pretraining into `root`/pretrain."""
-    return _pretrain(root, "pretrain", "pretrain", recipe, images, seed, extra)
+    """INTL pretraining into `root`/pretrain, with KNN_HOOK where there are labelled images.
+
+    A hook of the recipe's own or among `extra` takes its place; `--hook null` in `extra` leaves it out.
+    """
+    hook: tuple[str, ...] = ()
+    if images and "--hook" not in extra:
+        told = recipe_settings(recipe, extra, data_dir=str(images.data_dir), output=str(root / "pretrain"))
+        hook = KNN_HOOK if told.hook is None else ()
+    return _pretrain(root, "pretrain", "pretrain", recipe, images, seed, (*hook, *extra))
 
 
 def control(root: Path, recipe: str, images: Images | None, seed: int, extra: Sequence[str] = ()) -> Step:

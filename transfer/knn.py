@@ -37,6 +37,7 @@ def knn_evaluate(
     vote: Literal["weighted", "majority"] = "weighted",
     metric: Literal["cosine", "dot", "euclidean"] = "cosine",
     device: torch.device | None = None,
+    over_ranks: bool = True,
 ) -> dict[str, float]:
     """Top-1 and top-5 percent for every k, as top1_k20, top5_k20 …
 
@@ -44,15 +45,16 @@ def knn_evaluate(
     Euclidean distance d (Wu et al. 2018, section 3.4, https://arxiv.org/abs/1805.01978; solo-learn). Ties:
     among equally near bank images the lower index is the nearer, among equal votes the smaller label wins.
     Float32, or float64 when given float64. Queries are shared out over ranks, every rank holding the bank
-    (a memory-mapped file will do); all ranks must call. Raises ValueError for k beyond the bank, sizes that
-    do not match, and features that are not finite.
+    (a memory-mapped file will do), and all ranks must call; with `over_ranks` False the caller alone judges
+    every query. Raises ValueError for k beyond the bank, sizes that do not match, and features that are not
+    finite.
     """
     bank, queries = _tensor(bank_ND), _tensor(query_MD)
     bank_labels, query_labels = _tensor(bank_labels_N).long(), _tensor(query_labels_M).long()
     _check(bank, bank_labels, queries, query_labels, ks)
     device = device or torch.device("cpu")
     classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    mine = slice(rank(), None, world_size())
+    mine = slice(rank(), None, world_size()) if over_ranks else slice(None)
     queries, query_labels = queries[mine], query_labels[mine].to(device)
     hits = torch.zeros(2, len(ks), dtype=torch.float64, device=device)
     if len(queries):
@@ -65,7 +67,8 @@ def knn_evaluate(
             ):
                 hits[0, column] += (place < 1).sum()
                 hits[1, column] += (place < 5).sum()
-    percent = 100 * sum_over_ranks(hits).cpu() / len(_tensor(query_labels_M))
+    total = sum_over_ranks(hits) if over_ranks else hits
+    percent = 100 * total.cpu() / len(_tensor(query_labels_M))
     return {f"top{n}_k{k}": float(percent[r, c]) for c, k in enumerate(ks) for r, n in enumerate((1, 5))}
 
 
