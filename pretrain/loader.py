@@ -161,6 +161,21 @@ def default_workers(world_on_node: int, device: torch.device) -> int:
     return min(16, max(1, cores // world_on_node - 1)) if device.type == "cuda" else 1
 
 
+def finishes_in_workers(augment_on: str, device: torch.device) -> bool:
+    """Where colour, blur and solarisation run; "auto": on a GPU, without one in the workers, beside the step.
+
+    `python -m pretrain.profile` times both.
+    """
+    return augment_on == "workers" or (augment_on == "auto" and device.type == "cpu")
+
+
+def where_finished(in_workers: bool, workers: int, device: torch.device) -> str:
+    """The same in words."""
+    if in_workers and workers > 0:
+        return "in the workers"
+    return "on the GPU" if device.type == "cuda" and not in_workers else "in the training process"
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 

@@ -6,6 +6,7 @@ python -m pretrain.profile --recipe NAME|FILE.yaml --data-dir DIR [--steps 10 ..
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 import tempfile
@@ -15,7 +16,14 @@ import torch
 
 from pretrain.cli import parse_settings, run
 from pretrain.data import open_dataset
-from pretrain.loader import StepBatches, Views, batches, default_workers
+from pretrain.loader import (
+    StepBatches,
+    Views,
+    batches,
+    default_workers,
+    finishes_in_workers,
+    where_finished,
+)
 from pretrain.loss import intl_loss
 from pretrain.model import momentum_update
 from pretrain.settings import Settings
@@ -35,11 +43,17 @@ def main(argv: list[str]) -> None:
             description="Where a step's time goes.", config_flag="--recipe", presets=RECIPES,
         )  # fmt: skip
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        seconds = time_parts(settings, device, max(options.steps, 1))
+        steps = max(options.steps, 1)
+        seconds = time_parts(settings, device, steps)
+        other = _other_placement(settings, device)
+        other_s = sum(time_parts(other, device, steps).values()) if other is not None else None
     total = sum(seconds.values())
     for part, value in seconds.items():
         print(f"{part:22s}{1000 * value:10.1f} ms{100 * value / total:7.1f} %")
     print(f"{'step':22s}{1000 * total:10.1f} ms, {settings.batch_global / total:.0f} images/s on {device}")
+    print(_said_of_placement(settings, device))
+    if other is not None and other_s is not None:
+        print(f"{_said_of_placement(other, device)}: {1000 * other_s:.1f} ms a step")
     flops, peak = step_flops(settings), matmul_flops_per_s(choose_dtype(settings.precision, device), device)
     print(f"model: {flops / 1e9:.1f} GFLOP a step (forward and backward, multiply-add counted as two)")
     share = 100 * flops / total / peak
@@ -47,8 +61,31 @@ def main(argv: list[str]) -> None:
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     print("worth changing first:")
-    for line in advice(settings, device, {k: v / total for k, v in seconds.items()})[:3]:
+    found = advice(settings, device, {k: v / total for k, v in seconds.items()})
+    if other is not None and other_s is not None and other_s < 0.95 * total:
+        found.insert(
+            0, f"--augment-on {other.augment_on} makes a step {total / other_s:.2f} times as fast here"
+        )
+    for line in found[:3]:
         print(f"  - {line}")
+
+
+def _workers(settings: Settings, device: torch.device) -> int:
+    return default_workers(1, device) if settings.workers is None else settings.workers
+
+
+def _other_placement(settings: Settings, device: torch.device) -> Settings | None:
+    """The same run with colour and blur in the other place, where "auto" chose and there are two places."""
+    if settings.augment_on != "auto" or (device.type == "cpu" and _workers(settings, device) == 0):
+        return None
+    here = finishes_in_workers("auto", device)
+    return dataclasses.replace(settings, augment_on="device" if here else "workers")
+
+
+def _said_of_placement(settings: Settings, device: torch.device) -> str:
+    in_workers = finishes_in_workers(settings.augment_on, device)
+    where = where_finished(in_workers, _workers(settings, device), device)
+    return f"colour and blur {where} (--augment-on {settings.augment_on})"
 
 
 def time_parts(settings: Settings, device: torch.device, steps: int, warm_up: int = 3) -> dict[str, float]:
@@ -59,7 +96,7 @@ def time_parts(settings: Settings, device: torch.device, steps: int, warm_up: in
     learner = Learner.build(settings, device, dtype)
     views = Views(
         images, views_of(settings), seed=0, mean=settings.mean, std=settings.std,
-        finish_here=device.type == "cpu", jpeg_draft=settings.jpeg_draft,
+        finish_here=finishes_in_workers(settings.augment_on, device), jpeg_draft=settings.jpeg_draft,
     )  # fmt: skip
     order = StepBatches(
         len(images),
@@ -70,8 +107,7 @@ def time_parts(settings: Settings, device: torch.device, steps: int, warm_up: in
         start=0,
         stop=steps + warm_up,
     )
-    workers = default_workers(1, device) if settings.workers is None else settings.workers
-    loader = batches(views, order, workers=workers, pin_memory=device.type == "cuda")
+    loader = batches(views, order, workers=_workers(settings, device), pin_memory=device.type == "cuda")
     seconds = dict.fromkeys(PARTS, 0.0)
     for step in range(steps + warm_up):
         marks = [_now(device)]
@@ -152,8 +188,6 @@ def advice(settings: Settings, device: torch.device, share: dict[str, float]) ->
         found.append("the loss is a large share: a smaller --projector-output makes it cheaper")
     if device.type == "cuda" and not settings.compile:
         found.append("--compile true fuses the small operations of the backbone")
-    if device.type == "cuda" and share["transfer and augment"] > 0.15 and settings.augment_on == "auto":
-        found.append("--augment-on workers moves colour and blur to the CPU, if it has cores to spare")
     if device.type == "cpu":
         found.append("smaller --view-sizes: the time of a step goes with their square")
         found.append("--projector-hidden and --projector-output of 1024 to 2048 suit ResNet-18")

@@ -27,7 +27,15 @@ from pretrain.distributed import (
     rank,
     world_size,
 )
-from pretrain.loader import Batch, StepBatches, Views, batches, default_workers
+from pretrain.loader import (
+    Batch,
+    StepBatches,
+    Views,
+    batches,
+    default_workers,
+    finishes_in_workers,
+    where_finished,
+)
 from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
 from pretrain.metrics import LossLog, MetricsWriter
 from pretrain.model import SHALLOW, Encoder, build_backbone, build_projector, momentum_copy, momentum_update
@@ -186,7 +194,7 @@ def _loop(
     hook: Hook | None,
 ) -> None:
     output, total = Path(settings.output), plan.steps
-    finish_here = settings.augment_on == "workers" or (settings.augment_on == "auto" and device.type == "cpu")
+    finish_here = finishes_in_workers(settings.augment_on, device)
     views = Views(
         images, views_of(settings), seed=settings.seed, mean=settings.mean, std=settings.std,
         finish_here=finish_here, jpeg_draft=settings.jpeg_draft,
@@ -212,8 +220,10 @@ def _loop(
     writer = CheckpointWriter(output / "checkpoint.pt")
     broken: set[str] = set()
     logger.info(
-        "training %s on %s: %d steps, %s, %d loader workers", settings.arch, device, total, dtype, workers
-    )
+        "training %s on %s: %d steps, %s, %d loader workers, colour and blur %s (--augment-on %s)",
+        settings.arch, device, total, dtype, workers, where_finished(finish_here, workers, device),
+        settings.augment_on,
+    )  # fmt: skip
 
     progress = Progress(total, label="pretrain", start=start, file=output / "progress.json")
     with StopSignals() as stop, progress as bar:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -114,6 +116,38 @@ def test_profile_accounts_for_a_step(cifar_folder: Path, capsys: pytest.CaptureF
     # ResNet-18 has 1.8 G multiply-adds at 224 px, so (32 / 224)^2 of it here; 2 views, 3 passes, 16 images.
     flops = float(out.split("model: ")[1].split()[0])
     assert flops == pytest.approx(1.82 * (32 / 224) ** 2 * 2 * 2 * 3 * 16, rel=0.1)
+    assert "colour and blur in the training process (--augment-on auto)\n" in out  # there are no workers
+
+
+def test_profile_times_both_places_of_colour_and_blur(
+    cifar_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pretrain import profile
+
+    used = []
+    views = profile.Views
+
+    def noted(*args: Any, **options: Any) -> Any:
+        used.append(options["finish_here"])
+        return views(*args, **options)
+
+    monkeypatch.setattr(profile, "Views", noted)
+    monkeypatch.setattr(profile.torch.cuda, "is_available", lambda: False)
+    tiny = [
+        "--steps", "1", "--dataset", "cifar10", "--data-dir", str(cifar_folder), "--arch", "resnet18",
+        "--view-sizes", "[16, 16]", "--projector-hidden", "64", "--projector-output", "64",
+        "--batch-global", "16", "--workers", "1",
+    ]  # fmt: skip
+    profile.main(tiny)
+    out = capsys.readouterr().out
+    assert used == [True, False]  # without a GPU the workers' is the one chosen, and the table's
+    assert "colour and blur in the workers (--augment-on auto)\n" in out
+    assert re.search(
+        r"colour and blur in the training process \(--augment-on device\): [\d.]+ ms a step", out
+    )
+    profile.main([*tiny, "--augment-on", "device"])
+    out = capsys.readouterr().out
+    assert used[2:] == [False] and out.count("colour and blur") == 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,9 +149,13 @@ def test_stopped_and_continued_equals_uninterrupted_to_the_bit(
         assert online.keys() == slow.keys() and not torch.equal(online["conv1.weight"], slow["conv1.weight"])
 
 
-def test_another_seed_gives_other_weights(finished: Path, cifar_folder: Path, tmp_path: Path) -> None:
+def test_another_seed_gives_other_weights(
+    finished: Path, cifar_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The control of the comparison above: it can fail."""
-    train(tiny(cifar_folder, tmp_path, seed=2, max_steps=1), CPU)
+    with caplog.at_level("INFO"):
+        train(tiny(cifar_folder, tmp_path, seed=2, max_steps=1, workers=1), CPU)
+    assert "1 loader workers, colour and blur in the workers (--augment-on auto)" in caplog.text
     assert len(differing(finished, tmp_path)) > 60
 
 
