@@ -344,7 +344,7 @@ def test_two_ranks_agree_with_one(words: list[str], tmp_path: Path) -> None:
     assert [p.returncode for p in started] == [0, 0], errors
     (one, _), (two, _) = (results.read(tmp_path / name) for name in ("one", "two"))
     assert two.n == one.n == 160
-    assert (one.settings["ranks"], two.settings["ranks"]) == (1, 2)
+    assert (one.settings["world_size"], two.settings["world_size"]) == (1, 2)
     assert two.settings["train_loss"] == pytest.approx(one.settings["train_loss"], rel=1e-3)
     a, b = _tensors(tmp_path / "one"), _tensors(tmp_path / "two")
     for key in a:

@@ -243,7 +243,7 @@ class Run:
         extra: dict[str, Any] = {
             "labels": self.subset.name, "labels_n": len(self.subset.indices),
             "labels_sha256": self.subset.sha256, "lr_backbone": self.lr_backbone, "lr_head": self.lr_head,
-            "batch": self.values.batch, "epochs": self.values.epochs, "ranks": world_size(),
+            "batch": self.values.batch, "epochs": self.values.epochs,
             "precision": str(self.dtype).removeprefix("torch."), "train_loss": record["train_loss"],
         }  # fmt: skip
         metrics = {k: record[k] for k in ("top1", "top5", "mean_per_class")}

@@ -14,7 +14,7 @@ from torch import nn
 
 from pretrain.cli import UserError, save_settings
 from pretrain.data import ImageDataset, open_dataset
-from pretrain.distributed import is_main
+from pretrain.distributed import is_main, world_size
 from transfer import results
 from transfer.protocol import Protocol
 from transfer.results import Clock, Result
@@ -167,6 +167,8 @@ class Evaluation:
 
     def result(self, metrics: dict[str, float], device: torch.device, **more: Any) -> Result:
         """A Result with everything that does not depend on the evaluator filled in."""
+        ranks = {"world_size": world_size()} | ({"gpus": world_size()} if device.type == "cuda" else {})
+        more["settings"] = {**more.get("settings", {}), **ranks}
         return Result(
             task=self.task, dataset=self.test.name, split=self.test.split, n=len(self.test),
             metrics={k: round(v, 4) for k, v in metrics.items()}, protocol=self.protocol.reference,
