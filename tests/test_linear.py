@@ -146,7 +146,7 @@ def test_cached_heads_by_command(cifar_folder: Path, tmp_path: Path) -> None:
     last, chosen = results.read(tmp_path / "out")
     assert (last.selection, chosen.selection, last.n, last.seed) == ("last", "held-out", 160, 0)
     assert chosen.metrics["top1"] > 15 and chosen.settings["heads"] == 12
-    assert chosen.settings["augmentation"] is False
+    assert chosen.settings["augmentation"] is False and chosen.settings["world_size"] == 1
     again = tmp_path / "again"
     assert linear.main(argv("raw-pixels", cifar_folder, again, "cached_linear@1")) == 0
     assert [r.metrics for r in results.read(again)] == [last.metrics, chosen.metrics]
@@ -169,8 +169,9 @@ class StopAfter(StopSignals):
 
 def test_augmented_heads_stop_and_go_on_to_the_bit(cifar_folder, weights, tmp_path, monkeypatch) -> None:
     protocol = own(
-        tmp_path, learning_rates=[0.1, 0.02], batch=64, epochs=3, held_out_percent=10, steps_per_epoch=3
-    )
+        tmp_path, learning_rates=[0.1, 0.02], batch=64, epochs=3, held_out_percent=10, steps_per_epoch=3,
+        features=["layer4", "layer2+layer4"],
+    )  # fmt: skip
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert linear.main(argv(weights, cifar_folder, whole, protocol)) == 0
     monkeypatch.setattr(linear, "StopSignals", StopAfter)

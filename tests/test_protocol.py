@@ -36,6 +36,9 @@ def test_published_values() -> None:
         [4 * r for r in linear("dinov2_sweep@1").learning_rates]
     )
     assert len(linear("dinov2_sweep@1").rates) == 13 and linear("dinov2_sweep@1").choose_on == "held-out"
+    wider = linear("dinov2_sweep@2")
+    assert wider.features == ("layer4", "layer3+layer4") and wider.grid_size == 26
+    assert wider.rates == linear("dinov2_sweep@1").rates and linear("dinov2_sweep@1").features == ("layer4",)
     assert linear("swav_linear@1").std[0] == 0.228
     assert linear("logreg@1").costs[0] == 1e-6 and linear("logreg@1").costs[-1] == 1e5
 

@@ -29,6 +29,7 @@ from pretrain.distributed import barrier, is_main, rank, world_size
 from pretrain.files import atomic_path, write_json
 from pretrain.loader import set_up_worker
 from pretrain.signals import StopSignals
+from transfer.stages import LAST, Stages, widths_of
 from transfer.subject import Subject
 from transfer.transforms import EvalTransform
 
@@ -40,8 +41,9 @@ FORMAT = 1
 class Extractor:
     """A frozen backbone: 8-bit pixels B x 3 x H x W in, float32 features B x D out.
 
-    It works on a copy in eval mode with BatchNorm folded into the convolutions. Without a model (raw pixels)
-    the features are the normalised pixels, flattened; of a `grey` data set one channel.
+    It works on a copy in eval mode with BatchNorm folded into the convolutions. `stages` names those whose
+    pooled outputs are the features, side by side (`widths` has each one's share of D). Without a model (raw
+    pixels) the features are the normalised pixels, flattened; of a `grey` data set one channel.
     """
 
     def __init__(
@@ -52,12 +54,16 @@ class Extractor:
         precision: str,
         *,
         grey: bool = False,
+        stages: tuple[str, ...] = LAST,
     ) -> None:
-        self.grey = grey
+        self.grey, self.stages = grey, stages
         self.transform, self.device, self.precision = transform, device, precision
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.module: nn.Module | None = None
+        self.widths = {LAST[0]: (1 if grey else 3) * transform.size**2}
         if model is not None:
+            self.widths = widths_of(model, stages)
+            model = model if stages == LAST else Stages(model, stages)
             module = _folded(model) if self.dtype == torch.bfloat16 else copy.deepcopy(model).eval()
             self.module = module.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.module.requires_grad_(False)
@@ -69,6 +75,11 @@ class Extractor:
             return (x[:, :1] if self.grey else x).flatten(1)
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         return self.module(x).float()
+
+    @property
+    def width(self) -> int:
+        """D, the number of features."""
+        return sum(self.widths.values())
 
     def digest(self) -> str:
         """SHA-256 of every parameter and buffer: the proof that nothing changed them."""
@@ -104,15 +115,16 @@ def make_extractor(
     transform: EvalTransform,
     device: torch.device,
     precision: Literal["auto", "float32", "bfloat16"],
+    stages: tuple[str, ...] = LAST,
 ) -> Extractor:
     """The extractor in the precision asked for; `auto` tries bfloat16 on 128 images and compares."""
     if subject.model is None:
         grey = data.pixels is not None and data.pixels.ndim == 3
         return Extractor(None, transform, device, "float32", grey=grey)
-    exact = Extractor(subject.model, transform, device, "float32")
+    exact = Extractor(subject.model, transform, device, "float32", stages=stages)
     if precision == "float32" or (precision == "auto" and not computes_bfloat16(device)):
         return exact
-    fast = Extractor(subject.model, transform, device, "bfloat16")
+    fast = Extractor(subject.model, transform, device, "bfloat16", stages=stages)
     if precision == "bfloat16":
         return fast
     picks = np.linspace(0, len(data) - 1, min(128, len(data)), dtype=int)
@@ -146,6 +158,8 @@ def extract(
         "precision": extractor.precision, "grey": extractor.grey, "n": len(indices),
         "indices": hashlib.sha256(np.ascontiguousarray(indices, np.int64).tobytes()).hexdigest(),
     }  # fmt: skip
+    if extractor.stages != LAST:
+        meta["stages"] = list(extractor.stages)
     key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:32]
     folder = Path(cache) / key
     done = folder / "features.npy"

@@ -1,19 +1,21 @@
 """A batch of features and labels enters; a whole grid of linear heads has taken one step.
 
-H heads, B images, D features, C classes. Heads differ in learning rate and weight decay, share their initial
-values and each batch, and never see each other: head h trains as it would alone.
+H heads, B images, D features, C classes. Heads differ in learning rate, weight decay and the features they
+see, share each batch (and, of one width, their initial values), and never see each other: head h trains as it
+would alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pretrain.distributed import sum_over_ranks
+from transfer.finetune import places
 
 Optimizer = Literal["sgd", "lars", "adam", "adamw"]
 Schedule = Literal["constant", "cosine", "cosine_by_epoch", "steps", "exponential"]
@@ -149,6 +151,50 @@ class HeadGrid:
         self.steps = int(state["steps"])
 
 
+class HeadGrids:
+    """A HeadGrid for each set of features, all fed with the same batches; heads are numbered set by set.
+
+    `sets` has, by a set's name, which columns of x are its features. `options` are HeadGrid's.
+    """
+
+    def __init__(
+        self, sets: Mapping[str, Tensor], classes: int, *, device: torch.device | None = None, **options: Any
+    ) -> None:
+        self._columns = {name: index.to(device) for name, index in sets.items()}
+        self.grids = {
+            name: HeadGrid(len(index), classes, device=device, **options) for name, index in sets.items()
+        }
+        self.grid = [(*pair, name) for name, grid in self.grids.items() for pair in grid.grid]
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    def _each(self, x_BD: Tensor) -> list[tuple[HeadGrid, Tensor]]:
+        return [
+            (grid, x_BD if len(index) == x_BD.shape[1] else x_BD.index_select(1, index))
+            for grid, index in zip(self.grids.values(), self._columns.values())
+        ]
+
+    def logits(self, x_BD: Tensor) -> Tensor:
+        """B x H x C."""
+        return torch.cat([grid.logits(x) for grid, x in self._each(x_BD)], 1)
+
+    def step(self, x_BD: Tensor, labels_B: Tensor, *, factor: float) -> Tensor:
+        """HeadGrid's step in each; the mean loss of every head (H). All ranks must call."""
+        return torch.cat([grid.step(x, labels_B, factor=factor) for grid, x in self._each(x_BD)])
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values for a checkpoint."""
+        return {name: grid.state() for name, grid in self.grids.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take up `state`. Raises ValueError for that of other sets or another grid."""
+        if list(state) != list(self.grids):
+            raise ValueError(f"heads on {', '.join(state)}, wanted {', '.join(self.grids)}")
+        for name, grid in self.grids.items():
+            grid.load(state[name])
+
+
 def _trust(p: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
     """LARC's factor, one a head: trust |p| / (|g| + decay |p|), 1 where either norm is 0."""
     norm, slope = p.norm(dim=(0, 2), keepdim=True), gradient.norm(dim=(0, 2), keepdim=True)
@@ -158,17 +204,19 @@ def _trust(p: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
 
 def accuracies(logits_BC: Tensor, labels_B: Tensor) -> dict[str, float]:
     """top1, top5 and the mean over classes of top-1, in percent; equal logits: the smaller label wins."""
-    own = logits_BC.gather(1, labels_B[:, None])
-    before = torch.arange(logits_BC.shape[1], device=logits_BC.device) < labels_B[:, None]
-    place = ((logits_BC > own) | ((logits_BC == own) & before)).sum(1)
-    hit = (place < 1).double()
-    total = torch.zeros(logits_BC.shape[1], dtype=torch.float64, device=hit.device)
+    return figures(places(logits_BC, labels_B), labels_B, logits_BC.shape[1])
+
+
+def figures(place_N: Tensor, labels_N: Tensor, classes: int) -> dict[str, float]:
+    """The same from how many classes are placed before the true one; classes without images do not count."""
+    hit = (place_N < 1).double()
+    total = torch.zeros(classes, dtype=torch.float64, device=hit.device)
     count = torch.zeros_like(total)
-    total.scatter_add_(0, labels_B, hit)
-    count.scatter_add_(0, labels_B, torch.ones_like(hit))
+    total.scatter_add_(0, labels_N, hit)
+    count.scatter_add_(0, labels_N, torch.ones_like(hit))
     seen = count > 0
     return {
         "top1": 100 * float(hit.mean()),
-        "top5": 100 * float((place < 5).double().mean()),
+        "top5": 100 * float((place_N < 5).double().mean()),
         "mean_per_class": 100 * float((total[seen] / count[seen]).mean()),
     }

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def _knn(backbone: nn.Module, settings: Settings, device: torch.device) -> dict[
     model = build_backbone(settings.arch, stem=settings.stem)  # whose BatchNorm is of no process group
     model.load_state_dict(backbone.state_dict())
     subject = Subject(model=model.eval(), arch=settings.arch, weights={}, metadata={})
-    precision = "float32" if settings.precision == "float32" else "auto"
+    precision: Literal["float32", "auto"] = "float32" if settings.precision == "float32" else "auto"
     extractor = make_extractor(subject, train, transform, device, precision)
     workers = 0 if settings.workers == 0 else None
     parts = []

@@ -23,13 +23,16 @@ from pretrain.files import atomic_path
 from pretrain.signals import StopSignals
 from transfer.augment import Augmented
 from transfer.features import Extractor, extract, image_batches, make_extractor
-from transfer.heads import HeadGrid, Optimizer, Schedule, accuracies, rate_factor
+from transfer.finetune import places
+from transfer.heads import HeadGrids, Optimizer, Schedule, figures, rate_factor
 from transfer.protocol import load_protocol
 from transfer.results import Clock, Result
+from transfer.stages import LAST, columns, stages_of
 from transfer.subject import Evaluation, EvaluationSettings, load_subject, open_pair
 from transfer.transforms import IMAGENET_STD, eval_transform
 
 CHECKPOINT = "linear.pt"
+LOGITS_BYTES = 1 << 28  # of one block of images when heads are judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class LinearProtocol:
     per_256: bool = False
     """Multiply the learning rates by batch / 256."""
     weight_decays: tuple[float, ...] = (0.0,)
+    features: tuple[str, ...] = LAST
+    """Sets of features, each with heads of its own: a stage's pooled output, or several (layer3+layer4)."""
     optimizer: Optimizer = "sgd"
     momentum: float = 0.9
     batch: int = 256
@@ -81,6 +86,11 @@ class LinearProtocol:
         """Raises ValueError for a grid without a place to choose on."""
         if self.method == "heads" and not self.learning_rates:
             raise ValueError("learning_rates is empty")
+        stages_of(self.features)
+        if self.features != LAST and self.method != "heads":
+            raise ValueError(f"features {list(self.features)}: only heads take others than {LAST[0]}")
+        if len(self.features) > 1 and self.scaling == "l2":
+            raise ValueError("scaling l2 is of an image's whole features: it wants a single set of them")
         if self.grid_size > 1 and self.choose_on == "held-out" and not self.held_out_percent:
             raise ValueError("a grid of heads needs held_out_percent above 0, or choose_on: reported")
         if not 0 <= self.held_out_percent < 100:
@@ -88,7 +98,7 @@ class LinearProtocol:
 
     @property
     def grid_size(self) -> int:
-        return len(self.learning_rates) * len(self.weight_decays)
+        return len(self.learning_rates) * len(self.weight_decays) * len(self.features)
 
     @property
     def rates(self) -> list[float]:
@@ -130,6 +140,8 @@ def main(argv: list[str]) -> int | None:
     subject = load_subject(settings)
     if subject.model is None and values.augmentation:
         raise UserError(f"{protocol} augments images for a backbone; judge raw-pixels with cached_linear@1")
+    if subject.model is None and values.features != LAST:
+        raise UserError(f"{protocol} looks into a backbone; judge raw-pixels with cached_linear@1")
     transform = eval_transform(
         native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
         resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
@@ -142,7 +154,9 @@ def main(argv: list[str]) -> int | None:
         return 0
     evaluation.begin()
     with process_group() as device:
-        extractor = make_extractor(subject, train, transform, device, settings.precision)
+        extractor = make_extractor(
+            subject, train, transform, device, settings.precision, stages_of(values.features)
+        )
         before = extractor.digest()
         if values.method == "logreg":
             from transfer.logreg import run_logreg
@@ -236,13 +250,14 @@ def run_heads(
     seed = evaluation.seed or 0
     train, held, test, fit = cached_parts(evaluation, extractor, values, device)
     classes = len(evaluation.train.classes)
-    heads = HeadGrid(
-        test.features_ND.shape[1], classes, rates=values.rates, decays=values.weight_decays,
-        optimizer=values.optimizer, momentum=values.momentum, init=values.init, seed=seed, device=device,
+    sets = {name: columns(name, extractor.widths) for name in values.features}
+    heads = HeadGrids(
+        sets, classes, rates=values.rates, decays=values.weight_decays, optimizer=values.optimizer,
+        momentum=values.momentum, init=values.init, seed=seed, device=device,
     )  # fmt: skip
     steps = values.steps_per_epoch or math.ceil(len(fit) / values.batch)
     identity = (
-        f"{evaluation.subject.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
+        f"heads/2 {evaluation.subject.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
         f"{len(fit)} {evaluation.transform}"
     )
     path = settings.output / CHECKPOINT
@@ -275,7 +290,7 @@ def run_heads(
                 if step % 50 == 0 and any_rank(stop.requested, device) and step % steps:
                     _save(path, heads, identity, step, history)
                     _leave(stop)
-            history.append(_judge(heads, held, test))
+            history.append(_judge(heads, classes, held, test))
             best = max(history[-1]["held" if held is not None else "test"], key=lambda m: m["top1"])
             if not bool(torch.isfinite(loss).any()):
                 raise UserError(
@@ -317,22 +332,33 @@ def _augmented(
         train, size=evaluation.transform.size, seed=evaluation.seed or 0, epoch=epoch,
         interpolation="bilinear",  # as every published linear protocol here has it in training
     )  # fmt: skip
-    workers = settings.workers
-    for pixels, positions in image_batches(images, [fit[b] for b in batches], evaluation.transform, workers):
-        yield extractor(pixels), torch.from_numpy(train.labels_N[positions]).to(device)
+    shares = [fit[b] for b in batches]
+    stream = image_batches(images, [s for s in shares if len(s)], evaluation.transform, settings.workers)
+    for share in shares:
+        labels_B = torch.from_numpy(train.labels_N[share]).to(device)
+        if len(share):
+            yield extractor(next(stream)[0]), labels_B
+        else:  # the last batch had fewer images than there are ranks
+            yield torch.zeros(0, extractor.width, device=device), labels_B
 
 
-def _judge(heads: HeadGrid, held: Labelled | None, test: Labelled) -> dict[str, list[dict[str, float]]]:
+def _judge(
+    heads: HeadGrids, classes: int, held: Labelled | None, test: Labelled
+) -> dict[str, list[dict[str, float]]]:
     """Accuracies of every head on the held-out part and on the test images."""
+    rows = max(1, LOGITS_BYTES // (4 * classes * len(heads)))
     out = {}
     for name, part in (("held", held), ("test", test)):
         if part is None:
             continue
-        rows = 16384
-        starts = range(0, len(part.labels_N), rows)
-        whole = torch.cat([heads.logits(part.features_ND[s : s + rows]) for s in starts]).transpose(0, 1)
-        whole = torch.where(torch.isfinite(whole), whole, torch.full_like(whole, -math.inf))
-        out[name] = [accuracies(h, part.labels_N) for h in whole]
+        place_HN = part.labels_N.new_empty(len(heads), len(part.labels_N))
+        for start in range(0, len(part.labels_N), rows):
+            block = slice(start, start + rows)
+            logits = heads.logits(part.features_ND[block])
+            logits = torch.where(torch.isfinite(logits), logits, torch.full_like(logits, -math.inf))
+            for head, own in enumerate(logits.unbind(1)):
+                place_HN[head, block] = places(own, part.labels_N[block])
+        out[name] = [figures(place_N, part.labels_N, classes) for place_N in place_HN]
     return out
 
 
@@ -340,7 +366,7 @@ def _report(
     evaluation: Evaluation,
     extractor: Extractor,
     values: LinearProtocol,
-    heads: HeadGrid,
+    heads: HeadGrids,
     history: list[dict[str, list[dict[str, float]]]],
     device: torch.device,
 ) -> list[Result]:
@@ -353,18 +379,22 @@ def _report(
     head_best = _argmax([m["top1"] for m in history[epoch_best][place]])
 
     def line(selection: str, epoch: int, head: int) -> Result:
-        rate, decay = heads.grid[head]
+        rate, decay, features = heads.grid[head]
         extra: dict[str, Any] = {
             "learning_rate": rate, "weight_decay": decay, "heads": len(heads),
             "precision": extractor.precision, "augmentation": values.augmentation,
             "chosen_on": "held-out" if place == "held" else "reported",
         }  # fmt: skip
+        named = values.features != LAST
+        if named:
+            extra["features"] = features
         if place == "held":
             extra["held_out_top1"] = round(history[epoch]["held"][head]["top1"], 4)
         if len(heads) > 1:
             extra["sweep"] = [
-                {"lr": lr, "weight_decay": wd, "top1": round(m["top1"], 4)}
-                for (lr, wd), m in zip(heads.grid, history[epoch][place])
+                {"lr": lr, "weight_decay": wd, **({"features": name} if named else {})}
+                | {"top1": round(m["top1"], 4)}
+                for (lr, wd, name), m in zip(heads.grid, history[epoch][place])
             ]
         return evaluation.result(
             history[epoch]["test"][head], device, epoch=epoch + 1, selection=selection, settings=extra
@@ -379,7 +409,7 @@ def _argmax(values: list[float]) -> int:
     return max(range(len(values)), key=lambda i: (values[i], -i))
 
 
-def _save(path: Path, heads: HeadGrid, identity: str, step: int, history: list[Any]) -> None:
+def _save(path: Path, heads: HeadGrids, identity: str, step: int, history: list[Any]) -> None:
     """Write the heads' state. Rank 0 only; every rank holds the same."""
     if is_main():
         with atomic_path(path) as aside:
@@ -389,7 +419,7 @@ def _save(path: Path, heads: HeadGrid, identity: str, step: int, history: list[A
     barrier()
 
 
-def _resume(path: Path, heads: HeadGrid, identity: str) -> tuple[int, list[Any]]:
+def _resume(path: Path, heads: HeadGrids, identity: str) -> tuple[int, list[Any]]:
     """Steps done and the history of an earlier run of the same evaluation, else a fresh start."""
     if not path.exists():
         return 0, []
