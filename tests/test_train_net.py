@@ -332,7 +332,7 @@ def test_inside_a_jobs_process_group_with_synchronised_norm(
     lines = read_jsonl(tmp_path / "o" / "results.jsonl")
     assert [line["task"] for line in lines] == ["detection", "segmentation"]  # one rank writes
     assert lines[0]["settings"]["norms"]["RESNETS"] == "naiveSyncBN"  # torch's refuses CPU tensors
-    assert lines[0]["settings"]["processes"] == 2 and lines[0]["n"] == 3
+    assert lines[0]["settings"]["world_size"] == 2 and lines[0]["n"] == 3
 
 
 # --- VOC

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from pretrain.cli import UserError, parse_settings
 from pretrain.files import atomic_path, sha256_of
+from transfer.detection_needs import need_detectron2
 
 AUTHOR = "intl-bench"
+UNPROVED = "or convert with --no-verify: unproved, and recorded so in the file"
 BLOCKS_OF_DEPTH = {
     18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3),
 }  # fmt: skip
@@ -248,6 +250,8 @@ def write_pickle(path: str | Path, weights: Mapping[str, np.ndarray], origin: Ma
 
 def convert(settings: ConvertSettings) -> dict[str, Any]:
     """Convert, prove, then put the file in its place; returns what was recorded in it."""
+    if settings.verify:
+        need_detectron2(UNPROVED)
     from transfer.backbone import load_backbone
 
     loaded = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
@@ -274,6 +278,8 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
 
 def convert_back(settings: ConvertSettings) -> dict[str, Any]:
     """From a detectron2 file to timm's keys in a .safetensors file, proved the same way."""
+    if settings.verify:
+        need_detectron2(UNPROVED)
     import timm
     from safetensors.torch import save_file
 

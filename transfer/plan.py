@@ -16,6 +16,7 @@ import yaml
 
 from pretrain.cli import UserError, parse_settings
 from pretrain.files import write_text
+from transfer.detection_needs import need_detectron2
 
 SCHEDULE = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
 REFERENCE_GPUS = 8  # what published detectron2 schedules were run on
@@ -61,6 +62,7 @@ def equivalent(solver: dict[str, Any], *, batch: int) -> dict[str, Any]:
 
 def plan(settings: PlanSettings) -> dict[str, Any]:
     """The schedule before and after, the norm types, the rule in words, and the overrides."""
+    need_detectron2()
     from transfer.detection_config import find_config, flat, load_config
 
     path = find_config(settings.config_file)
