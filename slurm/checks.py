@@ -13,6 +13,7 @@ from slurm.resources import Resources
 
 if TYPE_CHECKING:
     from slurm.suite import Suite
+    from transfer.protocol import Protocol
 
 CHECKPOINT_GB = 2.0
 """Disk that one training step may need: three checkpoints of a ResNet-50 with its projector."""
@@ -66,9 +67,29 @@ def _protocols(asked: Suite) -> list[str]:
     for kind, name in chosen.items():
         if any(task.startswith(kind) for task in asked.tasks or []):
             try:
-                load_protocol(name, kind)
+                protocol = load_protocol(name, kind)
+                if kind == "semisup":
+                    problems += _label_shares(protocol, asked.tasks or [])
             except UserError as error:
                 problems.append(f"--{kind}-protocol {name}: {error}")
+    return problems
+
+
+def _label_shares(protocol: Protocol, wanted: list[str]) -> list[str]:
+    """The protocol has learning rates for the share of labels of each semisupN task."""
+    from transfer.protocol import all_protocols
+    from transfer.semisup import SemisupProtocol
+
+    has = protocol.settings(SemisupProtocol).lr_backbone
+    problems = []
+    for task in (t for t in wanted if t.startswith("semisup")):
+        share = task.removeprefix("semisup")
+        if share not in has:
+            able = [str(p) for p in all_protocols() if share in p.values.get("lr_backbone", {})]
+            problems.append(
+                f"--tasks {task}: {protocol} has rates for {', '.join(has)} % of the labels alone; "
+                f"--semisup-protocol with rates for {share} %: {', '.join(able)}"
+            )
     return problems
 
 
@@ -80,6 +101,12 @@ def _detection(asked: Suite) -> list[str]:
     wanted = [t for t in asked.tasks or [] if t not in CLASSIFICATION]
     if not wanted:
         return []
+    from transfer.detection_needs import need_detectron2
+
+    try:
+        need_detectron2()
+    except UserError as error:
+        return [f"--tasks {','.join(wanted)}: {error}"]
     from transfer import detection_config, detection_data
 
     problems = []

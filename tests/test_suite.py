@@ -94,6 +94,22 @@ def test_a_dry_run_finds_what_would_fail(
     assert "all checks passed" in capsys.readouterr().out
 
 
+def test_a_share_of_labels_without_rates_is_refused_before_anything_is_submitted(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Barlow Twins published 1 % alone; SwAV has both shares."""
+    words = ["--recipe", str(recipe), "--data-dir", str(cifar_folder), "--output", str(tmp_path / "out")]
+    words += ["--tasks", "semisup1,semisup10", "--semisup-protocol"]
+    assert main(["suite", *words, "barlow_semisup@1"]) == 2
+    told = capsys.readouterr().err
+    assert "--tasks semisup10: barlow_semisup@1 has rates for 1 % of the labels alone" in told
+    assert "swav_semisup@1" in told and "barlow_semisup@1," not in told and "--tasks semisup1:" not in told
+    assert not (tmp_path / "out").exists()
+    assert main(["suite", *words, "barlow_semisup@1", "--dry-run"]) == 2
+    assert capsys.readouterr().out.count("check failed") == 1
+    assert main(["suite", *words, "swav_semisup@1", "--dry-run"]) == 0
+
+
 def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["statsu"]) == 2
     assert "did you mean status?" in capsys.readouterr().err
