@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,23 @@ def test_nan_features_name_the_image(subject, images, tmp_path) -> None:
     torch.nn.init.constant_(broken.conv1.weight, float("nan"))
     with pytest.raises(UserError, match=images.key(0)):
         extract(Extractor(broken.eval(), TRANSFORM, CPU, "float32"), subject, images, cache=tmp_path)
+
+
+def test_a_broken_image_met_by_a_worker_is_one_line(cifar_folder: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(cifar_folder, data)
+    broken = sorted((data / "train").rglob("*.jpg"))[123]
+    broken.write_bytes(broken.read_bytes()[:300])
+    words = ["--weights", "raw-pixels", "--dataset", "imagefolder", "--data-dir", str(data), "--workers", "2"]
+    words += ["--protocol", "solo_knn@1", "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-m", "transfer", "knn", *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert str(broken) in line and "not a readable image" in line
+    assert "Traceback" not in done.stderr and "DataLoader" not in done.stderr
+    assert not (output / "results.jsonl").exists()
 
 
 def test_bfloat16_keeps_the_neighbours(subject, images) -> None:
