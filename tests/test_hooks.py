@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import CPU, differing, tiny, weights
+from test_train import CPU, differing, start_ranks, tiny, wait_ranks, weights
 
 from pretrain.distributed import SyncBatchNorm, convert_sync_batchnorm
 from pretrain.files import read_jsonl
@@ -19,6 +20,8 @@ from pretrain.train import load_hook, train
 from slurm import tasks
 from slurm.tasks import Images
 from transfer import hooks, knn, results
+from transfer.reporting.collect import collect
+from transfer.reporting.plots import pretraining_plots
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +59,21 @@ def test_it_logs_what_the_finished_weights_get(watched: Path, cifar_folder: Path
     assert found.metrics["top1_k20"] == pytest.approx(logged[1]["knn_top1"], abs=1e-4)
     assert found.metrics["top5_k20"] == pytest.approx(logged[1]["knn_top5"], abs=1e-4)
     assert (logged[0]["knn_top1"], logged[0]["knn_top5"]) != (logged[1]["knn_top1"], logged[1]["knn_top5"])
+
+
+def test_the_report_draws_it(watched: Path) -> None:
+    (run,) = collect([watched]).pretraining
+    (plot,) = [p for p in pretraining_plots([run]) if p.name == "pretrain-knn"]
+    assert plot.title == "k-NN of the running backbone" and "top-1, percent" in plot.svg
+    silent = dataclasses.replace(run, rows=tuple({**r, "knn_top1": None} for r in run.rows))
+    assert "pretrain-knn" not in {p.name for p in pretraining_plots([silent])}
+
+
+def test_one_of_two_ranks_looks_on_while_the_other_waits(cifar_folder: Path, tmp_path: Path) -> None:
+    settings = tiny(cifar_folder, tmp_path / "run", epochs=1, hook_every_epochs=1)
+    wait_ranks(start_ranks(settings, "--hook", "transfer.hooks:knn"), 0)
+    logged = [r for r in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "knn_top1" in r]
+    assert [r["step"] for r in logged] == [4] and (tmp_path / "run" / "backbone.safetensors").exists()
 
 
 def test_backbone_and_random_states_are_left_alone(cifar_folder: Path, tmp_path: Path) -> None:
