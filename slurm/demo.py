@@ -147,7 +147,10 @@ def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
     converted = tasks.conversion(root, intl)
     detections = _detections(root, intl, converted, scenes, asked)
     steps = [trained, scenes, converted, *detections, untrained, *evaluations]
-    return Graph([*steps, tasks.report(root, [trained, untrained, *detections, *evaluations])])
+    told = tasks.report(
+        root, [trained, untrained, *detections, *evaluations], title=f"Demo: INTL on {asked.dataset}"
+    )
+    return Graph([*steps, told])
 
 
 def _scenes(root: Path, images: Images, asked: Demo) -> Step:

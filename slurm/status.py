@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +27,12 @@ class Status:
     """Stay and refresh until everything has ended."""
     every_s: float = 5.0
     """Seconds between two looks with --watch."""
+    json: bool = False
+    """Print JSON, for programs: the folder and, step by step, name, state, detail, seconds, job and log."""
+
+    def __post_init__(self) -> None:
+        if self.json and self.watch:
+            raise UserError("--json answers once: leave out --watch")
 
 
 def suite_folder(text: str) -> Path:
@@ -55,9 +63,13 @@ def changing(root: Path, every_s: float) -> Iterator[list[View]]:
 
 def main(argv: list[str]) -> int | None:
     """Print the table once, or until everything has ended; exit code 1 when something failed."""
-    argv = spread(positional(argv, "--dir"), [], ["--watch"])
+    argv = spread(positional(argv, "--dir"), [], ["--watch", "--json"])
     asked = parse_settings(Status, argv, prog="python -m slurm status", description=__doc__ or "")
     root = suite_folder(asked.dir)
+    if asked.json:
+        steps = [dataclasses.asdict(view) for view in look_now(root)]
+        print(json.dumps({"folder": str(root), "steps": steps}, indent=2, default=str))
+        return EXIT_FAILED if any(step["state"] == FAILED for step in steps) else None
     looks = changing(root, asked.every_s) if asked.watch else iter([look_now(root)])
     views: list[View] = []
     if sys.stdout.isatty():

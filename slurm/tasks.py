@@ -222,14 +222,14 @@ def detection(
     )
 
 
-def report(root: Path, steps: Sequence[Step]) -> Step:
+def report(root: Path, steps: Sequence[Step], title: str | None = None) -> Step:
     """The report over all that has ended, into `root`/report; it says itself what is missing."""
     output = root / "report"
     return Step(
         name="report",
         kind="report",
         module="transfer.report",
-        argv=(str(root), "--output", str(output)),
+        argv=(str(root), "--output", str(output), *(("--title", title) if title else ())),
         output=output,
         after=tuple(s.name for s in steps),
         makes=(output / "index.html",),

@@ -17,6 +17,7 @@ from pretrain.data import open_dataset
 TINY = [
     "--pretrain-options", "--max-steps 3 --batch-global 32 --view-sizes [32,32] --projector-hidden 64",
     "--scenes-options", "--train 16 --test 6",
+    "--detection-seeds", "1",
     "--detection-options", "SOLVER.MAX_ITER 3 SOLVER.IMS_PER_BATCH 2 TEST.PRECISE_BN.NUM_ITER 2",
 ]  # fmt: skip
 

@@ -107,6 +107,11 @@ def test_the_commands(record: Record, tmp_path: Path, capsys: pytest.CaptureFixt
         and "12_0_log.err" in told
         and "1 failed" in told
     )
+    assert main(["status", str(tmp_path), "--json"]) == 1
+    (step,) = json.loads(capsys.readouterr().out)["steps"]
+    assert (step["name"], step["state"], step["job_id"]) == ("knn/intl", "failed", "12")
+    assert main(["status", str(tmp_path), "--json", "--watch"]) == 2
+    assert "leave out --watch" in capsys.readouterr().err
     assert main(["logs", str(tmp_path), "knn", "--lines", "2"]) == 0
     told = capsys.readouterr().out
     assert "two\nthree" in told and "one" not in told and "Traceback: here" in told
@@ -116,6 +121,15 @@ def test_the_commands(record: Record, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "nothing was queued or running" in capsys.readouterr().out
     assert main(["status", str(tmp_path / "none")]) == 2
     assert "no suite was submitted into this folder" in capsys.readouterr().err
+
+
+def test_steps_to_come_are_seen_and_watching_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for order, name in enumerate(("pretrain", "knn/intl")):
+        step = Step(name=name, kind="knn", module="m", argv=("a",), output=tmp_path / name)
+        Record(tmp_path, name).describe(step, "key", order)
+    assert main(["status", str(tmp_path), "--watch", "--every-s", "0.05"]) == 0
+    told = capsys.readouterr().out
+    assert "pretrain  waiting" in told and "knn/intl  waiting" in told and "2 waiting" in told
 
 
 def test_a_folder_in_use_is_refused_by_name(tmp_path: Path) -> None:
