@@ -6,12 +6,13 @@ import functools
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
-from benchmarks.harness import Comparison, Timing, interleave
+from benchmarks.deviation import deviations
+from benchmarks.harness import Comparison, Step, Table, Timing, interleave
+from benchmarks.images import natural_images
 from pretrain.augment import View
 from pretrain.data import ImageDataset
 from pretrain.loader import Views
@@ -23,23 +24,6 @@ SIZES = (224, 224, 192, 160, 128, 96)
 MIN_SCALES = (0.2, 0.2, 0.171, 0.143, 0.114, 0.086)
 MAX_SCALES = (1.0, 1.0, 0.857, 0.714, 0.571, 0.429)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-def natural_images(folder: Path, count: int) -> ImageDataset:
-    """JPEGs of 500 x 375 px whose spectrum falls as 1/f, as that of photographs does; written to `folder`."""
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.fftfreq(500)[None, :])
-    frequency[0, 0] = 1
-    for i in range(count):
-        waves = np.fft.fft2(rng.standard_normal((3, 375, 500))) / frequency
-        pixels = np.fft.ifft2(waves).real
-        pixels = 128 + 45 * (pixels - pixels.mean()) / pixels.std()
-        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0).copy())
-        picture.save(folder / f"{i}.jpg", quality=90)
-    return ImageDataset(
-        name="imagefolder", split="train", classes=["all"], labels_N=np.zeros(count, np.int64),
-        native_size=None, root=folder, files=[f"{i}.jpg" for i in range(count)],
-    )  # fmt: skip
 
 
 def plain_transforms() -> list[transforms.Compose]:
@@ -92,7 +76,7 @@ def measure(quick: bool) -> list[Comparison]:
     with tempfile.TemporaryDirectory() as folder:
         images = natural_images(Path(folder), count)
         pairs = [(0, i) for i in range(count)]
-        steps = {
+        steps: dict[str, Step] = {
             "plain": functools.partial(plain, images, plain_transforms()),
             "crops": functools.partial(six_views(images, finish_here=False).__getitems__, pairs),
             "all": functools.partial(six_views(images, finish_here=True).__getitems__, pairs),
@@ -107,6 +91,11 @@ def measure(quick: bool) -> list[Comparison]:
         )
         for case, name, target in cases
     ]  # fmt: skip
+
+
+def tables(quick: bool) -> list[Table]:
+    """That what is fast is also right."""
+    return [deviations(quick)]
 
 
 def _ms(timing: Timing, count: int) -> str:

@@ -9,7 +9,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,18 @@ class Comparison:
         fast = self.target_speedup is None or self.speedup >= self.target_speedup
         small = self.target_memory_share is None or (self.memory_share or 0) <= self.target_memory_share
         return fast and small
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Figures that are no comparison of two times."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[list[str | float]]
+    note: str = ""
+    missed: int = 0
+    """Rows that are beyond the limit they state."""
 
 
 def interleave(steps: Mapping[str, Step], *, repeats: int, warm_up: int = 2) -> dict[str, Timing]:
@@ -151,33 +163,48 @@ def _cpu_name() -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def as_record(title: str, comparisons: list[Comparison]) -> dict[str, Any]:
+def as_record(title: str, comparisons: Sequence[Comparison], tables: Sequence[Table] = ()) -> dict[str, Any]:
     """Everything measured, as plain JSON values."""
     return {
         "title": title,
         "machine": machine(),
         "comparisons": [{**asdict(c), "met": c.met} for c in comparisons],
+        "tables": [asdict(t) for t in tables],
     }
 
 
 def as_markdown(record: dict[str, Any]) -> str:
-    """One table: medians with quartiles, ratios, memory, targets."""
+    """The comparisons as one table (medians with quartiles, ratios, memory, targets), then the others."""
     where = record["machine"]
     lines = [
         f"# {record['title']}", "",
         f"{where['gpu'] or where['cpu']}, {where['threads']} thread(s), torch {where['torch']}, "
         f"load {where['load_1min']}. Medians with quartiles, taken in turns.", "",
-        "| case | reference ms | ours ms | speed-up | reference MiB | ours MiB | memory share | target |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
-    for c in record["comparisons"]:
+    if record["comparisons"]:
+        lines += _comparison_lines(record["comparisons"])
+    for table in record["tables"]:
+        lines += [f"## {table['title']}", "", _row(table["columns"]), _row(["---"] * len(table["columns"]))]
+        lines += [*map(_row, table["rows"]), "", *([table["note"], ""] if table["note"] else [])]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _comparison_lines(comparisons: list[dict[str, Any]]) -> list[str]:
+    columns = (
+        "case", "reference ms", "ours ms", "speed-up", "reference MiB", "ours MiB", "memory share", "target",
+    )  # fmt: skip
+    lines = [_row(columns), _row(["---"] * len(columns))]
+    for c in comparisons:
         share = "" if c["memory_share"] is None else f"{c['memory_share']:.2f}"
         lines.append(
             f"| {c['case']} | {_ms(c['reference'])} | {_ms(c['ours'])} | {c['speedup']:.2f}x "
             f"| {_mib(c['reference_peak_bytes'])} | {_mib(c['ours_peak_bytes'])} | {share} | {_target(c)} |"
         )
-    notes = [f"- {c['case']}: {c['note']}" for c in record["comparisons"] if c["note"]]
-    return "\n".join([*lines, "", *notes]) + "\n"
+    return [*lines, "", *[f"- {c['case']}: {c['note']}" for c in comparisons if c["note"]], ""]
+
+
+def _row(cells: Sequence[str | float]) -> str:
+    return f"| {' | '.join(c if isinstance(c, str) else f'{c:.3g}' for c in cells)} |"
 
 
 def _ms(timing: dict[str, float]) -> str:

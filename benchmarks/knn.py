@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from benchmarks.harness import Comparison, interleave, peak_extra_bytes
+from benchmarks.harness import Comparison, Step, interleave, peak_extra_bytes
 from transfer.knn import knn_evaluate
 
 TITLE = "k-NN, k = 10, 20, 100, 200, cosine, weighted vote, float32"
@@ -33,7 +35,7 @@ def one_pass_per_k(
 ) -> dict[str, float]:
     """DINO's eval_knn.py: for each k all similarities anew, neighbours' labels as one-hot vectors."""
     bank, queries = normalize(bank, dim=1), normalize(queries, dim=1)
-    found = {}
+    found: dict[str, float] = {}
     for k in KS:
         top1 = top5 = 0.0
         for start in range(0, len(queries), BLOCK):
@@ -58,10 +60,9 @@ def ours(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tenso
     return knn_evaluate(bank, bank_labels, queries, query_labels, ks=KS)
 
 
-def make(n: int, m: int, d: int):
+def make(n: int, m: int, d: int) -> Step:
     """Ours with its data, for the memory measurement."""
-    parts = data(n, m, d)
-    return lambda: ours(*parts)
+    return partial(ours, *data(n, m, d))
 
 
 def measure(quick: bool) -> list[Comparison]:
@@ -71,15 +72,12 @@ def measure(quick: bool) -> list[Comparison]:
         parts = data(n, m, d)
         got, wanted = ours(*parts), one_pass_per_k(*parts)
         assert all(abs(got[key] - wanted[key]) <= 100 / m for key in wanted), (got, wanted)
-        times = interleave(
-            {
-                "ours": lambda parts=parts: ours(*parts),
-                "one pass per k": lambda parts=parts: one_pass_per_k(*parts),
-                "bare": lambda parts=parts: bare(*parts),
-            },
-            repeats=3,
-            warm_up=0 if not quick else 1,
-        )
+        steps: dict[str, Step] = {
+            "ours": partial(ours, *parts),
+            "one pass per k": partial(one_pass_per_k, *parts),
+            "bare": partial(bare, *parts),
+        }
+        times = interleave(steps, repeats=3, warm_up=0 if not quick else 1)
         target = number == 0 and not quick
         memory = peak_extra_bytes(make, n, m, d)
         comparisons += [

@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.augment import natural_images, six_views
+from benchmarks.augment import six_views
 from benchmarks.harness import Comparison, Step, interleave
+from benchmarks.images import natural_images
 from pretrain.loader import Batch, StepBatches, batches
 
 TITLE = "The data loader: W workers beside one, six crops, everything on the CPU"
