@@ -62,7 +62,9 @@ def main(argv: list[str]) -> None:
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     print("worth changing first:")
     found = advice(settings, device, {k: v / total for k, v in seconds.items()})
-    if other is not None and other_s is not None and other_s < 0.95 * total:
+    # Moving the work can save no more than the step now waits for it: what is beyond that is chance.
+    waits = seconds["data wait"] + seconds["transfer and augment"] > 0.05 * total
+    if waits and other is not None and other_s is not None and other_s < 0.95 * total:
         found.insert(
             0, f"--augment-on {other.augment_on} makes a step {total / other_s:.2f} times as fast here"
         )
