@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,3 +46,23 @@ def test_another_evaluation_is_not_taken_for_this_one(tmp_path: Path, change) ->
 def test_no_percentage_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="no percentage"):
         dataclasses.replace(RESULT, metrics={"top1": value})
+
+
+def test_a_line_says_on_how_many_ranks_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transfer import subject
+
+    class Images(SimpleNamespace):
+        def __len__(self) -> int:
+            return 160
+
+    evaluation = subject.Evaluation(
+        settings=SimpleNamespace(label=None), protocol=SimpleNamespace(reference=RESULT.protocol),
+        subject=SimpleNamespace(weights=RESULT.weights, arch="resnet18"), seed=0, train=None,
+        test=Images(name="d", split="test"), transform=SimpleNamespace(size=32),
+        clock=SimpleNamespace(stamp=lambda _: {}),
+    )  # fmt: skip
+    one = evaluation.result({"top1": 40.0}, torch.device("cpu"), settings={"batch": 8})
+    assert one.settings == {"batch": 8, "world_size": 1} and one.n == 160
+    monkeypatch.setattr(subject, "world_size", lambda: 4)
+    four = evaluation.result({"top1": 40.0}, torch.device("cuda", 0))
+    assert four.settings == {"world_size": 4, "gpus": 4}

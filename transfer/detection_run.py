@@ -136,6 +136,7 @@ def _results(
 ) -> list[Result]:  # fmt: skip
     """A result for boxes and one for masks. coco_2017_val is data set coco_2017, split val."""
     dataset, _, split = name.rpartition("_")
+    ranks = comm.get_world_size()
     norms = {part: cfg.MODEL[part].NORM for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
     return [
         Result(
@@ -155,7 +156,8 @@ def _results(
                 "config_file": Path(args.config_file).stem,
                 "mixed_precision": cfg.SOLVER.AMP.ENABLED,
                 "norms": norms,
-                "world_size": comm.get_world_size(),
+                "world_size": ranks,
+                **({"gpus": ranks} if cfg.MODEL.DEVICE.startswith("cuda") else {}),
             },
             **clock.stamp(torch.device(cfg.MODEL.DEVICE)),
         )
