@@ -1,0 +1,260 @@
+"""Every command of the documentation is run as it stands there, section by section, in a small checkout.
+
+`WAYS` says what is done to make a command small enough for a test; a command without an entry fails. Names
+that stand for the reader's own data and files are replaced by those of `places`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import checkpoint_zoo as zoo
+import pytest
+import timm
+import torch
+
+from tests.test_docs import ROOT, Command, commands
+
+STAND_FOR = {
+    "/data/imagenet": "{images}",
+    "/data/cifar10": "{cifar}",
+    "DIR": "{images}",
+    "FILE": "{weights}",
+    "model.pth.tar": "{weights}",
+    "/shared/out/intl": "{shared}",
+    ".venv/bin/python": "python",
+}
+"""Whole words of the documentation, and what a test gives in their place (braces: see `places`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a documented command is run here."""
+
+    runs: tuple[str, ...] = ("",)
+    """Options appended to it, once for each run: they make it smaller, or say where it runs."""
+    change: Mapping[str, str] = field(default_factory=dict)
+    """Whole words changed: numbers of GPUs, of which there are none."""
+    says: str = ""
+    """What must be in the output of the last run."""
+    leaves: tuple[str, ...] = ()
+    """Files that must be there afterwards."""
+
+
+def _make(says: str) -> Way:
+    """`make -n`: what would be done, in a checkout without environment. tests/test_demo.py runs the demo."""
+    return Way(change={"make": "make -n"}, says=says)
+
+
+# As many views as the recipe has, each small; two steps; a narrow projector.
+STEPS = "--max-steps 2 --batch-global 16 --projector-hidden 64 --projector-output 64 --workers 0"
+SIX_VIEWS = "--view-sizes [48,48,40,32,32,32]"
+TWO_VIEWS = "--view-sizes [32,32]"
+PRETRAINED = ("checkpoint.pt", "backbone.safetensors", "metrics.jsonl", "config.yaml")
+DETECTOR = (
+    "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 "
+    "SOLVER.STEPS () SOLVER.WARMUP_ITERS 1 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 "
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN 20 MODEL.RPN.POST_NMS_TOPK_TEST 10 TEST.PRECISE_BN.NUM_ITER 2 "
+    "DATALOADER.NUM_WORKERS 0 INPUT.MASK_FORMAT bitmask MODEL.ROI_HEADS.NUM_CLASSES {classes}"
+)
+
+WAYS: dict[str, Way] = {
+    "make demo": _make(".venv/bin/python -m slurm demo --dataset fashion_mnist "),
+    "make demo VENV=DIR": _make("{images}/bin/python -m slurm demo "),
+    "make demo DATASET=cifar10 DATA=DIR": _make("-m slurm demo --dataset cifar10 --data-dir '{images}'"),
+    "make test": _make('-m pytest -n 2 -m "not faults"'),
+    "make test-faults": _make("-m pytest -m faults"),
+    "make lint": _make("-m mypy"),
+    "make bench": _make("-m benchmarks"),
+    "make env DETECTRON2=source": _make("git+https://github.com/facebookresearch/detectron2.git"),
+    # The page that it writes anew is spoilt beforehand.
+    "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="2 passed"),
+    "python -m transfer inspect": Way(says="complete: the backbone loads"),
+    "python -m transfer knn": Way(leaves=("out/knn/results.jsonl", "out/knn/config.yaml")),
+    # The protocol's 100 epochs, as published, of twenty images.
+    "python -m transfer linear": Way(
+        runs=("--data-dir {few} --workers 0",), leaves=("out/linear/results.jsonl", "out/linear/config.yaml")
+    ),
+    "python -m transfer report": Way(leaves=("out/report/index.html", "out/report/report.md")),
+    "python -m pretrain --help": Way(says="--view-sizes"),
+    "python -m pretrain --recipe imagenet_ep100_multicrop_ema": Way(
+        runs=(f"{STEPS} {SIX_VIEWS}",),
+        leaves=tuple(f"out/pretrain/{f}" for f in (*PRETRAINED, "backbone_ema.safetensors")),
+    ),
+    "python -m pretrain --recipe cifar10_ep1000": Way(
+        runs=(f"{STEPS} {TWO_VIEWS}",), leaves=tuple(f"out/cifar10/{f}" for f in PRETRAINED)
+    ),
+    "torchrun": Way(
+        runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18",),
+        change={"8": "2"},
+        leaves=tuple(f"out/ep800/{f}" for f in PRETRAINED),
+    ),
+    "python -m slurm suite --weights": Way(says="all checks passed; nothing was submitted"),
+    # As written up to submission (tests/cluster submits to a real SLURM); then on this machine, so that
+    # there is a suite for status, logs and cancel.
+    "python -m slurm suite --recipe": Way(
+        runs=(
+            "--dry-run",
+            "--cluster local --profile local --seeds 1 --data-dir {few} --linear-protocol cached_linear@1 "
+            f'--pretrain-options "{STEPS} {SIX_VIEWS} --arch resnet18"',
+        ),
+        leaves=("{shared}/pretrain/backbone.safetensors", "{shared}/report/index.html"),
+    ),
+    "python -m slurm status": Way(says="linear/intl/seed0"),
+    "python -m slurm logs": Way(says="linear/intl/seed0"),
+    "python -m slurm cancel": Way(says="nothing was queued or running"),
+    "python -m transfer convert": Way(leaves=("model.pkl",), says="proved equal in detectron2"),
+    "python -m transfer plan": Way(says="append to train_net: "),
+    "python -m transfer.train_net": Way(
+        runs=(DETECTOR,),
+        change={"8": "0 --dataset coco_2017_train={coco} --dataset coco_2017_val={coco}"},
+        leaves=("out/coco/results.jsonl", "out/coco/config.yaml", "out/coco/model_final.pth"),
+    ),
+}
+"""Ways by the words that a command begins with; the longest that fits counts."""
+
+SECTIONS = list(dict.fromkeys((c.page, c.section) for c in commands()))
+
+
+def split(line: str) -> tuple[dict[str, str], list[str]]:
+    """Variables set before a command, and its words."""
+    words = shlex.split(line)
+    count = next(i for i, w in enumerate(words) if "=" not in w)
+    return dict(w.split("=", 1) for w in words[:count]), words[count:]
+
+
+def way_of(line: str) -> str | None:
+    """The key in WAYS."""
+    words = split(line)[1]
+    words[0] = "python" if words[0].endswith("/python") else words[0]
+    fit = [key for key in WAYS if words[: len(key.split())] == key.split()]
+    return max(fit, key=len, default=None)
+
+
+def argv_of(line: str, way: Way, more: str, places: Mapping[str, str]) -> list[str]:
+    """The words that are run: those of the documentation, changed, with `more` appended."""
+    changed: list[str] = []
+    for word in split(line)[1]:
+        name, equals, value = word.partition("=")
+        value = STAND_FOR.get(value, value)
+        word = STAND_FOR.get(word, f"{name}{equals}{value}")
+        changed += way.change[word].split() if word in way.change else [word]
+    return [w.format_map(places) for w in (*changed, *shlex.split(more))]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda c: f"{c.page}: {c.line[:60]}")
+def test_every_command_has_an_entry(command: Command) -> None:
+    assert way_of(command.line), f"{command.page}: {command.line}: say in WAYS how to run it small"
+
+
+def test_no_entry_is_left_over_and_the_check_can_fail() -> None:
+    assert {way_of(c.line) for c in commands()} == set(WAYS)
+    assert way_of("python -m transfer inspectors FILE") is None
+    assert way_of("make demolish") is None and way_of("python -m transfer semisup --weights w") is None
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Iterator[Path]:
+    """What commands use of the project, as one finds it after `git clone`; removed with all they wrote."""
+    folder = tmp_path / "intl-bench"
+    for name in ("pretrain", "transfer", "slurm", "detection_configs", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tests").mkdir()
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "tests/conftest.py", "tests/test_docs.py"):
+        shutil.copyfile(ROOT / name, folder / name)
+    yield folder
+    shutil.rmtree(tmp_path)  # checkpoints of ResNet-50s
+
+
+@pytest.fixture(scope="module")
+def images(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """images/{train,val}: 20 and 2 real images a class (k-NN wants 200 neighbours); few/: 2 and 1."""
+    root = tmp_path_factory.mktemp("data")
+    for folder, train, val in (("images", 20, 2), ("few", 2, 1)):
+        for source, target, count in (("train", "train", train), ("test", "val", val)):
+            for kind in sorted((cifar_folder / source).iterdir()):
+                (root / folder / target / kind.name).mkdir(parents=True)
+                for file in sorted(kind.iterdir())[:count]:
+                    shutil.copyfile(file, root / folder / target / kind.name / file.name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A ResNet-50 as MoCo's training script saves it."""
+    torch.manual_seed(0)
+    both = [dict(timm.create_model("resnet50", num_classes=0).state_dict()) for _ in range(2)]
+    build, _ = zoo.ZOO["MoCo v1, v2; PCL"]
+    path = tmp_path_factory.mktemp("weights") / "model.pth.tar"
+    torch.save({**build(*both), "arch": "resnet50"}, path)
+    yield path
+    path.unlink()
+
+
+def few_of_coco(source: Path, folder: Path, count: int = 4) -> tuple[str, int]:
+    """ANNOTATIONS.json:IMAGES of the first images with objects, and the number of categories."""
+    content = json.loads((source / "instances.json").read_text())
+    with_objects = {a["image_id"] for a in content["annotations"]}
+    content["images"] = [i for i in content["images"] if i["id"] in with_objects][:count]
+    kept = {i["id"] for i in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    (folder / "few.json").write_text(json.dumps(content))
+    return f"{folder / 'few.json'}:{source / 'images'}", len(content["categories"])
+
+
+def login_node(folder: Path) -> Path:
+    """A folder with SLURM's answers to what is asked before submission; sbatch, if called, leaves a trace."""
+    folder.mkdir()
+    answers = {"sinfo": "echo gpu", "sacctmgr": "exit 1", "sbatch": f"touch {folder / 'called'}; exit 1"}
+    for name, line in answers.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(("page", "section"), SECTIONS, ids=lambda v: v or "(top)")
+def test_commands_of_a_section_run_in_order(
+    page: str, section: str, checkout: Path, images: Path, weights: Path, cifar_folder: Path,
+    tmp_path: Path, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    lines = [c.line for c in commands() if (c.page, c.section) == (page, section)]
+    places = {
+        "images": str(images / "images"), "few": str(images / "few"), "cifar": str(cifar_folder),
+        "weights": str(weights), "shared": str(tmp_path / "shared" / "intl"),
+    }  # fmt: skip
+    if any("convert" in line or "train_net" in line for line in lines):
+        pytest.importorskip("detectron2")
+        coco, classes = few_of_coco(request.getfixturevalue("coco_mini"), tmp_path)
+        places |= {"coco": coco, "classes": str(classes)}
+    stale = checkout / "docs" / "formats.md"
+    if any("UPDATE_DOCS" in line for line in lines):
+        stale.write_text("as it was before the change\n")
+    node = login_node(tmp_path / "bin")
+    path = os.pathsep.join([str(node), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "MAKE", "MFLAGS"))}
+    environment |= {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for line in lines:
+        key, said = way_of(line), ""
+        assert key, f"{line}: say in WAYS how to run it small"
+        way = WAYS[key]
+        for more in way.runs:
+            argv = argv_of(line, way, more, places)
+            done = subprocess.run(
+                argv, cwd=checkout, env=environment | split(line)[0], capture_output=True, text=True,
+                timeout=600,
+            )  # fmt: skip
+            said = done.stdout + done.stderr
+            assert done.returncode == 0, f"{line}\n{shlex.join(argv)}\n{said}"
+        assert way.says.format_map(places) in said, f"{line}\n{said}"
+        missing = [f for f in (w.format_map(places) for w in way.leaves) if not (checkout / f).is_file()]
+        assert not missing, f"{line}\n{missing} not written\n{said}"
+    assert not (node / "called").exists()
+    assert stale.read_text() == (ROOT / "docs" / "formats.md").read_text()
