@@ -84,6 +84,13 @@ WAYS: dict[str, Way] = {
         runs=("--data-dir {few} --workers 0",), leaves=("out/linear/results.jsonl", "out/linear/config.yaml")
     ),
     "python -m transfer report": Way(leaves=("out/report/index.html", "out/report/report.md")),
+    "python -m transfer spectrum-study": Way(
+        runs=(
+            "--dataset imagefolder --data-dir {images} --output out/study --steps 2 --seeds 1 --batch 16 "
+            "--features 24 --powers [0.25] --iterations [4] --bank 60 --queries 20",
+        ),
+        leaves=("out/study/study.md",),
+    ),
     "python -m pretrain --help": Way(says="--view-sizes"),
     "python -m pretrain --recipe imagenet_ep100_multicrop_ema": Way(
         runs=(f"{STEPS} {SIX_VIEWS}",),
@@ -96,6 +103,9 @@ WAYS: dict[str, Way] = {
         runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18",),
         change={"8": "2"},
         leaves=tuple(f"out/ep800/{f}" for f in PRETRAINED),
+    ),
+    "python -m pretrain.profile": Way(
+        runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18 --steps 1",), says="worth changing first"
     ),
     "python -m slurm suite --weights": Way(says="all checks passed; nothing was submitted"),
     # As written up to submission (tests/cluster submits to a real SLURM); then on this machine, so that

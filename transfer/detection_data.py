@@ -98,8 +98,12 @@ def _check_one(name: str, cfg: CfgNode) -> str:
                 f"{record['file_name']}: is {image.width} x {image.height}, its annotation says "
                 f"{size[0]} x {size[1]}"
             )
-    objects = sum(len(r.get("annotations", ())) for r in records)
-    return f"{name}: {len(records)} images, {objects} objects, {classes} categories"
+    objects = [a for r in records for a in r.get("annotations", ())]
+    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        # crowds, COCO's only run-length masks, are left out of training
+        if any(isinstance(a.get("segmentation"), dict) and not a.get("iscrowd") for a in objects):
+            raise UserError(f"{name}: its masks are run-length encoded: add INPUT.MASK_FORMAT bitmask")
+    return f"{name}: {len(records)} images, {len(objects)} objects, {classes} categories"
 
 
 def _check_voc_folder(name: str, folder: Path, split: str) -> None:
