@@ -22,5 +22,4 @@ BENCHMARKS = (
     "coco_ap",
     "convert",
     "features",
-    "growth",
 )
