@@ -22,4 +22,5 @@ BENCHMARKS = (
     "coco_ap",
     "convert",
     "features",
+    "growth",
 )

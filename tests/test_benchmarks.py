@@ -1,0 +1,105 @@
+"""Benchmarks: their figures are right where the answer is known, and each kind runs and is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import deviation
+from benchmarks.__main__ import measure
+from benchmarks.features import agreement
+from benchmarks.growth import growth
+from benchmarks.harness import Table, as_markdown, as_record
+from pretrain.augment import View, draw_colours, finish, uniforms
+from pretrain.data import ImageDataset
+from pretrain.loader import COLOUR_SLOTS
+
+
+@pytest.fixture(scope="module")
+def photographs(coco_mini: Path) -> ImageDataset:
+    files = sorted(p.name for p in (coco_mini / "images").iterdir())[:8]
+    return ImageDataset(
+        name="x", split="train", classes=["all"], labels_N=np.zeros(len(files), np.int64), native_size=None,
+        root=coco_mini / "images", files=files,
+    )  # fmt: skip
+
+
+def test_each_operation_is_near_pillows_on_real_images(photographs: ImageDataset) -> None:
+    """Limits on the mean, levels of 255; half a level is what Pillow's cutting off makes by itself."""
+    limits = {
+        "resized crop to 224 px, bicubic": 0.2, "resized crop to 224 px, bilinear": 0.2, "brightness": 0.6,
+        "contrast": 0.6, "saturation": 0.6, "hue": 1.5, "greyscale": 0.4, "blur": 1.5, "solarisation": 1e-3,
+        "all colour in the order drawn": 2.5, "all colour and solarisation": 4.0,
+    }  # fmt: skip
+    found = {}
+    for name, pairs in deviation.operations(photographs).items():
+        differences = [np.abs(ours - theirs).mean() for ours, theirs in pairs]
+        found[name] = np.mean(differences) if differences else 0.0  # small scenes are not decoded smaller
+        assert found[name] <= limits.get(name, 3.0), (name, found[name])
+    assert limits.keys() <= found.keys() and len(found) == 13
+    table = deviation.deviations(quick=True)
+    assert [row[0] for row in table.rows] and all(row[1] <= row[2] <= row[3] for row in table.rows)  # type: ignore[operator]
+
+
+def test_a_wrong_parameter_is_far_from_pillows(photographs: ImageDataset) -> None:
+    """The control of the comparison above: it can fail."""
+    view = View(size=64, jitter_p=1, grey_p=0, blur_p=0, solarise_p=0, flip_p=0)
+    colours = draw_colours(uniforms(0, 0, np.arange(1), 0)[:, COLOUR_SLOTS:], view)
+    crop = photographs.image(0).resize((64, 64), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(crop))[None]
+    theirs = np.asarray(deviation.by_pillow(crop, colours), float)
+    right, wrong = (
+        255 * finish(pixels, c, mean=torch.zeros(3), std=torch.ones(3))[0].permute(1, 2, 0).numpy()
+        for c in (colours, dataclasses.replace(colours, blend_3N=1.2 * colours.blend_3N))
+    )
+    assert np.abs(right - theirs).mean() < 2.5 < 5 < np.abs(wrong - theirs).mean()
+
+
+def test_growth_names_the_step_that_is_superlinear() -> None:
+    """Twice the size costs 2, 2 and 8 times: exponents 1, 1 and 3."""
+    rows = growth("x", {10: 1.0, 20: 2.0, 40: 4.0, 80: 32.0}, limit=1.0)
+    assert [(row[1], row[2], row[5], row[8]) for row in rows] == [
+        ("10", "20", 2.0, "ok"), ("20", "40", 2.0, "ok"), ("40", "80", 8.0, "ABOVE"),
+    ]  # fmt: skip
+    assert rows[2][6] == pytest.approx(3)
+    assert growth("x", {1: 1.0, 4: 16.0}, limit=2.0)[0][6] == pytest.approx(2)  # log 16 / log 4
+
+
+def test_agreement_sees_other_features() -> None:
+    """Points on a circle, two classes by halves: a common factor changes no neighbour, another order all."""
+    angle = torch.linspace(0, 6.28, 100, dtype=torch.float64)
+    points, labels = torch.stack([angle.cos(), angle.sin()], 1), (angle > 3.14).long()
+    same = agreement("same", points, points, labels)
+    assert same[2] == 100 and same[3] == 0 and same[1] > 80  # type: ignore[operator]
+    assert agreement("doubled", 2 * points, points, labels)[1:3] == same[1:3]
+    shuffled = agreement("shuffled", points[torch.randperm(100, generator=torch.Generator())], points, labels)
+    assert shuffled[2] < 50 and shuffled[3] > 0.5  # type: ignore[operator]
+
+
+def test_tables_are_written() -> None:
+    table = Table(title="Growth", columns=("what", "ratio"), rows=[["a", 2.0], ["b", 0.12345]], note="n")
+    record = as_record("t", [], [table])
+    text = as_markdown(record)
+    assert "| what | ratio |\n| --- | --- |\n| a | 2 |\n| b | 0.123 |" in text and "speed-up" not in text
+    assert json.loads(json.dumps(record))["tables"][0]["rows"] == [["a", 2.0], ["b", 0.12345]]
+
+
+def test_features_and_growth_run_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    assert (
+        measure(["features", "growth", "--quick", "--threads", str(threads), "--output", str(tmp_path)]) == 0
+    )
+    features, grown = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("features", "growth"))
+    assert features["comparisons"] and all(c["speedup"] > 0 for c in features["comparisons"])
+    for table in features["tables"]:  # float32 of ours is float32 of the plain loop
+        assert table["rows"][1][2] == 100 and table["rows"][1][3] < 1e-4
+    rows = grown["tables"][0]["rows"]
+    for what in ("batch N", "embedding D", "training step", "bank", "gloo processes"):
+        assert sum(what in row[0] for row in rows) == 1
+    assert (tmp_path / "growth.md").read_text() in capsys.readouterr().out
