@@ -23,7 +23,6 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -40,7 +39,6 @@ FORMAT = 1
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and field, as webdataset.tariterators has it
 META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
 LABEL = "cls"
-THREADS = 16  # shards whose headers are read at the same time: a shared disk answers late
 OPEN_SHARDS = 256
 
 Stamp = tuple[int, int]
@@ -160,10 +158,10 @@ def _columns(places: list[Place]) -> dict[str, np.ndarray]:
 def _places(paths: Sequence[Path], suffixes: frozenset[str]) -> list[Place]:
     """Of all images, in the order of the data set."""
     places: list[Place] = []
-    work = functools.partial(_scan, suffixes=suffixes)
-    label = f"headers of {len(paths)} shards"
-    with ThreadPoolExecutor(THREADS) as pool, Progress(len(paths), label=label, unit="shard") as bar:
-        for number, found in enumerate(pool.map(work, paths)):
+    # One after another: tarfile's work is Python's own, and threads would only take turns at it.
+    with Progress(len(paths), label=f"headers of {len(paths)} shards", unit="shard") as bar:
+        for number, path in enumerate(paths):
+            found = _scan(path, suffixes=suffixes)
             places += [(label, name, number, offset, size) for label, name, offset, size in found]
             bar.update(1)
     if not places:
