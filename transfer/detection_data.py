@@ -99,10 +99,10 @@ def _check_one(name: str, cfg: CfgNode) -> str:
                 f"{size[0]} x {size[1]}"
             )
     objects = [a for r in records for a in r.get("annotations", ())]
-    if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
-        # crowds, COCO's only run-length masks, are left out of training
-        if any(isinstance(a.get("segmentation"), dict) and not a.get("iscrowd") for a in objects):
-            raise UserError(f"{name}: its masks are run-length encoded: add INPUT.MASK_FORMAT bitmask")
+    # crowds, COCO's only run-length masks, are left out of training
+    run_length = any(isinstance(a.get("segmentation"), dict) and not a.get("iscrowd") for a in objects)
+    if run_length and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+        raise UserError(f"{name}: its masks are run-length encoded: add INPUT.MASK_FORMAT bitmask")
     return f"{name}: {len(records)} images, {len(objects)} objects, {classes} categories"
 
 
