@@ -6,11 +6,13 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from report_data import record, write_lines, write_suite
 from scipy import stats
 
@@ -527,6 +529,15 @@ def test_a_report_removes_what_an_earlier_one_left(tmp_path: Path) -> None:
     report.main([str(tmp_path / "run"), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "tables" / "old.csv").exists()
     assert (tmp_path / "out" / "notes.txt").exists()
+
+
+def test_an_earlier_report_is_no_evidence(suite: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    shutil.copytree(suite, folder)
+    (folder / "report" / "pictures").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(folder / "report" / "pictures" / "000.png")
+    before = collect([folder], skip=folder / "report")
+    assert [p.path for p in collect([folder]).pictures] == [p.path for p in before.pictures]
 
 
 def test_user_error_is_a_value_error() -> None:

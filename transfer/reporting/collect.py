@@ -120,15 +120,17 @@ def _results(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def _folders(root: Path, skip: Path | None) -> Iterator[tuple[Path, frozenset[str]]]:
-    """Every folder under `root` in sorted order, hidden ones and `skip` left out."""
+    """Every folder under `root` in sorted order, hidden ones, `skip` and earlier reports left out."""
     skipped = skip.resolve() if skip else None
+
+    def wanted(folder: Path) -> bool:
+        hidden = folder.name.startswith((".", "__"))
+        report = (folder / "index.html").is_file() and (folder / "report.md").is_file()
+        return not (hidden or report or folder.resolve() == skipped or is_jobs(folder))
+
     for name, dirs, files in os.walk(root):
         folder = Path(name)
-        dirs[:] = sorted(
-            d
-            for d in dirs
-            if not d.startswith((".", "__")) and (folder / d).resolve() != skipped and not is_jobs(folder / d)
-        )
+        dirs[:] = sorted(d for d in dirs if wanted(folder / d))
         if folder.resolve() != skipped:
             yield folder, frozenset(files)
 
