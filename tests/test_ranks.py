@@ -236,6 +236,6 @@ def test_a_linear_probe_on_two_ranks_scores_as_on_one(
         assert a.n == b.n == 160 and a.epoch == b.epoch
         for name, value in a.metrics.items():  # rounding may move one image over a border
             assert b.metrics[name] == pytest.approx(value, abs=100 / 160 + 1e-3), name
-        assert augmentation or a.metrics["top1"] > 15
+        assert augmentation or a.metrics["top1"] > 10  # chance
         for mine, theirs in zip(a.settings["sweep"], b.settings["sweep"]):
             assert mine["top1"] == pytest.approx(theirs["top1"], abs=100 / 60 + 1e-3)
