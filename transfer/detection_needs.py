@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 from pretrain.cli import UserError
 
@@ -12,8 +13,11 @@ SOURCE = "git+https://github.com/facebookresearch/detectron2.git"
 def need_detectron2(else_do: str = "") -> None:
     """Raises UserError where detectron2 cannot be imported; `else_do` names a way without it."""
     try:
-        importlib.import_module("detectron2")
-        importlib.import_module("detectron2.modeling")  # and what it stands on: fvcore, iopath ...
+        with warnings.catch_warnings():
+            # detectron2 compiles two functions with it at import: nothing that a user could change
+            warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", FutureWarning)
+            importlib.import_module("detectron2")
+            importlib.import_module("detectron2.modeling")  # and what it stands on: fvcore, iopath ...
     except ImportError as error:
         raise UserError(
             f"detectron2 is missing or incomplete here ({error}): install it with `make env`, or from its "
