@@ -139,8 +139,8 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
             subjects.append(
                 Subject(name="control", label="random control", weights=weights, needs=("control",))
             )
-    for path in _files(asked.weights or []):
-        subjects.append(Subject(name=path.stem, label=path.stem, weights=str(path), branch=asked.branch))
+    for name, path in _files(asked.weights or []).items():
+        subjects.append(Subject(name=name, label=name, weights=str(path), branch=asked.branch))
     evaluations: list[Step] = []
     for subject in subjects:
         proved = tasks.proof(root, subject)
@@ -177,17 +177,20 @@ def dataset_of(asked: Suite) -> str:
     return settings.dataset
 
 
-def _files(weights: list[str]) -> list[Path]:
-    """Absolute paths; two files of one name cannot be told apart in the report."""
+def _files(weights: list[str]) -> dict[str, Path]:
+    """Absolute paths by name: the file's, with as many of its folders as it takes to tell all apart."""
     paths = [Path(w).resolve() for w in weights]
     for path in paths:
         if not path.is_file():
             raise UserError(f"--weights {path}: no such file")
-        if sum(p.stem == path.stem for p in paths) > 1:
-            raise UserError(
-                f"--weights: two files are named {path.stem}; rename one, the report goes by the name"
-            )
-    return paths
+        if paths.count(path) > 1:
+            raise UserError(f"--weights names {path} twice")
+    for depth in range(1, max((len(p.parts) for p in paths), default=0) + 1):
+        named = {"-".join([*p.parts[1:][-depth:-1], p.stem]): p for p in paths}
+        if len(named) == len(paths):
+            return named
+    same = ", ".join(str(p) for p in paths)
+    raise UserError(f"--weights: these differ in nothing but their suffix, rename one: {same}")
 
 
 def _judged(root: Path, subject: Subject, images: Images, task: str, asked: Suite) -> list[Step]:

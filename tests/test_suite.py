@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.cli import UserError
 from slurm import submit
 from slurm.__main__ import main
 from slurm.resources import load_profile
 from slurm.snapshot import SOURCE
-from slurm.suite import Suite, suite_graph
+from slurm.suite import Suite, _files, suite_graph
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,22 @@ def test_a_share_of_labels_without_rates_is_refused_before_anything_is_submitted
     assert main(["suite", *words, "barlow_semisup@1", "--dry-run"]) == 2
     assert capsys.readouterr().out.count("check failed") == 1
     assert main(["suite", *words, "swav_semisup@1", "--dry-run"]) == 0
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / p for p in ("a/pretrain/backbone.pth", "b/pretrain/backbone.pth", "moco.pth")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    a, b, moco = map(str, paths)
+    assert list(_files([a, moco])) == ["backbone", "moco"]
+    named = _files([a, b])
+    assert named == {"a-pretrain-backbone": paths[0], "b-pretrain-backbone": paths[1]}
+    with pytest.raises(UserError, match="names .*moco.pth twice"):
+        _files([moco, a, moco])
+    (tmp_path / "moco.pt").touch()
+    with pytest.raises(UserError, match="rename one"):
+        _files([moco, str(tmp_path / "moco.pt")])
 
 
 def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
