@@ -185,7 +185,7 @@ def _files(weights: list[str]) -> dict[str, Path]:
             raise UserError(f"--weights {path}: no such file")
         if paths.count(path) > 1:
             raise UserError(f"--weights names {path} twice")
-    for depth in range(1, max((len(p.parts) for p in paths), default=0) + 1):
+    for depth in range(1, max((len(p.parts) for p in paths), default=1) + 1):
         named = {"-".join([*p.parts[1:][-depth:-1], p.stem]): p for p in paths}
         if len(named) == len(paths):
             return named
