@@ -27,6 +27,7 @@ help:
 	@echo "make env          only set up the environment in VENV=$(VENV)"
 
 env: $(STAMP)
+	@echo "the environment is ready: source $(VENV)/bin/activate"
 
 # The stamp is written last: an installation that was cut off is taken up again by the next make.
 $(STAMP): setup.cfg

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.cli import RunFailed, UserError
-from pretrain.files import atomic_path
+from pretrain.files import atomic_path, set_usual_mode
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +108,7 @@ def save_backbone(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with atomic_path(path) as aside:
         save_file(tensors, aside, metadata={"format": FORMAT, **{k: _spell(v) for k, v in metadata.items()}})
-        aside.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+        set_usual_mode(aside)
 
 
 def _spell(value: Any) -> str:

@@ -129,10 +129,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+CLASS_COUNTS = {"imagenet": 1000, "imagenet100": 100, "cifar10": 10, "cifar100": 100, "fashion_mnist": 10}
+
+
 def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
     """The `split` ("train" or "test"; for ImageNet-like folders "test" is val/) of `name` in `data_dir`.
 
-    Raises UserError for an unknown name or split, a missing or empty folder, a cut-off file.
+    Raises UserError for an unknown name or split, a missing or empty folder, a cut-off file, and for another
+    number of classes than the data set has: a name stands for its data wherever figures are compared.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     if name not in DATASETS:
@@ -142,7 +146,14 @@ def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; --data-dir must name the folder that holds {name}")
-    return DATASETS[name](name, root, split)
+    data = DATASETS[name](name, root, split)
+    wanted = CLASS_COUNTS.get(name, len(data.classes))
+    if len(data.classes) != wanted:
+        raise UserError(
+            f"{data.root}: has {len(data.classes)} classes, {name} has {wanted}; "
+            "--dataset imagefolder takes any folder of class folders"
+        )
+    return data
 
 
 def _open_folder(

@@ -30,6 +30,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def set_usual_mode(path: Path) -> None:
+    """Give a file the access rights of any new one: safetensors writes for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic_path(path) as aside:

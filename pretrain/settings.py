@@ -19,6 +19,8 @@ FREE_TO_CHANGE = frozenset({
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """What a pretraining run is."""
+
     data_dir: str
     """Folder with the data set."""
     output: str

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR2 enter; a flag that a loop reads between two steps leaves.
+"""SIGTERM, SIGUSR2 and Ctrl-C enter; a flag that a loop reads between two steps leaves.
 
 Preemption, a time limit and an administrator's kill all say so by signal some seconds ahead. A loop asks
 `stop.requested` after each step, saves, and leaves the `with` block by `stop.hand_over()`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -21,9 +22,11 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Turn SIGTERM and SIGUSR2 into the flag `requested` for as long as the block lasts.
+    """Turn SIGTERM, SIGUSR2 and SIGINT into the flag `requested` for as long as the block lasts.
 
-    Outside the main thread, where Python allows no handlers, the flag stays False.
+    A second Ctrl-C does not wait: it raises KeyboardInterrupt. A process that is deaf to Ctrl-C (a job, which
+    whoever started it stops) stays so. Outside the main thread, where Python allows no handlers, the flag
+    stays False.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -42,12 +45,18 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
                 self._earlier[number] = signal.signal(number, self._note)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._earlier[signal.SIGINT] = signal.signal(signal.SIGINT, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.received == number:
+                raise KeyboardInterrupt
+            print("saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
         self.received = StopSignals.heard = number
 
     def _restore(self) -> None:

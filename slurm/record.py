@@ -81,8 +81,8 @@ class Record:
         told: dict[str, str] = {}
         for line in read_jsonl(Path(self.step.get("output", self.folder)) / "results.jsonl"):
             for metric, value in list(line.get("metrics", {}).items())[:1]:
-                if isinstance(value, (int, float)):
-                    told[f"{line.get('task', '')} {metric}"] = f"{value:.1f}"
+                if isinstance(value, (int, float)):  # the first line of a task is its main one, as in reports
+                    told.setdefault(f"{line.get('task', '')} {metric}", f"{value:.1f}")
         return ", ".join(f"{name} {value}" for name, value in told.items())
 
     # what is written

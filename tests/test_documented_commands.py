@@ -74,14 +74,20 @@ WAYS: dict[str, Way] = {
     "make test-faults": _make("-m pytest -m faults"),
     "make lint": _make("-m mypy"),
     "make bench": _make("-m benchmarks"),
+    "make env": _make("-m pip install"),
     "make env DETECTRON2=source": _make("git+https://github.com/facebookresearch/detectron2.git"),
     # The page that it writes anew is spoilt beforehand.
     "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="2 passed"),
     "python -m transfer inspect": Way(says="complete: the backbone loads"),
-    "python -m transfer knn": Way(leaves=("out/knn/results.jsonl", "out/knn/config.yaml")),
+    # ImageNet's name is kept for its thousand classes.
+    "python -m transfer knn": Way(
+        change={"imagenet": "imagefolder"}, leaves=("out/knn/results.jsonl", "out/knn/config.yaml")
+    ),
     # The protocol's 100 epochs, as published, of twenty images.
     "python -m transfer linear": Way(
-        runs=("--data-dir {few} --workers 0",), leaves=("out/linear/results.jsonl", "out/linear/config.yaml")
+        change={"imagenet": "imagefolder"},
+        runs=("--data-dir {few} --workers 0",),
+        leaves=("out/linear/results.jsonl", "out/linear/config.yaml"),
     ),
     # The published lists are of ImageNet's files, and downloaded; other data sets have a draw of their own.
     "python -m transfer semisup": Way(
@@ -100,27 +106,31 @@ WAYS: dict[str, Way] = {
     ),
     "python -m pretrain --help": Way(says="--view-sizes"),
     "python -m pretrain --recipe imagenet_ep100_multicrop_ema": Way(
-        runs=(f"{STEPS} {SIX_VIEWS}",),
+        runs=(f"{STEPS} {SIX_VIEWS} --dataset imagefolder",),
         leaves=tuple(f"out/pretrain/{f}" for f in (*PRETRAINED, "backbone_ema.safetensors")),
     ),
     "python -m pretrain --recipe cifar10_ep1000": Way(
         runs=(f"{STEPS} {TWO_VIEWS}",), leaves=tuple(f"out/cifar10/{f}" for f in PRETRAINED)
     ),
     "torchrun": Way(
-        runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18",),
+        runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18 --dataset imagefolder",),
         change={"8": "2"},
         leaves=tuple(f"out/ep800/{f}" for f in PRETRAINED),
     ),
     "python -m pretrain.profile": Way(
-        runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18 --steps 1",), says="worth changing first"
+        runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18 --dataset imagefolder --steps 1",),
+        says="worth changing first",
     ),
-    "python -m slurm suite --weights": Way(says="all checks passed; nothing was submitted"),
+    "python -m slurm suite --weights": Way(
+        runs=("--dataset imagefolder",), says="all checks passed; nothing was submitted"
+    ),
     # As written up to submission (tests/cluster submits to a real SLURM); then on this machine, so that
     # there is a suite for status, logs and cancel.
     "python -m slurm suite --recipe": Way(
         runs=(
-            "--dry-run",
-            "--cluster local --profile local --seeds 1 --data-dir {few} --linear-protocol cached_linear@1 "
+            "--dry-run --dataset imagefolder",
+            "--cluster local --dataset imagefolder --profile local --seeds 1 --data-dir {few} "
+            "--linear-protocol cached_linear@1 "
             f'--pretrain-options "{STEPS} {SIX_VIEWS} --arch resnet18"',
         ),
         leaves=("{shared}/pretrain/backbone.safetensors", "{shared}/report/index.html"),

@@ -24,6 +24,29 @@ def test_a_signal_becomes_a_flag_and_then_stopped(number: signal.Signals) -> Non
     assert signal.getsignal(number) == before
 
 
+def test_ctrl_c_saves_first_and_a_second_one_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        stop.hand_over()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second Ctrl-C was waited out")
+
+
+def test_who_is_deaf_to_ctrl_c_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_earlier_handler_gets_the_signal_once_after_saving() -> None:
     """This is how submitit's handler, which asks for the job to be queued again, comes to its turn."""
     seen: list[str] = []

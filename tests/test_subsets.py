@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pretrain.cli import UserError
-from pretrain.data import ImageDataset, open_dataset
+from pretrain.data import CLASS_COUNTS, ImageDataset, open_dataset
 from transfer import subsets
 from transfer.subsets import PublishedList, balanced_draw, choose_subset, fetch_list, read_list
 
@@ -20,6 +20,11 @@ from transfer.subsets import PublishedList, balanced_draw, choose_subset, fetch_
 @pytest.fixture
 def data(cifar_folder: Path) -> ImageDataset:
     return open_dataset("cifar10", cifar_folder, "train")
+
+
+@pytest.fixture(autouse=True)
+def imagenet_of_four_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CLASS_COUNTS, "imagenet", 4)
 
 
 def _imagenet(folder: Path, classes: int = 4, each: int = 30) -> ImageDataset:

@@ -120,7 +120,7 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     assert list(_files([a, moco])) == ["backbone", "moco"]
     named = _files([a, b])
     assert named == {"a-pretrain-backbone": paths[0], "b-pretrain-backbone": paths[1]}
-    with pytest.raises(UserError, match="moco[.]pth twice"):
+    with pytest.raises(UserError, match=r"moco[.]pth twice"):
         _files([moco, a, moco])
     (tmp_path / "moco.pt").touch()
     with pytest.raises(UserError, match="rename one"):

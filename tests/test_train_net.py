@@ -234,6 +234,7 @@ def test_other_mistakes(scene_folder: Path, tmp_path: Path, capsys: Any) -> None
     assert "known names: " in refused(["--config-file", "nothing", *random[2:]], capsys)
     assert "NO.SUCH" in refused([*random, "NO.SUCH", "1"], capsys)
     assert "pairs of KEY VALUE" in refused([*random, "SEED"], capsys)
+    assert "leave out --eval-only" in refused(["--show", "x", "--eval-only", *random], capsys)
     polygons = refused([*random, "INPUT.MASK_FORMAT", "polygon"], capsys)
     assert "run-length encoded: add INPUT.MASK_FORMAT bitmask" in polygons
     assert "'elsewhere' is not known" in refused([*random, "DATASETS.TEST", "('elsewhere',)"], capsys)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pretrain.cli import UserError, parse_settings
-from pretrain.files import atomic_path, sha256_of
+from pretrain.files import atomic_path, set_usual_mode, sha256_of
 from transfer.detection_needs import need_detectron2
 
 AUTHOR = "intl-bench"
@@ -305,6 +305,7 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
     }  # fmt: skip
     with atomic_path(settings.output) as aside:
         save_file({k: v.contiguous() for k, v in state.items()}, aside, metadata)
+        set_usual_mode(aside)
     return metadata
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.cli import UserError, parse_settings
-from pretrain.files import sha256_of, write_json, write_text
+from pretrain.files import set_usual_mode, sha256_of, write_json, write_text
 from transfer.backbone import Loaded, load_backbone
 
 RECORD = "export.json"
@@ -76,6 +76,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         }
         settings.output.mkdir(exist_ok=True)
         for path in folder.iterdir():
+            if path.is_file():
+                set_usual_mode(path)
             shutil.move(path, settings.output / path.name)
         write_json(settings.output / RECORD, record)
     return record

@@ -55,6 +55,8 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    """What is compared, and how long it trains."""
+
     data_dir: str
     """Folder of the data set."""
     output: str

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli import EXIT_CODES, run
+from pretrain.cli import EXIT_CODES, UserError, run
 from transfer.detection_needs import need_detectron2
 
 
@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int | None:
     """Parse, and hand over to what needs detectron2. Raises UserError where there is none."""
     args = parser().parse_args(argv)
+    if args.show and (args.eval_only or args.resume):
+        raise UserError("--show DIR only draws predictions into DIR: leave out --eval-only and --resume")
     need_detectron2()
     from transfer.detection_run import start
 
