@@ -24,6 +24,7 @@ from transfer.protocol import load_protocol
 from transfer.reporting import tables
 from transfer.reporting.collect import collect
 from transfer.reporting.compare import Summary, Trial, binomial_error, compare
+from transfer.reporting.content import differences
 from transfer.reporting.inventory import RECIPES, pretraining_of
 from transfer.reporting.methods import group
 from transfer.reporting.published import load_published
@@ -261,6 +262,18 @@ def test_a_repeated_run_replaces_its_earlier_result(tmp_path: Path) -> None:
 
 
 # protocols, published numbers, several folders
+
+
+def test_another_image_size_is_told_beside_the_difference(tmp_path: Path) -> None:
+    for sizes, said in (((48, 32), True), ((48, 48), False)):
+        out = tmp_path / str(sizes[1])
+        lines = [
+            record(label, "knn", {"top1_k20": top1}, image_size=size)
+            for label, top1, size in (("INTL", 84.0, sizes[0]), ("random control", 80.0, sizes[1]))
+        ]
+        write_lines(out / "results.jsonl", lines)
+        _, (finding,) = differences(group(collect([out])))
+        assert ("judged at 48 px and 32 px" in finding.sentence) == said
 
 
 def test_results_of_two_protocols_are_never_in_one_column(tmp_path: Path) -> None:

@@ -184,6 +184,11 @@ def differences(results: Results) -> tuple[Table | None, tuple[Finding, ...]]:
             a, b = results.headline(first, task), results.headline(second, task)
             assert a is not None and b is not None
             found = compare(a, b)
+            sizes = [
+                _input_note(results.records(m, task, results.selections(m, task)[0])) for m in (first, second)
+            ]
+            if len(set(filter(None, sizes))) > 1:
+                found = dataclasses.replace(found, reason=f"{found.reason}; judged at {' and '.join(sizes)}")
             kind = {"beyond noise": "good", "within noise": "bad"}.get(found.verdict, MISSING)
             rows.append([
                 cell(f"{task.title} {metric_name(metric)}", note=task.setting), cell(f"{first} − {second}"),
