@@ -117,7 +117,18 @@ def load_reading(
     raw: RawFile, readings: list[Reading], path: str | Path, *, arch: str | None, branch: str
 ) -> Loaded:
     """The backbone of `branch` by the complete one of `readings`; raises UserError as `load_backbone`."""
-    reading = choose(readings, branch, Path(path))
+    try:
+        reading = choose(readings, branch, Path(path))
+    except UserError as error:
+        if arch is None:
+            raise
+        try:
+            found = choose(read_all(raw), branch, Path(path)).arch
+        except UserError:
+            raise error from None
+        raise UserError(
+            f"{path}: its backbone is a {found}, not a {arch}: leave out --arch {arch}"
+        ) from error
     metadata = own_metadata(raw, branch)
     model = _build(reading, metadata)
     assert reading.arch is not None
