@@ -100,7 +100,7 @@ def test_a_broken_image_is_named(cifar_folder: Path, tmp_path: Path) -> None:
 def test_a_name_stands_for_its_classes(cifar_folder: Path) -> None:
     assert len(open_dataset("imagefolder", cifar_folder, "train").classes) == 10
     for name, count in (("imagenet", 1000), ("cifar100", 100)):
-        with pytest.raises(UserError, match=f"has 10 classes, {name} has {count}; --dataset imagefolder"):
+        with pytest.raises(UserError, match=f"has 10 classes, {name} has {count}: is a class"):
             open_dataset(name, cifar_folder, "train")
 
 

@@ -207,6 +207,9 @@ def test_bad_input_before_the_work(cifar_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(cifar_folder, copy)
     shutil.rmtree(next((copy / "test").iterdir()))
+    words = argv("raw-pixels", copy, tmp_path / "o", "cached_linear@1")
+    with pytest.raises(UserError, match="has 9 classes, cifar10 has 10: is a class folder missing"):
+        linear.main(words)
     with pytest.raises(UserError, match="only in train"):
-        linear.main(argv("raw-pixels", copy, tmp_path / "o", "cached_linear@1"))
+        linear.main([*words, "--dataset", "imagefolder"])
     assert not (tmp_path / "o" / "results.jsonl").exists()

@@ -415,5 +415,8 @@ def test_bad_data(words: list[str], cifar_folder: Path, tmp_path: Path, harm, me
     shutil.copytree(cifar_folder, tmp_path / "data")
     harm(tmp_path / "data")
     with pytest.raises(UserError, match=message):
-        main([*words, "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "o")])
+        main([
+            *words, "--dataset", "imagefolder", "--data-dir", str(tmp_path / "data"),
+            "--output", str(tmp_path / "o"),
+        ])  # fmt: skip
     assert not (tmp_path / "o").exists()
