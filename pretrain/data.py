@@ -150,8 +150,8 @@ def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
     wanted = CLASS_COUNTS.get(name, len(data.classes))
     if len(data.classes) != wanted:
         raise UserError(
-            f"{data.root}: has {len(data.classes)} classes, {name} has {wanted}: is a class folder missing, or "
-            "is it another data set? --dataset imagefolder takes any folder of class folders"
+            f"{data.root}: has {len(data.classes)} classes, {name} has {wanted}: is a class folder missing, "
+            "or is it another data set? --dataset imagefolder takes any folder of class folders"
         )
     return data
 
