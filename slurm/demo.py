@@ -21,7 +21,6 @@ from slurm.options import spread
 from slurm.resources import load_profile
 from slurm.snapshot import pin
 from slurm.tasks import Images, Subject
-from transfer.report import show_summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +57,6 @@ def main(argv: list[str]) -> int | None:
     asked = parse_settings(Demo, argv, prog="python -m slurm demo", description=__doc__ or "")
     root = Path(asked.output).resolve()
     images = Images(dataset=asked.dataset, data_dir=find_images(asked.dataset, asked.data_dir))
-    tasks.recipe_settings(
-        asked.recipe or f"demo_{asked.dataset}", asked.pretrain_options.split(),
-        data_dir=str(images.data_dir), output=str(root / "pretrain"),
-    )  # fmt: skip
     graph = demo_graph(root, images, asked)
     redo = graph.forced(asked.force or [])
     with locked(root):
@@ -72,6 +67,8 @@ def main(argv: list[str]) -> int | None:
         _say_what_comes(graph, run.machine, root)
         views = run.run()
     if (root / "report" / "index.html").exists():
+        from transfer.report import show_summary
+
         show_summary(root)
     bad = [v for v in views if v.state != DONE]
     for view in bad:

@@ -75,9 +75,9 @@ def pretraining(root: Path, recipe: str, images: Images | None, seed: int, extra
     A hook of the recipe's own or among `extra` takes its place; `--hook null` in `extra` leaves it out.
     """
     hook: tuple[str, ...] = ()
-    if images and "--hook" not in extra:
+    if images:
         told = recipe_settings(recipe, extra, data_dir=str(images.data_dir), output=str(root / "pretrain"))
-        hook = KNN_HOOK if told.hook is None else ()
+        hook = KNN_HOOK if told.hook is None and "--hook" not in extra else ()
     return _pretrain(root, "pretrain", "pretrain", recipe, images, seed, (*hook, *extra))
 
 
