@@ -187,6 +187,8 @@ def differences(results: Results) -> tuple[Table | None, tuple[Finding, ...]]:
             sizes = [
                 _input_note(results.records(m, task, results.selections(m, task)[0])) for m in (first, second)
             ]
+            if {t.sha256 for t in a.trials} == {t.sha256 for t in b.trials} != {""}:
+                found = dataclasses.replace(found, reason=f"{found.reason}; the same weights")
             if len(set(filter(None, sizes))) > 1:
                 found = dataclasses.replace(found, reason=f"{found.reason}; judged at {' and '.join(sizes)}")
             kind = {"beyond noise": "good", "within noise": "bad"}.get(found.verdict, MISSING)

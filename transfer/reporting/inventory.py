@@ -24,7 +24,7 @@ def judged(evidence: Evidence) -> Table | None:
     counts: dict[tuple[str, ...], int] = {}
     for record in evidence.records:
         weights = record["weights"] or {}
-        key = (record.label, record.sha256, str(weights.get("branch") or ""))
+        key = (record.label, *record.identity)
         counts[key] = counts.get(key, 0) + 1
         if key in rows:
             continue
@@ -43,7 +43,17 @@ def judged(evidence: Evidence) -> Table | None:
         "results",
     ]  # fmt: skip
     body = [[*row, cell(counts[key])] for key, row in rows.items()]
-    return table("judged", "What was judged", columns, body)
+    return table("judged", "What was judged", columns, body, _twins(evidence.records))
+
+
+def _twins(records: list[Record]) -> str:
+    """Which labels stand for the same weights."""
+    labels: dict[tuple[str, str], dict[str, None]] = {}
+    for r in records:
+        if r.sha256:
+            labels.setdefault(r.identity, {})[r.label] = None
+    told = [f"{' and '.join(same)} are the same weights." for same in labels.values() if len(same) > 1]
+    return " ".join([*told, "One --label for all makes them one row."] if told else [])
 
 
 def _presence(path: str, sha256: str) -> str:
@@ -99,7 +109,7 @@ def alarms(evidence: Evidence) -> tuple[str, ...]:
     return (*told[:MAX_ALARMS], f"and {more} more: see Missing, failed and stale")
 
 
-def gaps(evidence: Evidence, results: Results) -> Table | None:
+def gaps(evidence: Evidence) -> Table | None:
     """What is missing, failed or stale."""
     rows = [
         [cell(g.name), cell(g.state, kind="bad"), cell(g.detail)]
@@ -114,7 +124,6 @@ def gaps(evidence: Evidence, results: Results) -> Table | None:
         rows.append(
             [cell(f"{label}: {what}"), cell("stale", kind=STALE), cell(f"{why} ({count} result lines)")]
         )
-    rows += [[cell("note"), cell("replaced"), cell(n)] for n in results.notes]
     rows += [[cell("input"), cell("unreadable", kind="bad"), cell(p)] for p in evidence.problems]
     if not rows:
         return None

@@ -173,7 +173,8 @@ def group(evidence: Evidence, *, pool: bool = False) -> Results:
         groups[key][same] = record
     if replaced:
         notes.append(
-            f"{replaced} earlier result{'s' if replaced > 1 else ''} replaced by a later run of the same"
+            f"{replaced} earlier {'results were' if replaced > 1 else 'result was'} replaced by a later run "
+            "of the same."
         )
     chosen = {key: _fresh(trials.values(), order) for key, trials in groups.items()}
     methods = dict.fromkeys(

@@ -18,7 +18,9 @@ from transfer.reporting.methods import Results
 from transfer.reporting.pictures import Shown, encode
 from transfer.reporting.records import Record
 
-QUERIES, NEIGHBOURS = 6, 6
+SHOWN, NEIGHBOURS = 6, 6
+COUNTED = 1000
+"""Test images, evenly spread, whose neighbours are counted for the caption: six rows alone would mislead."""
 MOST_IMAGES = 200_000
 """Beyond it the training images are not searched again for a picture's sake."""
 TILE, FRAME, GAP = 72, 4, 4  # px
@@ -49,15 +51,21 @@ def _picture(method: str, record: Record, name: str) -> Shown:
     test = open_dataset(str(record["dataset"]), config["data_dir"], "test")
     cache = Path(config.get("cache_dir") or record.folder / "features")
     bank, queries = _features(cache, record, train), _features(cache, record, test)
-    chosen = _queries(test)
+    shown = _shown(test)
+    counted = np.unique(np.linspace(0, len(test) - 1, min(COUNTED, len(test))).round().astype(int))
+    asked = np.concatenate([shown, counted])
     with torch.no_grad():
         _, index = nearest(
-            torch.from_numpy(bank), torch.from_numpy(np.array(queries[chosen])),
+            torch.from_numpy(bank), torch.from_numpy(np.array(queries[asked])),
             min(NEIGHBOURS, len(train)), metric=settings.get("metric", "cosine"), device=torch.device("cpu"),
         )  # fmt: skip
     found = index.numpy()
-    sheet, hits = draw(test, train, chosen, found)
-    caption = f"{method}: {hits} of {found.size} neighbours have the query's class ({record['dataset']})"
+    sheet = draw(test, train, shown, found[: len(shown)])
+    same = train.labels_N[found[len(shown) :]] == test.labels_N[counted][:, None]
+    caption = (
+        f"{method}, {record['dataset']}: of the {found.shape[1]} nearest to each of {len(counted):,} test "
+        f"images, {100 * same.mean():.1f} % have its class"
+    )
     return Shown(
         name=name, caption=caption, data=encode(sheet, "PNG"), mime="image/png", width=sheet.width,
         height=sheet.height,
@@ -88,32 +96,28 @@ def _features(cache: Path, record: Record, data: ImageDataset) -> np.ndarray:
     raise UserError(f"no features of today's {data.split} images under {cache}")
 
 
-def _queries(data: ImageDataset) -> list[int]:
+def _shown(data: ImageDataset) -> list[int]:
     """The first image of classes spread over all."""
-    classes = np.unique(np.linspace(0, len(data.classes) - 1, QUERIES).round().astype(int))
+    classes = np.unique(np.linspace(0, len(data.classes) - 1, SHOWN).round().astype(int))
     return [int(np.flatnonzero(data.labels_N == c)[0]) for c in classes if (data.labels_N == c).any()]
 
 
-def draw(
-    test: ImageDataset, train: ImageDataset, queries: list[int], index_QK: np.ndarray
-) -> tuple[Image.Image, int]:
-    """A row a query: the query, then its neighbours, nearest first; and how many have the query's class.
+def draw(test: ImageDataset, train: ImageDataset, queries: list[int], index_QK: np.ndarray) -> Image.Image:
+    """A row a query: the query, then its neighbours, nearest first.
 
     A neighbour of another class has a red frame and a bar through its lower corner.
     """
     side = TILE + 2 * FRAME
     rows, columns = index_QK.shape
     sheet = Image.new("RGB", (columns * (side + GAP) + side + 2 * GAP, rows * (side + GAP) - GAP), "white")
-    hits = 0
     for row, query in enumerate(queries):
         y = row * (side + GAP)
         sheet.paste(_tile(test.image(query), QUERY), (0, y))
         for column, neighbour in enumerate(index_QK[row]):
             same = bool(train.labels_N[neighbour] == test.labels_N[query])
-            hits += same
             x = (column + 1) * (side + GAP) + 2 * GAP
             sheet.paste(_tile(train.image(int(neighbour)), SAME if same else OTHER, struck=not same), (x, y))
-    return sheet, hits
+    return sheet
 
 
 def _tile(image: Image.Image, colour: str, *, struck: bool = False) -> Image.Image:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pretrain.files import atomic_path, write_text
 from transfer.reporting import content, inventory, pictures, plots, tables
@@ -62,7 +63,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
     evidence = dataclasses.replace(evidence, problems=[*evidence.problems, *left_out])
     near, unseen = _neighbours(results)
     difference_table, findings = content.differences(results)
-    missing = inventory.gaps(evidence, results)
+    missing = inventory.gaps(evidence)
     elsewhere = content.published_elsewhere(results)
     wall = inventory.costs(evidence)
     weights = inventory.judged(evidence)
@@ -74,7 +75,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         Section(slug="judged", title="What was judged", tables=_some(weights)),
         Section(
             slug="tasks", title="Tasks",
-            text="One table for each task and protocol; results of different protocols are never ranked.",
+            text=" ".join([TASKS_TEXT, *results.notes]),
             tables=tuple(content.task_table(results, task) for task in results.tasks),
             plots=tuple(plots.classification_plots(results)),
         ),
@@ -107,6 +108,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
     )
 
 
+TASKS_TEXT = "One table for each task and protocol; results of different protocols are never ranked."
 NEIGHBOURS_TEXT = (
     "Left, a test image; right, its nearest training images in feature space, nearest first. Green: of its "
     "class; red and struck through: of another."
@@ -160,6 +162,11 @@ def _standalone(plot: Plot) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + plot.svg.replace("<svg ", f"<svg {style} ", 1) + "\n"
 
 
+def _breakable(text: str) -> Markup:
+    """Text that may be broken behind the marks inside a path or a name, not in the middle of a word."""
+    return Markup(re.sub(r"(?<=\w)([/_@]+|\.(?=[^\W\d]))(?=\w)", r"\1<wbr>", str(escape(text))))
+
+
 def _render(template: str, page: Page) -> str:
     html = template.endswith(".html.j2")
     environment = Environment(
@@ -172,6 +179,7 @@ def _render(template: str, page: Page) -> str:
     )
     environment.filters["markdown_table"] = tables.to_markdown
     environment.filters["numeric"] = tables.numeric
+    environment.filters["breakable"] = _breakable
     environment.globals["svg"] = lambda plot: Markup(plot.svg)
     environment.globals["css"] = lambda: Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     return environment.get_template(template).render(page=page)

@@ -262,6 +262,8 @@ def _label_share_plots(results: Results) -> list[Plot]:
             if found:
                 series.append((method, [p for p, _ in found], [v for _, v in found]))
         shares = sorted({x for _, xs, _ in series for x in xs})
+        if len(shares) < 2:
+            continue
         slug = f"labels-{dataset}-{protocol.replace('@', '-v')}"
         title = f"Fine-tuning by share of labels ({dataset}, {protocol})"
         names = {"x": "share of the labels, percent", "y": "top-1, percent"}

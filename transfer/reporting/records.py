@@ -40,6 +40,11 @@ class Record:
         return str((self["weights"] or {}).get("sha256") or "")
 
     @property
+    def identity(self) -> tuple[str, str]:
+        """What tells weights apart: sha256 and branch; the first empty where there is no file."""
+        return self.sha256, str((self["weights"] or {}).get("branch") or "")
+
+    @property
     def protocol(self) -> str:
         """name@version, the way it is given on the command line."""
         return protocol_name(self["protocol"] or {})
