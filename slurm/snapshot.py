@@ -15,14 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from transfer.commit import PINNED, commit
+
 SOURCE = Path(__file__).resolve().parent.parent
-PINNED = ("pretrain", "transfer", "slurm", "detection_configs")
+FOLDERS = ("pretrain", "transfer", "slurm", "detection_configs")
 SKIPPED = {"__pycache__"}
 
 
 def code_files() -> list[Path]:
     """The project's files that a job may use, relative to the project's root."""
-    files = [p for name in PINNED for p in sorted((SOURCE / name).rglob("*")) if p.is_file()]
+    files = [p for name in FOLDERS for p in sorted((SOURCE / name).rglob("*")) if p.is_file()]
     return [p.relative_to(SOURCE) for p in files if not SKIPPED.intersection(p.parts)]
 
 
@@ -39,7 +41,7 @@ def pin(root: Path) -> Path:
     for path in files:
         (aside / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(SOURCE / path, aside / path)
-    (aside / "COMMIT").write_text(commit() + "\n")
+    (aside / PINNED).write_text((commit() or "") + "\n")
     try:
         aside.rename(folder)
     except OSError:  # another submission made the same copy meanwhile
@@ -47,28 +49,11 @@ def pin(root: Path) -> Path:
     return folder
 
 
-def commit() -> str:
-    """The commit of the working tree, `+changes` when it has uncommitted ones, `unknown` outside of git."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(SOURCE), *words], capture_output=True, text=True, timeout=20, check=True
-    )
-    return done.stdout.strip()
-
-
 def environment() -> dict[str, Any]:
     """Python, packages, machine, GPUs and commit, as plain values."""
     packages = {
         d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
     }
-    pinned = Path.cwd() / "COMMIT"
     return {
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -76,7 +61,7 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpus": gpu_names(),
-        "commit": pinned.read_text().strip() if pinned.is_file() else commit(),
+        "commit": commit(),
         "packages": dict(sorted(packages.items())),
     }
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import platform
-import subprocess
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -18,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from pretrain.files import append_jsonl, read_jsonl
+from transfer.commit import commit
 
 FILE = "results.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "detectron2", "sal-detectron2")
@@ -131,30 +130,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@cache
-def commit() -> str | None:
-    """The commit of this project's checkout, with "+changes" where files differ from it; None elsewhere.
-
-    A copy of the code that was pinned for a job has it in the file COMMIT.
-    """
-    here = Path(__file__).resolve().parent
-    pinned = here.parent / "COMMIT"
-    if pinned.is_file():
-        return pinned.read_text(encoding="utf-8").strip() or None
-
-    def git(*words: str) -> str:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        return subprocess.run(
-            ["git", "-C", str(here), *words],
-            capture_output=True, text=True, check=True, timeout=20, env=environment,
-        ).stdout.strip()  # fmt: skip
-
-    try:
-        if not git("ls-files", "--error-unmatch", Path(__file__).name):
-            return None
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changes else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
