@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from pathlib import Path
 
-import torch
-
 from benchmarks import BENCHMARKS
-from benchmarks.harness import as_markdown, as_record
-from pretrain.cli import UserError, run
+from pretrain.cli import Parser, UserError, run
 from pretrain.files import write_json, write_text
 
 
 def measure(argv: list[str]) -> int:
     """Run the named benchmarks (all by default); exit code 1 when a target is missed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; default all")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few repeats: does it run at all")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default %(default)s")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser = Parser(
+        prog="python -m benchmarks",
+        description="Measure speed and memory beside plain references; exit code 1 when a target is missed.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {', '.join(BENCHMARKS)}; default: all.")
+    parser.add_argument("--quick", action="store_true", help="Small sizes, few repeats: does it run at all?")
+    parser.add_argument("--threads", type=int, metavar="N", help="Of PyTorch; default: its own number.")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR",
+                        help="Folder for a JSON file and a Markdown table of each; default: results, "
+                        "beside the benchmarks.")  # fmt: skip
     options = parser.parse_args(argv)
+    import torch  # here, as it takes seconds to load and --help does not need it
+
+    from benchmarks.harness import as_markdown, as_record
+
     unknown = set(options.names) - set(BENCHMARKS)
     if unknown:
         raise UserError(f"no benchmark {', '.join(sorted(unknown))}: there are {', '.join(BENCHMARKS)}")
-    if options.threads < 1:
-        raise UserError(f"--threads must be at least 1, got {options.threads}")
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        if options.threads < 1:
+            raise UserError(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
     missed = 0
     for name in options.names or BENCHMARKS:
         module = importlib.import_module(f"benchmarks.{name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -11,7 +12,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -20,6 +22,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
 from pretrain.files import write_json, write_text
 from pretrain.signals import Stopped
+from pretrain.usage import EXIT_CODES, Formatter, help_text
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +32,7 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 75  # stopped by a signal, everything saved; the same command goes on (EX_TEMPFAIL of sysexits)
 EXIT_INTERRUPTED = 130
 
-EXIT_CODES = (
-    "exit codes: 0 done; 1 failed; 2 wrong input, nothing started; "
-    "75 stopped by SIGTERM or SIGUSR2 with everything saved, run it again to go on; 130 interrupted"
-)
+TRUTH = ("true", "false", "yes", "no")
 
 Settings = TypeVar("Settings")
 
@@ -45,8 +45,24 @@ class RunFailed(RuntimeError):
     """A run that cannot go on for a reason that its message gives in full: exit code 1, no traceback."""
 
 
-class _Parser(ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's help, and one line for a mistake."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog, description=description, epilog=EXIT_CODES, formatter_class=Formatter,
+            allow_abbrev=False, add_help=False,
+        )  # fmt: skip
+        self.add_argument("-h", "--help", action="help", help="Print this text.")
+
+    def error(self, message: str) -> NoReturn:
+        raise _mistake(message, self._option_string_actions)
+
+
+class _SettingsParser(ArgumentParser):
     """jsonargparse with options spelt the usual way: --data-dir (for data_dir), --dry-run, --no-verify."""
+
+    help_text = ""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("type") is bool:
@@ -55,20 +71,28 @@ class _Parser(ArgumentParser):
         dashed = [a.replace("_", "-") if isinstance(a, str) and a.startswith("--") else a for a in args]
         return super().add_argument(*dashed, **kwargs)
 
+    def format_help(self, *_: Any) -> str:
+        return self.help_text
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        """One line instead of the usage and several."""
-        line = " ".join(message.split()).replace("<class 'int'>", "whole number")
-        line = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: "one of " + m[1].replace("'", ""), line)
-        line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
-        line = re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{m[1].replace('_', '-')}:", line)
-        required = "the following arguments are required: "
-        if line.startswith(required):
-            options = line.removeprefix(required).split(", ")
-            line = required + ", ".join(f"--{o.replace('_', '-')}" for o in options)
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", line, re.IGNORECASE)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{line}{hint} (--help lists all options)") from ex
+        raise _mistake(message, self._option_string_actions) from ex
+
+
+def _mistake(message: str, options: Collection[str]) -> UserError:
+    """One line in the user's words instead of the parser's several."""
+    line = " ".join(message.split()).replace("<class 'int'>", "whole number")
+    line = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: "one of " + m[1].replace("'", ""), line)
+    line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
+    line = re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{m[1].replace('_', '-')}:", line)
+    required = "the following arguments are required: "
+    if line.startswith(required):
+        missing = line.removeprefix(required).split(", ")
+        known = [f"--{name.replace('_', '-')}" for name in missing]
+        line = required + ", ".join(n if n in options else m for n, m in zip(known, missing))
+    unknown = re.match(r"unrecognized arguments: (--[\w-]+)", line, re.IGNORECASE)
+    near = difflib.get_close_matches(unknown[1], options, n=1) if unknown else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"{line}{hint} (--help lists all options)")
 
 
 def parse_settings(
@@ -79,23 +103,28 @@ def parse_settings(
     description: str,
     config_flag: str = "--config",
     presets: Path | None = None,
+    positional: Sequence[str] = (),
+    groups: Mapping[str, str] | None = None,
 ) -> Settings:
     """Parse `argv` into the frozen dataclass `cls`: a YAML file's values, overridden by options.
 
     `config_flag FILE` may be given several times, later ones winning; where `presets` names a folder, FILE
-    may also be the name of a YAML file in it. ValueErrors of `cls.__post_init__` become UserErrors.
+    may also be the name of a YAML file in it. Words that belong to no option are the values of `positional`
+    in order, the last of which may be a list. `groups` are those of the help text, as `usage.help_text` has
+    it. ValueErrors of `cls.__post_init__` become UserErrors.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog=prog, description=description, epilog=EXIT_CODES, allow_abbrev=False)
+    parser = _SettingsParser(prog=prog, allow_abbrev=False)
     known = sorted(p.stem for p in presets.glob("*.yaml")) if presets else []
-    parser.add_argument(
-        config_flag,
-        action="config",
-        help="YAML file with any of the options below"
-        + (f", or one of: {', '.join(known)}" if known else ""),
-    )
+    parser.add_argument(config_flag, action="config")
     parser.add_class_arguments(cls)
-    namespace = parser.parse_args(_with_presets(list(argv), config_flag, presets, known))
+    takes = "YAML file with any of these options" + (f", or one of: {', '.join(known)}" if known else "")
+    parser.help_text = help_text(
+        cls, {a.dest: a.help or "" for a in parser._actions}, prog=prog, description=description,
+        config=(config_flag, f"{takes}."), positional=positional, groups=groups,
+    )  # fmt: skip
+    words = _with_presets(_with_names(cls, argv, positional), config_flag, presets, known)
+    namespace = parser.parse_args(words)
     values = {f.name: namespace[f.name] for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     try:
         return cls(**values)
@@ -103,6 +132,27 @@ def parse_settings(
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _with_names(cls: type, argv: Sequence[str], positional: Sequence[str]) -> list[str]:
+    """`--watch DIR` becomes `--watch --dir=DIR` where `dir` is positional."""
+    hints = typing.get_type_hints(cls)
+    dashed = [f"--{name.replace('_', '-')}" for name, hint in hints.items() if hint is bool]
+    bare = {"-h", "--help", "--print-config", *dashed, *(f"--no-{flag[2:]}" for flag in dashed)}
+    options: list[str] = []
+    words: list[str] = []
+    takes_value = False
+    for word in argv:
+        if takes_value or word.startswith("-") or (options[-1:] and options[-1] in bare and word in TRUTH):
+            takes_value = not takes_value and word.startswith("-") and "=" not in word and word not in bare
+            options.append(word)
+        else:
+            words.append(word)
+    for name in positional[: len(words)]:
+        many = typing.get_origin(hints[name]) is list
+        value, words = (json.dumps(words), []) if many else (words[0], words[1:])
+        options.append(f"--{name.replace('_', '-')}={value}")
+    return options + words
 
 
 def _with_presets(argv: list[str], flag: str, presets: Path | None, known: list[str]) -> list[str]:

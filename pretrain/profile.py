@@ -26,8 +26,8 @@ from pretrain.loader import (
 )
 from pretrain.loss import intl_loss
 from pretrain.model import momentum_update
-from pretrain.settings import Settings
-from pretrain.train import RECIPES, Learner, Plan, choose_dtype, on_device, views_of
+from pretrain.settings import RECIPES, Settings
+from pretrain.train import Learner, Plan, choose_dtype, on_device, views_of
 
 PARTS = ("data wait", "transfer and augment", "forward", "loss", "backward", "optimizer")
 

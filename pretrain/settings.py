@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from pretrain.cli import UserError
+from pretrain.cli import UserError, parse_settings
+
+RECIPES = Path(__file__).parent / "recipes"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -186,6 +190,22 @@ class Settings:
     def image_size(self) -> int:
         """Side in px at which the backbone is to be evaluated."""
         return self.eval_size or self.view_sizes[0]
+
+
+GROUPS = {
+    "data_dir": "data and output", "arch": "network", "iterations": "loss",
+    "epochs": "schedule and optimizer", "view_sizes": "views", "precision": "machine",
+    "log_every": "saving and logging",
+}  # fmt: skip
+"""The first option of each group of --help, and the group's title."""
+
+
+def parse_recipe(argv: Sequence[str], *, prog: str = "python -m pretrain", description: str = "") -> Settings:
+    """The settings of a run from its recipe and options."""
+    return parse_settings(
+        Settings, argv, prog=prog, description=description, config_flag="--recipe", presets=RECIPES,
+        groups=GROUPS,
+    )  # fmt: skip
 
 
 _PER_VIEW = ("min_scales", "max_scales", "jitter_p", "grey_p", "blur_p", "solarise_p", "flip_p")

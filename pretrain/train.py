@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pretrain.augment import View, finish
 from pretrain.checkpoint import DISK_FULL, CheckpointWriter, load_checkpoint, remove_leftovers, save_backbone
-from pretrain.cli import Progress, RunFailed, UserError, parse_settings, save_settings, settings_as_dict
+from pretrain.cli import Progress, RunFailed, UserError, save_settings, settings_as_dict
 from pretrain.control import estimate_bn
 from pretrain.data import ImageDataset, open_dataset
 from pretrain.diagnostics import collapse, diagnose
@@ -23,7 +23,6 @@ from pretrain.distributed import (
     barrier,
     convert_sync_batchnorm,
     is_main,
-    process_group,
     rank,
     world_size,
 )
@@ -46,22 +45,10 @@ from pretrain.spectral import power
 
 logger = logging.getLogger(__name__)
 
-RECIPES = Path(__file__).parent / "recipes"
 ASK_RANKS_EVERY = {"cpu": 1, "cuda": 10}  # steps between two questions to all ranks: was one told to stop?
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Hook = Callable[[nn.Module, Settings], Mapping[str, float]]
-
-
-def main(argv: list[str]) -> int | None:
-    """`python -m pretrain`."""
-    settings = parse_settings(
-        Settings, argv, prog="python -m pretrain", config_flag="--recipe", presets=RECIPES,
-        description="Pretrain a timm ResNet with INTL. Run again with the same --output to go on.",
-    )  # fmt: skip
-    with process_group() as device:
-        train(settings, device, hook=load_hook(settings.hook))
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)

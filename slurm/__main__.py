@@ -6,11 +6,12 @@ import difflib
 import importlib
 import sys
 
-from pretrain.cli import EXIT_CODES, UserError, run
+from pretrain.cli import UserError, run
+from pretrain.usage import EXIT_CODES, wrapped
 
 # command: (module with `main(argv)`, one line of help). Modules are imported only when they are called.
 COMMANDS = {
-    "suite": ("slurm.suite", "pretrain or take weights, judge them, report: on SLURM or on this machine"),
+    "suite": ("slurm.suite", "pretrain or take weights, judge, report: on SLURM or here"),
     "status": ("slurm.status", "how every job of a suite stands"),
     "cancel": ("slurm.cancel", "stop a suite's jobs; submit again to go on"),
     "logs": ("slurm.logs", "print the log of one step"),
@@ -20,10 +21,11 @@ COMMANDS = {
 
 def usage() -> str:
     """The commands with one line of help each."""
-    lines = [f"  {name:8s} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:6s}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([
-        "usage: python -m slurm COMMAND [options]      (COMMAND --help lists the options)", "",
-        "The benchmark suite as a graph of jobs.", "", "commands:", *lines, "", EXIT_CODES,
+        "usage: python -m slurm COMMAND [options]", "",
+        "The benchmark suite as a graph of jobs. COMMAND --help lists its options.", "",
+        "commands:", *lines, "", wrapped(EXIT_CODES),
     ])  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pretrain.cli import UserError, parse_settings
 from slurm.folder import holder
 from slurm.local import end_jobs
-from slurm.options import positional
 from slurm.queue import live_steps
 from slurm.record import Record
 from slurm.status import suite_folder
@@ -29,8 +28,9 @@ class Cancel:
 def main(argv: list[str]) -> int | None:
     """Stop what is queued or running; what is saved stays, and submitting again goes on."""
     asked = parse_settings(
-        Cancel, positional(argv, "--dir"), prog="python -m slurm cancel", description=__doc__ or ""
-    )
+        Cancel, argv, prog="python -m slurm cancel", positional=["dir"],
+        description="Stop a suite's jobs. What they saved is kept; the same suite command goes on.",
+    )  # fmt: skip
     root = suite_folder(asked.dir)
     live = live_steps(root)
     sent = {name: Record(root, name).submitted for name in live}

@@ -22,6 +22,12 @@ from slurm.resources import load_profile
 from slurm.snapshot import pin
 from slurm.tasks import Images, Subject
 
+DESCRIPTION = """The whole suite, small, on this machine, ending with a report.
+
+INTL is pretrained and judged beside its untrained control and raw pixels by k-NN and linear probe, then
+converted, and Mask R-CNN is trained from it and from random initialisation, on the same budget.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
@@ -53,8 +59,9 @@ class Demo:
 
 def main(argv: list[str]) -> int | None:
     """Prepare the data, run the graph, print the table."""
-    argv = spread(argv, ["--force"], [])
-    asked = parse_settings(Demo, argv, prog="python -m slurm demo", description=__doc__ or "")
+    asked = parse_settings(
+        Demo, spread(argv, ["--force"]), prog="python -m slurm demo", description=DESCRIPTION
+    )
     root = Path(asked.output).resolve()
     images = Images(dataset=asked.dataset, data_dir=find_images(asked.dataset, asked.data_dir))
     graph = demo_graph(root, images, asked)

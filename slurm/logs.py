@@ -6,7 +6,6 @@ import difflib
 from dataclasses import dataclass
 
 from pretrain.cli import UserError, parse_settings
-from slurm.options import positional
 from slurm.record import Record, records
 from slurm.status import suite_folder
 
@@ -25,8 +24,10 @@ class Logs:
 
 def main(argv: list[str]) -> int | None:
     """Print the end of each rank's output and error, under the file's path."""
-    words = positional(positional(argv, "--step", 2), "--dir")
-    asked = parse_settings(Logs, words, prog="python -m slurm logs", description=__doc__ or "")
+    asked = parse_settings(
+        Logs, argv, prog="python -m slurm logs", positional=["dir", "step"],
+        description="Print the end of a step's log, of each rank, and the traceback where it failed.",
+    )  # fmt: skip
     root = suite_folder(asked.dir)
     names = [r.name for r in records(root)]
     found = [n for n in names if n == asked.step] or [n for n in names if n.startswith(asked.step)]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from pretrain.cli import EXIT_FAILED, UserError, parse_settings
 from slurm.look import CANCELLED, DONE, FAILED, QUEUED, RUNNING, View, all_views
-from slurm.options import positional, spread
 from slurm.queue import live_steps
 from slurm.table import as_lines, as_table, summary
 
@@ -63,8 +62,10 @@ def changing(root: Path, every_s: float) -> Iterator[list[View]]:
 
 def main(argv: list[str]) -> int | None:
     """Print the table once, or until everything has ended; exit code 1 when something failed."""
-    argv = spread(positional(argv, "--dir"), [], ["--watch", "--json"])
-    asked = parse_settings(Status, argv, prog="python -m slurm status", description=__doc__ or "")
+    asked = parse_settings(
+        Status, argv, prog="python -m slurm status", positional=["dir"],
+        description="Say how every job of a suite stands; the exit code is 1 when one has failed.",
+    )  # fmt: skip
     root = suite_folder(asked.dir)
     if asked.json:
         steps = [dataclasses.asdict(view) for view in look_now(root)]

@@ -1,8 +1,4 @@
-"""A recipe or checkpoints enter; the whole downstream table leaves: on SLURM, or on this machine.
-
-pretrain ─▶ proof ─▶ k-NN, linear, semi-supervised (x seeds) ─▶ report
-              └────▶ conversion ─▶ detection (x seeds) ────────┘
-"""
+"""A recipe or checkpoints enter; the whole downstream table leaves: on SLURM, or on this machine."""
 
 from __future__ import annotations
 
@@ -25,6 +21,17 @@ from slurm.tasks import DETECTION, Images, Subject
 
 CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
 SUBMIT_LOCK_WAIT_S = 120
+DESCRIPTION = """Pretrain by a recipe, or take checkpoints; judge them; report. On SLURM or on this machine.
+
+pretrain ─▶ proof ─▶ k-NN, linear, semi-supervised (x seeds) ─▶ report
+              └────▶ conversion ─▶ detection (x seeds) ────────┘
+"""
+GROUPS = {
+    "output": "what to judge", "tasks": "how to judge it", "dataset": "data",
+    "knn_protocol": "protocols, and further options of the steps", "cluster": "where it runs",
+    "dry_run": "this call",
+}  # fmt: skip
+"""The first option of each group of --help, and the group's title."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,20 +44,20 @@ class Suite:
     """Pretrain by this recipe, a name or a YAML file; or give --weights."""
     weights: list[str] | None = None
     """Checkpoint files to judge, in any known format: --weights A.pth B.pth."""
+    branch: Literal["online", "ema"] = "online"
+    """Which of two networks of a checkpoint to judge."""
+    control: bool = False
+    """With --recipe: judge the same initialisation, untrained, as well."""
     tasks: list[str] | None = None
     """What to judge by: knn, linear, semisup1, semisup10, and detection configs such as coco_c4_2x."""
     seeds: int = 1
     """Runs of every task that has randomness, with seeds 0, 1 ...; k-NN has none and runs once."""
     pretrain_seed: int = 0
     """Seed of pretraining."""
-    control: bool = False
-    """With --recipe: judge the same initialisation, untrained, as well."""
-    branch: Literal["online", "ema"] = "online"
-    """Which of two networks of a checkpoint to judge."""
     dataset: str | None = None
     """Labelled images, for pretraining too; the recipe's own when not given, imagenet for --weights."""
     data_dir: str | None = None
-    """Where they are."""
+    """Folder of the data set."""
     detection_data: list[str] | None = None
     """COCO-format folders by name: NAME=ANNOTATIONS.json:IMAGES, where not in DETECTRON2_DATASETS."""
     knn_protocol: str = "solo_knn@1"
@@ -101,8 +108,9 @@ class Suite:
 def main(argv: list[str]) -> int | None:
     """Check, then submit or run what is missing."""
     lists = ["--weights", "--tasks", "--override", "--force", "--detection-data"]
-    argv = spread(argv, lists, ["--dry-run", "--control"])
-    asked = parse_settings(Suite, argv, prog="python -m slurm suite", description=__doc__ or "")
+    asked = parse_settings(
+        Suite, spread(argv, lists), prog="python -m slurm suite", description=DESCRIPTION, groups=GROUPS
+    )
     root = Path(asked.output).resolve()
     resources = load_profile(asked.profile or "local", asked.override or [])
     graph = suite_graph(root, asked, resources)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pretrain.cli import parse_settings
-from pretrain.settings import Settings
+from pretrain.settings import Settings, parse_recipe
 from slurm.graph import Step
 
 
@@ -57,12 +56,7 @@ DETECTION = {
 
 def recipe_settings(recipe: str, words: Sequence[str], *, data_dir: str | None, output: str) -> Settings:
     """A recipe with its overrides, parsed as the job will parse it; raises UserError where the job would."""
-    from pretrain.train import RECIPES
-
-    return parse_settings(
-        Settings, ["--recipe", recipe, "--data-dir", data_dir or "", *words, "--output", output],
-        prog="python -m pretrain", description="", config_flag="--recipe", presets=RECIPES,
-    )  # fmt: skip
+    return parse_recipe(["--recipe", recipe, "--data-dir", data_dir or "", *words, "--output", output])
 
 
 KNN_HOOK = ("--hook", "transfer.hooks:knn")

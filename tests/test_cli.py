@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from pretrain.cli import Progress, RunFailed, UserError, parse_settings, run, save_settings
-from pretrain.settings import Settings
+from pretrain.settings import RECIPES, parse_recipe
 from pretrain.signals import Stopped
-from pretrain.train import RECIPES, views_of
+from pretrain.train import views_of
 
 
 def pretrain(*argv: str) -> int:
@@ -71,10 +71,7 @@ def test_unknown_options_and_values_exit_with_two(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("recipe", sorted(p.stem for p in RECIPES.glob("*.yaml")))
 def test_each_recipe_parses_and_states_its_source(recipe: str) -> None:
-    settings = parse_settings(
-        Settings, ["--recipe", recipe, "--data-dir", "d", "--output", "o", "--epochs", "3"],
-        prog="p", description="d", config_flag="--recipe", presets=RECIPES,
-    )  # fmt: skip
+    settings = parse_recipe(["--recipe", recipe, "--data-dir", "d", "--output", "o", "--epochs", "3"])
     assert settings.epochs == 3 and len(views_of(settings)) == len(settings.view_sizes)
     text = (RECIPES / f"{recipe}.yaml").read_text()
     assert text.startswith("#")

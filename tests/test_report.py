@@ -488,23 +488,6 @@ def test_neighbours_without_images_are_told(suite: Path) -> None:
     assert "Not shown: INTL: " in page and "does not say where the images are" in page
 
 
-# words and options
-
-
-@pytest.mark.parametrize(
-    ("argv", "dirs", "rest"),
-    [
-        (["a", "b", "--output", "o"], ["a", "b"], ["--output", "o"]),
-        (["--output", "o", "a", "--pool", "b"], ["a", "b"], ["--output", "o", "--pool"]),
-        (["--pool", "true", "a", "--output=o"], ["a"], ["--pool", "true", "--output=o"]),
-        (["--output", "-o", "a"], ["a"], ["--output", "-o"]),
-        (["--help"], [], ["--help"]),
-    ],
-)
-def test_words_without_a_dash_are_folders(argv: list[str], dirs: list[str], rest: list[str]) -> None:
-    assert report._with_dirs(argv) == rest + ([f"--dirs={json.dumps(dirs)}"] if dirs else [])
-
-
 # mistakes
 
 

@@ -6,11 +6,12 @@ import difflib
 import importlib
 import sys
 
-from pretrain.cli import EXIT_CODES, UserError, run
+from pretrain.cli import UserError, run
+from pretrain.usage import EXIT_CODES, wrapped
 
 # command: (module with `main(argv)`, one line of help). Modules are imported only when they are called.
 COMMANDS = {
-    "inspect": ("transfer.inspection", "say what a checkpoint file holds and whether its backbone loads"),
+    "inspect": ("transfer.inspection", "say what a checkpoint holds and whether its backbone loads"),
     "formats": ("transfer.formats", "list the checkpoint formats that can be read"),
     "protocols": ("transfer.protocol", "list the evaluation protocols"),
     "knn": ("transfer.knn", "classify by nearest neighbours in feature space"),
@@ -18,20 +19,21 @@ COMMANDS = {
     "semisup": ("transfer.semisup", "fine-tune with 1 %, 10 % or all of the labels"),
     "convert": ("transfer.convert", "turn a checkpoint into detectron2 weights, proved equal"),
     "plan": ("transfer.plan", "say what a detection run will cost before it starts"),
-    "export": ("transfer.export", "write the backbone for timm, torchvision, detectron2 or Hugging Face"),
+    "export": ("transfer.export", "write the backbone as another library's files, loaded there"),
     "report": ("transfer.report", "tables and plots of all results, beside published numbers"),
-    "scenes": ("transfer.scenes", "compose a small detection data set from classification images"),
+    "scenes": ("transfer.scenes", "compose a small detection data set from labelled images"),
     "spectrum-study": ("transfer.spectrum_study", "which g(λ) avoid collapse: train, judge, draw"),
 }
 
 
 def usage() -> str:
     """The commands with one line of help each."""
-    lines = [f"  {name:15s} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:14s}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join([
-        "usage: python -m transfer COMMAND [options]      (COMMAND --help lists the options)", "",
-        "Judge any self-supervised ResNet checkpoint.", "", "commands:", *lines, "",
-        "Detection and segmentation: python -m transfer.train_net --help", "", EXIT_CODES,
+        "usage: python -m transfer COMMAND [options]", "",
+        "Judge any self-supervised ResNet checkpoint. COMMAND --help lists its options.", "",
+        "commands:", *lines, "",
+        "Detection and segmentation: python -m transfer.train_net --help", "", wrapped(EXIT_CODES),
     ])  # fmt: skip
 
 

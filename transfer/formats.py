@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 
-from pretrain.cli import UserError
+from pretrain.cli import Parser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,26 +247,23 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
-USAGE = """usage: python -m transfer formats [--markdown | --json]
+DESCRIPTION = """List the checkpoint formats that can be read: container of the weights, prefix of the online
+and of the EMA branch, what is dropped, and the padding assumed for a 3x3 (CIFAR) stem.
 
-The checkpoint formats that can be read: container of the weights, prefix of the online and of the EMA
-branch, what is dropped, and the padding assumed for a 3x3 (CIFAR) stem.
 A file must fit one of them completely; `python -m transfer inspect FILE` says whether it does.
-
-  --markdown    as a Markdown table, for documentation
-  --json        as JSON"""
+"""
 
 
 def main(argv: list[str]) -> int:
     """`python -m transfer formats`."""
-    if argv in (["-h"], ["--help"]):
-        print(USAGE)
-    elif argv == ["--markdown"]:
+    parser = Parser(prog="python -m transfer formats", description=DESCRIPTION)
+    parser.add_argument("--markdown", action="store_true", help="As a Markdown table, for documentation.")
+    parser.add_argument("--json", action="store_true", help="As JSON.")
+    asked = parser.parse_args(argv)
+    if asked.markdown:
         print(markdown())
-    elif argv == ["--json"]:
+    elif asked.json:
         print(json.dumps({"formats": table(), "refused": REFUSED}, indent=2))
-    elif argv:
-        raise UserError(f"formats takes --markdown or --json, got {' '.join(argv)}")
     else:
         from rich.console import Console
         from rich.table import Table

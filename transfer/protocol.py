@@ -7,7 +7,6 @@ number does. A published file's values never change: a correction is a new versi
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import hashlib
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pretrain.cli import UserError
+from pretrain.cli import Parser, UserError
 
 FOLDER = Path(__file__).parent / "protocols"
 TASKS = ("knn", "linear", "semisup")
@@ -177,10 +176,12 @@ def _spell(value: Any) -> str:
 
 
 def main(argv: list[str]) -> int | None:
-    """`python -m transfer protocols`: list all protocols, or print one."""
-    parser = argparse.ArgumentParser(prog="python -m transfer protocols", description=main.__doc__)
-    parser.add_argument("name", nargs="?", metavar="NAME@VERSION", help="print this one's values")
-    parser.add_argument("--markdown", action="store_true", help="all of them as Markdown tables")
+    """`python -m transfer protocols`."""
+    parser = Parser(
+        prog="python -m transfer protocols", description="List the evaluation protocols, or print one."
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME@VERSION", help="Print this one's values.")
+    parser.add_argument("--markdown", action="store_true", help="All of them as Markdown tables.")
     arguments = parser.parse_args(argv)
     if arguments.markdown:
         print(as_markdown())

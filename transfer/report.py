@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +14,6 @@ from transfer.reporting.content import Finding
 from transfer.reporting.methods import group
 from transfer.reporting.tables import Table
 
-FLAGS = ("--pool", "--no-pool", "-h", "--help")
-"""Options that need no value."""
-TRUTH = ("true", "false", "yes", "no")
-
-DESCRIPTION = (
-    "Tables and plots of all results under DIR..., beside published numbers of the same protocol. "
-    "Usage: python -m transfer report DIR... --output DIR"
-)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportSettings:
@@ -32,7 +22,7 @@ class ReportSettings:
     output: str
     """Folder for index.html, report.md, tables/, plots/ and pictures/."""
     dirs: list[str] = dataclasses.field(default_factory=list)
-    """Folders to search for results; the words without a dash mean the same."""
+    """Folders to search for results."""
     title: str = "Transfer results"
     """Heading of the report."""
     pool: bool = False
@@ -50,8 +40,9 @@ class ReportSettings:
 def main(argv: list[str]) -> None:
     """`python -m transfer report DIR... --output DIR`."""
     settings = parse_settings(
-        ReportSettings, _with_dirs(argv), prog="python -m transfer report", description=DESCRIPTION
-    )
+        ReportSettings, argv, prog="python -m transfer report", positional=["dirs"],
+        description="Tables and plots of all results under DIR ..., beside published numbers.",
+    )  # fmt: skip
     output = Path(settings.output)
     evidence = collect(settings.dirs, skip=output)
     results = group(evidence, pool=settings.pool)
@@ -60,21 +51,6 @@ def main(argv: list[str]) -> None:
     save_settings(settings, output / "config.yaml")
     show(report.alarms, report.verdict, report.findings)
     print(f"\nreport: {(output / 'index.html').resolve()}")
-
-
-def _with_dirs(argv: list[str]) -> list[str]:
-    """Words that belong to no option become the list of `--dirs`."""
-    dirs: list[str] = []
-    options: list[str] = []
-    takes_value = False
-    for word in argv:
-        option = word.startswith("-") and not takes_value
-        if option or takes_value or (options and options[-1] in FLAGS and word in TRUTH):
-            options.append(word)
-        else:
-            dirs.append(word)
-        takes_value = option and "=" not in word and word not in FLAGS
-    return [*options, f"--dirs={json.dumps(dirs)}"] if dirs else options
 
 
 def show_summary(folder: Path) -> None:

@@ -12,35 +12,39 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli import EXIT_CODES, UserError, run
+from pretrain.cli import Parser, UserError, run
 from transfer.detection_needs import need_detectron2
 
 
 def parser() -> argparse.ArgumentParser:
     """detectron2's command line, and this project's additions."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m transfer.train_net",
-        description="Fine-tune and evaluate a detector in detectron2; run again, it goes on.",
-        epilog=EXIT_CODES,
+        description="Fine-tune and evaluate a detector in detectron2. Run again, it goes on.",
     )
-    p.add_argument("--config-file", required=True, help="YAML file, or a name in detection_configs/")
-    p.add_argument("--num-gpus", type=int, default=1, help="GPUs of this machine; 0: the CPU (default 1)")
-    p.add_argument("--num-machines", type=int, default=1, help="machines taking part (default 1)")
-    p.add_argument("--machine-rank", type=int, default=0, help="number of this machine (default 0)")
-    p.add_argument("--dist-url", default="auto", help="tcp://HOST:PORT of machine 0, for several machines")
-    p.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, train nothing")
+    p.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE",
+                   help="Any key of detectron2's config, after the options.")  # fmt: skip
+    p.add_argument("--config-file", required=True, metavar="NAME|FILE",
+                   help="A name in detection_configs/, or a YAML file.")  # fmt: skip
+    p.add_argument("--num-gpus", type=int, default=1, metavar="N",
+                   help="GPUs of this machine; 0: the CPU. (default: 1)")  # fmt: skip
+    p.add_argument("--num-machines", type=int, default=1, metavar="N",
+                   help="Machines taking part. (default: 1)")  # fmt: skip
+    p.add_argument("--machine-rank", type=int, default=0, metavar="N",
+                   help="Number of this machine. (default: 0)")  # fmt: skip
+    p.add_argument("--dist-url", default="auto", metavar="URL",
+                   help="tcp://HOST:PORT of machine 0, for several machines.")  # fmt: skip
+    p.add_argument("--eval-only", action="store_true", help="Evaluate MODEL.WEIGHTS, train nothing.")
     p.add_argument("--resume", action="store_true",
-                   help="go on from OUTPUT_DIR's checkpoint even if the settings have changed")  # fmt: skip
-    p.add_argument("--random-init", action="store_true", help="start from random weights, on purpose")
-    p.add_argument("--dataset", action="append", default=[], metavar="NAME=ANNOTATIONS.json:IMAGES",
-                   help="a COCO-format folder under a name of yours; may be given several times")  # fmt: skip
-    p.add_argument("--label", default=None, help="name of this row in reports")
-    p.add_argument("--show", default=None, metavar="DIR", help="only draw predictions into DIR")
+                   help="Go on from OUTPUT_DIR's checkpoint even if the settings have changed.")  # fmt: skip
+    p.add_argument("--random-init", action="store_true", help="Start from random weights, on purpose.")
+    p.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES",
+                   help="A COCO-format folder under a name of yours: NAME=ANNOTATIONS.json:IMAGES; may be "
+                   "given several times.")  # fmt: skip
+    p.add_argument("--label", default=None, help="Name of this row in reports.")
+    p.add_argument("--show", default=None, metavar="DIR", help="Only draw predictions into DIR.")
     p.add_argument("--force", nargs="?", const="true", default="false", choices=("true", "false"),
-                   help="run again when finished")  # fmt: skip
-    p.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="any key of detectron2's config"
-    )
+                   metavar="true|false", help="Run again when finished.")  # fmt: skip
     return p
 
 
