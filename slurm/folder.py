@@ -48,11 +48,13 @@ def locked(root: Path, wait_s: float = 0.0) -> Iterator[None]:
 
 def holder(root: Path) -> int | None:
     """The process that holds the lock on this machine, if one does."""
-    path = root / "jobs" / "lock"
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        words = path.read_text(encoding="utf-8").split()
-        if words[3] == os.uname().nodename:
-            return int(words[1])
+    with contextlib.suppress(OSError, ValueError, IndexError), open(root / "jobs" / "lock", "r+") as file:
+        words = file.read().split()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # else its process was killed, and the number may be another's by now
+            if words[3] == os.uname().nodename:
+                return int(words[1])
     return None
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.cli import UserError
+from slurm import cancel
 from slurm.__main__ import main
-from slurm.folder import locked
+from slurm.folder import holder, locked
 from slurm.graph import Step
 from slurm.look import CANCELLED, DONE, FAILED, QUEUED, RUNNING, WAITING, look, spell_seconds
 from slurm.record import Record
@@ -121,6 +122,41 @@ def test_the_commands(record: Record, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "nothing was queued or running" in capsys.readouterr().out
     assert main(["status", str(tmp_path / "none")]) == 2
     assert "no suite was submitted into this folder" in capsys.readouterr().err
+
+
+def test_cancel_tells_what_was_done_from_what_it_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps: one has just said that it is done, its process is still there; one ends now."""
+    for order, name in enumerate(("pretrain", "proof", "knn/intl")):
+        step = Step(name=name, kind="knn", module="m", argv=("a",), output=tmp_path / name)
+        Record(tmp_path, name).submit(step, "key", order, cluster="local")
+        Record(tmp_path, name).submitted_as(str(order), tmp_path)
+    Record(tmp_path, "pretrain").finish("key")
+    monkeypatch.setattr(
+        cancel, "live_steps", lambda root: dict.fromkeys(["pretrain", "proof", "knn/intl"], "RUNNING")
+    )
+    asked = []
+
+    def end_jobs(ids: list[str]) -> None:
+        asked.extend(ids)
+        Record(tmp_path, "proof").finish("key")
+
+    monkeypatch.setattr(cancel, "end_jobs", end_jobs)
+    assert main(["cancel", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert told == "cancelled: knn/intl\ndone before it could be cancelled: proof\n"
+    assert asked == ["1", "2"]
+    assert [look(Record(tmp_path, n), None).state for n in ("pretrain", "proof", "knn/intl")] == [
+        DONE, DONE, CANCELLED,
+    ]  # fmt: skip
+
+
+def test_a_lock_whose_process_was_killed_names_nobody(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        assert holder(tmp_path) == os.getpid()
+    (tmp_path / "jobs" / "lock").write_text(f"process 1 on {os.uname().nodename}\n")
+    assert holder(tmp_path) is None
 
 
 def test_steps_to_come_are_seen_and_watching_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
