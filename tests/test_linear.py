@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
-from pretrain.cli import UserError
+from pretrain.cli import RunFailed, UserError
 from pretrain.model import build_backbone
 from pretrain.signals import Stopped, StopSignals
 from transfer import linear, results
@@ -150,6 +150,28 @@ def test_cached_heads_by_command(cifar_folder: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     assert linear.main(argv("raw-pixels", cifar_folder, again, "cached_linear@1")) == 0
     assert [r.metrics for r in results.read(again)] == [last.metrics, chosen.metrics]
+
+
+def test_heads_that_diverge_are_told_and_leave_the_others_alone(
+    cifar_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calm = {"augmentation": False, "scaling": "standardise", "epochs": 3, "held_out_percent": 10}
+    found = {}
+    for name, rates in (("both", [0.01, 1e38]), ("one", [0.01])):
+        protocol = own(tmp_path, learning_rates=rates, **calm)
+        assert linear.main(argv("raw-pixels", cifar_folder, tmp_path / name, protocol)) == 0
+        found[name] = [r.metrics for r in results.read(tmp_path / name)]
+    assert found["both"] == found["one"]
+    told = [r.getMessage() for r in caplog.records if "diverged" in r.getMessage()]
+    assert told == [
+        "1 of 2 heads diverged by epoch 1 (learning rates 1e+38); the others are not touched by it"
+    ]
+    protocol = own(tmp_path, learning_rates=[1e37, 1e38], **calm)
+    with pytest.raises(
+        RunFailed, match=r"diverged: by epoch 1, step 3, .* a learning rate of 1e\+37, 1e\+38"
+    ):
+        linear.main(argv("raw-pixels", cifar_folder, tmp_path / "none", protocol))
+    assert not results.read(tmp_path / "none")
 
 
 class StopAfter(StopSignals):

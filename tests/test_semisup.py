@@ -368,9 +368,27 @@ def test_all_labels_train_by_the_same_code_and_it_learns(words: list[str], tmp_p
 def test_a_diverging_run_ends_with_the_reason(words: list[str], tmp_path: Path) -> None:
     wild = {"10": 1e30}
     protocol = _protocol(tmp_path, lr_backbone=wild, lr_head=wild)
-    with pytest.raises(RunFailed, match=r"the loss is .* in epoch 1"):
+    where = r"in epoch 1, step \d+ of \d+, at learning rates of 1e\+30 \(backbone\) and 1e\+30 \(head\)"
+    with pytest.raises(RunFailed, match=rf"the epoch's mean loss is (nan|inf) {where}; no result is written"):
         main([*words, "--protocol", protocol, "--output", str(tmp_path / "o")])
     assert not (tmp_path / "o" / "results.jsonl").exists()
+    # 64 labelled images are one step: its loss is finite, what it leaves is not
+    protocol = _protocol(tmp_path, lr_backbone=wild, lr_head=wild, batch=64, epochs=1)
+    with pytest.raises(RunFailed, match=r"no finite logits in epoch 1, step 1 of 1"):
+        main([*words, "--protocol", protocol, "--output", str(tmp_path / "o")])
+    assert not (tmp_path / "o" / "results.jsonl").exists()
+
+
+def test_a_run_that_learns_nothing_says_so(
+    words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    protocol = _protocol(tmp_path, lr_backbone={"10": 0.0}, lr_head={"10": 100.0}, epochs=1, batch=16)
+    main([*words, "--protocol", protocol, "--output", str(tmp_path / "o")])
+    assert "no better than guessing (2.30) at learning rates of 0 (backbone) and 100 (head)" in caplog.text
+    caplog.clear()
+    protocol = _protocol(tmp_path, lr_backbone={"10": 0.0}, lr_head={"10": 0.01}, epochs=3, batch=16)
+    main([*words, "--protocol", protocol, "--output", str(tmp_path / "calm")])
+    assert "epoch 3" not in caplog.text
 
 
 @pytest.mark.parametrize(

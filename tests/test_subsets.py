@@ -153,6 +153,17 @@ def test_bad_lists_elsewhere(data: ImageDataset, tmp_path: Path) -> None:
         choose(10, lists=str(part))
 
 
+def test_the_images_are_looked_at_before_the_network(
+    published: tuple[ImageDataset, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subsets, "fetch_list", lambda *_: pytest.fail("went to the network"))
+    few = _imagenet(tmp_path / "few", each=2)
+    with pytest.raises(
+        UserError, match=r"few/train: 8 images, and SimCLR's 10 % list names 12; is --data-dir"
+    ):
+        choose_subset(few, 10, lists="download", seed=0, folder=tmp_path)
+
+
 def test_a_list_is_fetched_once_and_checked(published: tuple[ImageDataset, Path], tmp_path: Path) -> None:
     _, path = published
     good = path.read_text()

@@ -183,6 +183,15 @@ class HeadGrids:
         """HeadGrid's step in each; the mean loss of every head (H). All ranks must call."""
         return torch.cat([grid.step(x, labels_B, factor=factor) for grid, x in self._each(x_BD)])
 
+    def finite(self) -> Tensor:
+        """Which heads (H) have weights that are numbers; others have diverged."""
+        return torch.cat(
+            [
+                torch.stack([p.isfinite().all(2).all(0) for p in grid.parameters]).all(0)
+                for grid in self.grids.values()
+            ]
+        )
+
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint."""
         return {name: grid.state() for name, grid in self.grids.items()}

@@ -7,6 +7,7 @@ extracted once: the backbone does not change.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.cli import Progress, UserError, parse_settings
+from pretrain.cli import Progress, RunFailed, UserError, parse_settings
 from pretrain.distributed import any_rank, barrier, is_main, process_group, rank, world_size
 from pretrain.files import atomic_path
 from pretrain.signals import StopSignals
@@ -30,6 +31,8 @@ from transfer.results import Clock, Result
 from transfer.stages import LAST, columns, stages_of
 from transfer.subject import Evaluation, EvaluationSettings, load_subject, open_pair
 from transfer.transforms import IMAGENET_STD, eval_transform
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT = "linear.pt"
 LOGITS_BYTES = 1 << 28  # of one block of images when heads are judged
@@ -262,6 +265,7 @@ def run_heads(
     )
     path = settings.output / CHECKPOINT
     done, history = _resume(path, heads, identity)
+    diverged: set[int] = set()
     bar = Progress(
         steps * values.epochs, label=f"linear probe, {len(heads)} heads", start=done,
         file=settings.output / "progress.json",
@@ -292,17 +296,36 @@ def run_heads(
                     _leave(stop)
             history.append(_judge(heads, classes, held, test))
             best = max(history[-1]["held" if held is not None else "test"], key=lambda m: m["top1"])
-            if not bool(torch.isfinite(loss).any()):
-                raise UserError(
-                    f"{evaluation.protocol}: every head's loss is infinite or NaN after epoch {epoch + 1}"
-                )
-            bar.update(0, epoch=epoch + 1, loss=float(loss[torch.isfinite(loss)].min()), top1=best["top1"])
+            diverged = _diverged(heads, diverged, evaluation, epoch, step)
+            alive = [head for head in range(len(heads)) if head not in diverged]
+            bar.update(0, epoch=epoch + 1, loss=float(loss[alive].min()), top1=best["top1"])
             stopping = any_rank(stop.requested, device) and epoch + 1 < values.epochs
             if train is None or stopping:
                 _save(path, heads, identity, step, history)
             if stopping:
                 _leave(stop)
     return _report(evaluation, extractor, values, heads, history, device)
+
+
+def _diverged(heads: HeadGrids, known: set[int], evaluation: Evaluation, epoch: int, step: int) -> set[int]:
+    """The heads without finite weights, those that are new told; the others train on as if alone.
+
+    Raises RunFailed where none is left.
+    """
+    lost = {head for head, finite in enumerate(heads.finite().tolist()) if not finite}
+    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(heads.grid[head][0] for head in sorted(lost)))
+    if len(lost) == len(heads):
+        raise RunFailed(
+            f"the linear probe diverged: by epoch {epoch + 1}, step {step}, no head has a finite loss, at a "
+            f"learning rate of {rates}; no result is written. Copy the protocol {evaluation.protocol} into a "
+            "file of your own with smaller learning_rates, and give it as --protocol"
+        )
+    if lost - known and is_main():
+        logger.warning(
+            "%d of %d heads diverged by epoch %d (learning rates %s); the others are not touched by it",
+            len(lost), len(heads), epoch + 1, rates,
+        )  # fmt: skip
+    return lost
 
 
 def _leave(stop: StopSignals) -> None:

@@ -130,10 +130,10 @@ def main(argv: list[str]) -> int | None:
     if settings.weights == RAW_PIXELS:
         raise UserError("raw-pixels cannot be fine-tuned; knn and linear judge them")
     train, test = open_pair(settings)
-    subset = choose_subset(
+    subject = load_subject(settings)
+    subset = choose_subset(  # last, as it may go to the network
         train, settings.label_percent, lists=settings.lists, seed=settings.subset_seed, folder=settings.cache
     )
-    subject = load_subject(settings)
     transform = eval_transform(
         native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
         resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
@@ -221,7 +221,8 @@ class Run:
                     stopping = False
                     if asked:
                         mean = float(sum_over_ranks(self.loss_sum)) / (self.step - epoch * self.steps)
-                        self._check(mean, epoch)
+                        if not math.isfinite(mean):
+                            raise self._diverged(f"the epoch's mean loss is {mean}", epoch, factor)
                         stopping = any_rank(stop.requested, self.device)
                     if at_end:
                         self._judge(epoch, mean, factor)
@@ -278,26 +279,42 @@ class Run:
         size = self.settings.batch_size
         batches = [mine[s : s + size] for s in range(0, len(mine), size)]
         place_N = torch.full((len(test),), -1)
+        finite = True
         for pixels, positions in image_batches(
             Decoded(test, transform), batches, transform, self.settings.workers
         ):
             labels = torch.from_numpy(test.labels_N[positions]).to(self.device)
-            place_N[torch.from_numpy(positions)] = places(
-                self.learner.logits(self._input(pixels)), labels
-            ).cpu()
+            logits = self.learner.logits(self._input(pixels))
+            finite = finite and bool(logits.isfinite().all())
+            place_N[torch.from_numpy(positions)] = places(logits, labels).cpu()
+        if any_rank(not finite, self.device):  # the loss before the last step was finite, the weights are not
+            raise self._diverged("test images have no finite logits", epoch, factor)
         metrics = percentages(
             joined(place_N, self.device), torch.from_numpy(test.labels_N), len(test.classes)
         )
+        guessing = math.log(len(test.classes))
+        if train_loss >= guessing and is_main():
+            logger.warning(
+                "epoch %d: a training loss of %.2f is no better than guessing (%.2f) at %s; if it stays so, "
+                "nothing is learnt: take smaller rates", epoch + 1, train_loss, guessing, self._rates(factor),
+            )  # fmt: skip
         self.history.append({"epoch": epoch + 1, "lr_factor": factor, "train_loss": train_loss, **metrics})
         if is_main():
             write_json(self.output / EPOCHS, self.history)
 
-    def _check(self, loss: float, epoch: int) -> None:
-        if not math.isfinite(loss):
-            raise RunFailed(
-                f"{self.evaluation.protocol}: the loss is {loss} in epoch {epoch + 1}, step {self.step}; the "
-                "last checkpoint is kept. Try a protocol with smaller rates, or --precision float32"
-            )
+    def _diverged(self, what: str, epoch: int, factor: float) -> RunFailed:
+        precise = "" if self.dtype == torch.float32 else "try --precision float32, or "
+        return RunFailed(
+            f"fine-tuning diverged: {what} in epoch {epoch + 1}, step {self.step} of {self.total}, at "
+            f"{self._rates(factor)}; no result is written. To go on, {precise}copy the protocol "
+            f"{self.evaluation.protocol} into a file of your own with smaller lr_backbone and lr_head, and "
+            "give it as --protocol with another --output"
+        )
+
+    def _rates(self, factor: float) -> str:
+        return (
+            f"learning rates of {self.lr_backbone * factor:g} (backbone) and {self.lr_head * factor:g} (head)"
+        )
 
     @property
     def identity(self) -> dict[str, str]:

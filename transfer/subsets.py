@@ -74,6 +74,11 @@ def choose_subset(
                 f"the {percent} % of ImageNet is SimCLR's list: give it as --lists {percent}percent.txt "
                 f"(from {URL.format(percent=percent)}), or fetch it with --lists {DOWNLOAD}"
             )
+        if len(data) < PUBLISHED[percent].names:  # told before anything is fetched
+            raise UserError(
+                f"{data.root}: {len(data):,} images, and SimCLR's {percent} % list names "
+                f"{PUBLISHED[percent].names:,}; is --data-dir the folder of ImageNet?"
+            )
         path = fetch_list(percent, folder) if lists == DOWNLOAD else Path(lists)
         names = read_list(path)
         check_published(names, percent, path)
