@@ -23,6 +23,7 @@ from PIL import Image, ImageFile
 
 from pretrain.cli import UserError
 from pretrain.shards import Shards, find_shards, open_shards
+from pretrain.transfer_sets import SETS, read_transfer_set
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test", "validation")}
@@ -53,6 +54,8 @@ class ImageDataset:
     files: Sequence[str] | None = None
     shards: Shards | None = None
     pixels: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
+    """Which of a set's several splits this is, and what it lacks: for results."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -129,7 +132,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-CLASS_COUNTS = {"imagenet": 1000, "imagenet100": 100, "cifar10": 10, "cifar100": 100, "fashion_mnist": 10}
+CLASS_COUNTS = {
+    "imagenet": 1000, "imagenet100": 100, "cifar10": 10, "cifar100": 100, "fashion_mnist": 10,
+    **{name: known.classes for name, known in SETS.items()},
+}  # fmt: skip
 
 
 def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
@@ -286,6 +292,15 @@ def _open_fashion_mnist(name: str, root: Path, split: str) -> ImageDataset:
     raise UserError(f"{root}: holds no Fashion-MNIST; wanted {prefix}-images-idx3-ubyte.gz and its labels")
 
 
+def _open_transfer_set(name: str, root: Path, split: str) -> ImageDataset:
+    """As torchvision lays it out, evaluated in ImageNet's size whatever its own (the field's custom)."""
+    found = read_transfer_set(name, root, split)
+    return ImageDataset(
+        name=name, split=split, classes=found.classes, labels_N=found.labels_N, native_size=None,
+        root=found.root, files=found.files, pixels=found.pixels, notes=found.notes,
+    )  # fmt: skip
+
+
 def _first_file(folder: Path, name: str) -> Path | None:
     return next((p for p in (folder / f"{name}.gz", folder / name) if p.is_file()), None)
 
@@ -316,4 +331,14 @@ DATASETS: dict[str, Callable[[str, Path, str], ImageDataset]] = {
     "cifar10": _open_cifar,
     "cifar100": _open_cifar,
     "fashion_mnist": _open_fashion_mnist,
+    "flowers102": _open_transfer_set,
+    "pets": _open_transfer_set,
+    "food101": _open_transfer_set,
+    "dtd": _open_transfer_set,
+    "aircraft": _open_transfer_set,
+    "stl10": _open_transfer_set,
+    "eurosat": _open_transfer_set,
+    "caltech101": _open_transfer_set,
+    "sun397": _open_transfer_set,
+    "places365": _open_transfer_set,
 }
