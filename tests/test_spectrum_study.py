@@ -13,6 +13,7 @@ from benchmarks.harness import Comparison, Timing, as_markdown, as_record, inter
 from pretrain.cli import UserError
 from pretrain.files import read_jsonl
 from transfer import spectrum_study
+from transfer.options import StudySettings
 from transfer.study_pictures import by_instance, statement
 
 
@@ -51,7 +52,7 @@ def test_study_runs_goes_on_and_draws(cifar_folder: Path, tmp_path: Path) -> Non
 def test_settings_that_cannot_be_are_refused() -> None:
     for wrong in ({"batch": 8}, {"seeds": 0}, {"iterations": (0,)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            spectrum_study.Settings(data_dir=".", output=".", **wrong)
+            StudySettings(data_dir=".", output=".", **wrong)
 
 
 def test_statement_tells_where_the_paper_differs() -> None:

@@ -8,6 +8,7 @@ import sys
 
 from pretrain.cli import UserError, run
 from pretrain.usage import EXIT_CODES, wrapped
+from transfer.options import SETTINGS, parse
 
 # command: (module with `main(argv)`, one line of help). Modules are imported only when they are called.
 COMMANDS = {
@@ -51,6 +52,8 @@ def dispatch(argv: list[str]) -> int | None:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"{name!r} is no command of transfer: {', '.join(COMMANDS)}{hint}")
     module, _ = COMMANDS[name]
+    if name in SETTINGS:
+        parse(name, rest)  # as main will: --help and a wrong option are answered before PyTorch is loaded
     return importlib.import_module(module).main(rest)
 
 

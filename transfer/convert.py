@@ -13,15 +13,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.cli import UserError, parse_settings
+from pretrain.cli import UserError
 from pretrain.files import atomic_path, set_usual_mode, sha256_of
 from transfer.detection_needs import need_detectron2
+from transfer.options import ConvertSettings, parse
 
 AUTHOR = "intl-bench"
 UNPROVED = "or convert with --no-verify: unproved, and recorded so in the file"
@@ -53,25 +54,6 @@ _TO_TIMM = [
     (re.compile(rf"res([2-5])\.(\d+)\.shortcut\.norm\.{_NORM}"),
      lambda m: f"layer{int(m[1]) - 1}.{m[2]}.downsample.1.{m[3]}"),
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertSettings:
-    """Turn a checkpoint into detectron2 weights and prove both compute the same; or the way back."""
-
-    weights: Path
-    """Checkpoint file, in any format that `python -m transfer formats` lists (a detectron2 file with
-    --reverse)."""
-    output: Path
-    """File to write: .pkl for detectron2, .safetensors with --reverse."""
-    arch: str | None = None
-    """timm architecture, where the file alone does not tell."""
-    branch: Literal["online", "ema"] = "online"
-    """Which of two networks a self-supervised checkpoint may hold."""
-    reverse: bool = False
-    """From a detectron2 .pkl or .pth file (a backbone or a whole detector) back to timm's keys."""
-    verify: bool = True
-    """Prove the conversion in detectron2. --no-verify is for machines without it, and is recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,9 +293,7 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
 
 def main(argv: list[str]) -> int | None:
     """`python -m transfer convert`."""
-    settings = parse_settings(
-        ConvertSettings, argv, prog="python -m transfer convert", description=ConvertSettings.__doc__ or ""
-    )
+    settings: ConvertSettings = parse("convert", argv)
     wanted = ".safetensors" if settings.reverse else ".pkl"
     if settings.output.suffix != wanted:
         raise UserError(f"--output {settings.output}: wanted a file name that ends in {wanted}")

@@ -9,41 +9,22 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.cli import UserError, parse_settings
+from pretrain.cli import UserError
 from pretrain.files import set_usual_mode, sha256_of, write_json, write_text
 from transfer.backbone import Loaded, load_backbone
+from transfer.options import ExportSettings, parse
 
 RECORD = "export.json"
 TOLERANCE = 1e-5
 """Largest difference of features, relative to the largest feature; the same kernels run in the same order."""
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """Write a checkpoint's backbone for another library, and prove it by loading it there."""
-
-    weights: Path
-    """Checkpoint file, in any format that `python -m transfer formats` lists."""
-    output: Path
-    """Folder to write; new, empty or of an earlier export."""
-    format: Literal["timm", "torchvision", "detectron2", "huggingface"]
-    """timm and torchvision: a file of their keys. detectron2: backbone.pkl. huggingface: a folder with
-    config.json, model.safetensors and a model card, for timm's local-dir: and the hub."""
-    branch: Literal["online", "ema"] = "online"
-    """Which of two networks a self-supervised checkpoint may hold."""
-    arch: str | None = None
-    """timm architecture, where the file alone does not tell."""
-    results: Path | None = None
-    """Folder whose results of these weights go into the model card (huggingface)."""
 
 
 def export(settings: ExportSettings) -> dict[str, Any]:
@@ -266,9 +247,7 @@ def _results(loaded: Loaded, folder: Path | None) -> str:
 
 def main(argv: list[str]) -> int:
     """`python -m transfer export`."""
-    settings = parse_settings(
-        ExportSettings, argv, prog="python -m transfer export", description=ExportSettings.__doc__ or ""
-    )
+    settings: ExportSettings = parse("export", argv)
     record = export(settings)
     print(f"{settings.output}: {', '.join(record['files'])}")
     print(f"loaded in {settings.format}: features differ by {record['largest_relative_difference']:.1e}")

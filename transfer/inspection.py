@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.cli import EXIT_CODES, UserError
+from pretrain.cli import UserError
 from transfer.backbone import (
     BRANCHES,
     Loaded,
@@ -24,6 +23,7 @@ from transfer.backbone import (
     read_all,
     unwrap,
 )
+from transfer.options import InspectSettings, parse
 from transfer.safe_load import RawFile, load_file
 
 
@@ -174,18 +174,7 @@ def _print_table(found: Inspection, *, keys: bool) -> None:
 
 def main(argv: list[str]) -> int:
     """`python -m transfer inspect FILE`: exit code 0 when the backbone loads, 2 when it does not."""
-    parser = argparse.ArgumentParser(
-        prog="python -m transfer inspect",
-        description="Say what a checkpoint file holds and whether its backbone loads. Nothing in it is run.",
-        epilog=EXIT_CODES,
-        allow_abbrev=False,
-    )
-    parser.add_argument("file", help="checkpoint of any format that `python -m transfer formats` lists")
-    parser.add_argument("--branch", choices=BRANCHES, help="which branch to load; default: online, else ema")
-    parser.add_argument("--arch", help="timm's name, where several architectures have the same shapes")
-    parser.add_argument("--keys", action="store_true", help="list every tensor, used and dropped")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(argv)
+    options: InspectSettings = parse("inspect", argv)
     found = inspect_file(options.file, arch=options.arch, branch=options.branch)
     if options.json:
         print(json.dumps(as_dict(found), indent=2))

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pretrain.cli import UserError, parse_settings
+from pretrain.cli import UserError
 from pretrain.distributed import local_device, process_group, rank, sum_over_ranks, world_size
 from transfer.features import extract, make_extractor
+from transfer.options import KnnSettings, parse
 from transfer.protocol import load_protocol
 from transfer.results import Clock
-from transfer.subject import Evaluation, EvaluationSettings, load_subject, open_pair
+from transfer.subject import Evaluation, load_subject, open_pair
 from transfer.transforms import IMAGENET_STD, eval_transform
 
 BLOCK_BYTES = 1 << 27  # of one block of similarities, and of one block of the bank
@@ -202,20 +203,9 @@ class KnnProtocol:
     std: tuple[float, ...] = IMAGENET_STD
 
 
-@dataclass(frozen=True, kw_only=True)
-class KnnSettings(EvaluationSettings):
-    """Options of `python -m transfer knn`."""
-
-    seed: int = 0
-    """Changes nothing: k-NN is deterministic and records no seed."""
-
-
 def main(argv: list[str]) -> int | None:
     """`python -m transfer knn`."""
-    settings = parse_settings(
-        KnnSettings, argv, prog="python -m transfer knn",
-        description="Classify the test images by their nearest training images in feature space.",
-    )  # fmt: skip
+    settings: KnnSettings = parse("knn", argv)
     protocol = load_protocol(settings.protocol, "knn")
     values = protocol.settings(KnnProtocol)
     clock = Clock()

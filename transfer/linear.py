@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.cli import Progress, RunFailed, UserError, parse_settings
+from pretrain.cli import Progress, RunFailed, UserError
 from pretrain.distributed import any_rank, barrier, is_main, process_group, rank, world_size
 from pretrain.files import atomic_path
 from pretrain.signals import StopSignals
@@ -26,10 +26,11 @@ from transfer.augment import Augmented
 from transfer.features import Extractor, extract, image_batches, make_extractor
 from transfer.finetune import places
 from transfer.heads import HeadGrids, Optimizer, Schedule, figures, rate_factor
+from transfer.options import LinearSettings, parse
 from transfer.protocol import load_protocol
 from transfer.results import Clock, Result
 from transfer.stages import LAST, columns, stages_of
-from transfer.subject import Evaluation, EvaluationSettings, load_subject, open_pair
+from transfer.subject import Evaluation, load_subject, open_pair
 from transfer.transforms import IMAGENET_STD, eval_transform
 
 logger = logging.getLogger(__name__)
@@ -109,14 +110,6 @@ class LinearProtocol:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearSettings(EvaluationSettings):
-    """Options of `python -m transfer linear`."""
-
-    seed: int = 0
-    """Of the heads' first values, the held-out part, the order of images and the augmentation."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Labelled:
     """Features of one part with their labels, on the device of the heads or memory-mapped."""
 
@@ -126,10 +119,7 @@ class Labelled:
 
 def main(argv: list[str]) -> int | None:
     """`python -m transfer linear`."""
-    settings = parse_settings(
-        LinearSettings, argv, prog="python -m transfer linear",
-        description="Train linear heads on the frozen backbone and report their accuracy.",
-    )  # fmt: skip
+    settings: LinearSettings = parse("linear", argv)
     protocol = load_protocol(settings.protocol, "linear")
     values = protocol.settings(LinearProtocol)
     clock = Clock()

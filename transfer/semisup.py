@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
-from pretrain.cli import Progress, RunFailed, UserError, parse_settings
+from pretrain.cli import Progress, RunFailed, UserError
 from pretrain.distributed import any_rank, barrier, is_main, process_group, rank, sum_over_ranks, world_size
 from pretrain.files import write_json
 from pretrain.signals import StopSignals
@@ -29,9 +28,10 @@ from transfer.augment import Augmented
 from transfer.features import Decoded, image_batches
 from transfer.finetune import FineTuning, joined, percentages, places
 from transfer.heads import rate_factor
+from transfer.options import SemisupSettings, parse
 from transfer.protocol import load_protocol
 from transfer.results import Clock, Result
-from transfer.subject import RAW_PIXELS, Evaluation, EvaluationSettings, load_subject, open_pair, spell
+from transfer.subject import RAW_PIXELS, Evaluation, load_subject, open_pair, spell
 from transfer.subsets import LabelSubset, choose_subset
 from transfer.transforms import IMAGENET_STD, eval_transform
 
@@ -80,44 +80,9 @@ class SemisupProtocol:
         return self.lr_backbone[str(percent)] * scale, self.lr_head[str(percent)] * scale
 
 
-@dataclass(frozen=True, kw_only=True)
-class SemisupSettings(EvaluationSettings):
-    """Options of `python -m transfer semisup`."""
-
-    weights: str
-    """Checkpoint file in any known format."""
-    label_percent: Literal[1, 10, 100]
-    """Share of the training labels, in percent."""
-    lists: str | None = None
-    """File of image names, one a line, that makes up the share; on imagenet SimCLR's list, checked, or
-    "download" to fetch it. Default for other data sets: a class-balanced draw."""
-    subset_seed: int = 0
-    """Of the class-balanced draw; stays the same over --seed, as published lists do."""
-    seed: int = 0
-    """Of the head's first values, the order of images and the augmentation."""
-    cache_dir: Path | None = None
-    """Folder that "--lists download" fetches into; default OUTPUT/features."""
-    batch_size: int = 256
-    """Test images a forward pass; the protocol says how many a training step takes."""
-    save_every: int = 500
-    """Steps between two checkpoints within an epoch."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # type: ignore[assignment]
-    """Of training and evaluation; float32 as in the published code, the others by autocast. auto: bfloat16
-    where the device computes it natively."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for numbers out of range."""
-        super().__post_init__()
-        if self.save_every < 1:
-            raise ValueError(f"--save-every {self.save_every}: wanted 1 or more")
-
-
 def main(argv: list[str]) -> int | None:
     """`python -m transfer semisup`."""
-    settings = parse_settings(
-        SemisupSettings, argv, prog="python -m transfer semisup",
-        description="Fine-tune backbone and classifier on 1 %, 10 % or all of the labels.",
-    )  # fmt: skip
+    settings: SemisupSettings = parse("semisup", argv)
     clock = Clock()
     protocol = load_protocol(settings.protocol, "semisup")
     values = protocol.settings(SemisupProtocol)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.augment import View
-from pretrain.cli import Progress, UserError, parse_settings, save_settings, settings_as_dict
+from pretrain.cli import Progress, UserError, save_settings, settings_as_dict
 from pretrain.data import ImageDataset, open_dataset
 from pretrain.files import append_jsonl, read_jsonl
 from pretrain.loader import StepBatches, Views, batches, epoch_order
@@ -45,54 +45,13 @@ from pretrain.spectral import (
     zca,
 )
 from transfer.knn import knn_evaluate
+from transfer.options import StudySettings, parse
 from transfer.study_pictures import write_study
 
 logger = logging.getLogger(__name__)
 
 SIZE = 32  # pixels a side
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is compared, and how long it trains."""
-
-    data_dir: str
-    """Folder of the data set."""
-    output: str
-    """Folder for runs, statement and pictures; a study that was stopped there goes on."""
-    dataset: str = "fashion_mnist"
-    """A small data set: fashion_mnist, cifar10, cifar100 or an image folder."""
-    whitening: Whitening = "channel"
-    """Which covariance is transformed."""
-    powers: tuple[float, ...] = (0.0, 0.25, 0.4, 0.6, 0.75, 1.0)
-    """The p of g(λ) = λ^−p; p = 1/2, hard whitening, is always there."""
-    iterations: tuple[int, ...] = (2, 4, 7)
-    """The T of IterNorm alone; INTL has T = 4."""
-    seeds: int = 3
-    """Runs of each transformation."""
-    steps: int = 120
-    """Training steps of a run."""
-    batch: int = 128
-    """Images of a step."""
-    features: int = 256
-    """Length of the embeddings."""
-    lr: float = 0.2
-    """Peak learning rate of SGD with momentum 0.9."""
-    bank: int = 4000
-    """Training images with labels for k-NN."""
-    queries: int = 2000
-    """Test images that k-NN classifies."""
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "bank", "queries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        side = self.batch if self.whitening == "channel" else self.features
-        if side <= 8 or self.batch < 2 or self.features < 2:
-            raise ValueError(f"--batch and --features must be more than 8, got {self.batch}, {self.features}")
-        if any(t < 1 for t in self.iterations):
-            raise ValueError(f"--iterations must be at least 1 each, got {list(self.iterations)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +71,7 @@ class Instance:
         return spectral_loss(views, self.g, whitening=whitening)
 
 
-def instances(settings: Settings) -> list[Instance]:
+def instances(settings: StudySettings) -> list[Instance]:
     """The grid: powers in order with hard whitening among them, IterNorm by T, INTL."""
     powers = [Instance(name=f"λ^-{p:g}", kind="power", g=power(p)) for p in settings.powers if p != 0.5]
     hard = Instance(name="hard whitening", kind="hard", g=zca())
@@ -122,15 +81,11 @@ def instances(settings: Settings) -> list[Instance]:
 
 def main(argv: list[str]) -> int | None:
     """`python -m transfer spectrum-study`."""
-    settings = parse_settings(
-        Settings, argv, prog="python -m transfer spectrum-study",
-        description="Which spectral transformations avoid collapse: train, judge, draw.",
-    )  # fmt: skip
-    study(settings)
+    study(parse("spectrum-study", argv))
     return None
 
 
-def study(settings: Settings) -> Path:
+def study(settings: StudySettings) -> Path:
     """Do the runs that OUTPUT does not hold yet, then write study.md and the pictures; returns study.md."""
     output = Path(settings.output)
     train = open_dataset(settings.dataset, settings.data_dir, "train")
@@ -173,7 +128,7 @@ def study(settings: Settings) -> Path:
 
 
 def _run(
-    settings: Settings,
+    settings: StudySettings,
     instance: Instance,
     seed: int,
     train: ImageDataset,
@@ -246,7 +201,7 @@ def _encoder(features: int) -> Encoder:
 
 
 @torch.no_grad()
-def _spectra(z_ND: Tensor, instance: Instance, settings: Settings) -> dict[str, Any]:
+def _spectra(z_ND: Tensor, instance: Instance, settings: StudySettings) -> dict[str, Any]:
     """The diagnosis, and eigenvalues as shares of their sum before and after the transformation."""
     z = z_ND.detach().double()
     axis = -1 if settings.whitening == "channel" else 0

@@ -16,6 +16,7 @@ from pretrain.cli import UserError, save_settings
 from pretrain.data import ImageDataset, open_dataset
 from pretrain.distributed import is_main, world_size
 from transfer import results
+from transfer.options import EvaluationSettings
 from transfer.protocol import Protocol
 from transfer.results import Clock, Result
 from transfer.transforms import EvalTransform
@@ -23,57 +24,6 @@ from transfer.transforms import EvalTransform
 logger = logging.getLogger(__name__)
 
 RAW_PIXELS = "raw-pixels"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """What every evaluator takes."""
-
-    weights: str
-    """Checkpoint file in any known format; raw-pixels: judge the pixels themselves (knn and linear)."""
-    protocol: str
-    """Protocol NAME@VERSION (python -m transfer protocols lists them), or a YAML file of your own."""
-    dataset: str
-    """Name of the data set."""
-    data_dir: Path
-    """Folder of the data set."""
-    output: Path
-    """Folder for results.jsonl, config.yaml and progress.json; run again on it to go on."""
-    branch: Literal["online", "ema"] = "online"
-    """Which backbone, where the file holds two."""
-    arch: str | None = None
-    """Architecture, where the file leaves it open."""
-    label: str | None = None
-    """Name of this row in the report."""
-    image_size: int | None = None
-    """Side of the evaluated images in px; default: small images as the weights' file records, else their own
-    size; others the protocol's."""
-    cache_dir: Path | None = None
-    """Folder of cached features, to be shared between evaluators; default OUTPUT/features."""
-    stage_to: Path | None = None
-    """Copy the data set to this node-local folder first, once a node, checked."""
-    batch_size: int = 256
-    """Images a forward pass when features are extracted."""
-    workers: int | None = None
-    """Processes that decode images; default: none for small images, else the cores up to 8."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen backbone; auto: bfloat16 where the device computes it natively and the features of a
-    first batch agree with float32 within 5 % of their spread."""
-    force: bool = False
-    """Evaluate again although OUTPUT holds the result."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for numbers out of range."""
-        if self.image_size is not None and self.image_size < 8:
-            raise ValueError(f"--image-size {self.image_size}: wanted 8 px or more")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size {self.batch_size}: wanted 1 or more")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers {self.workers}: wanted 0 or more")
-
-    @property
-    def cache(self) -> Path:
-        return self.cache_dir or self.output / "features"
 
 
 @dataclass(frozen=True, kw_only=True)

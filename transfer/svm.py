@@ -29,14 +29,15 @@ from pretrain.distributed import barrier, is_main, process_group, rank, world_si
 from pretrain.files import write_json
 from pretrain.signals import StopSignals
 from transfer.features import extract, make_extractor
+from transfer.options import EvaluationSettings, LinearSettings
 from transfer.protocol import Protocol
 from transfer.results import Clock, Result
-from transfer.subject import Evaluation, EvaluationSettings, load_subject, open_pair
+from transfer.subject import Evaluation, load_subject, open_pair
 from transfer.transforms import eval_transform
 from transfer.voc07 import NAME, open_voc07
 
 if TYPE_CHECKING:
-    from transfer.linear import LinearProtocol, LinearSettings
+    from transfer.linear import LinearProtocol
 
 POSITIVE_WEIGHT = 2
 SMALL = 1 << 21  # features x images under which starting processes costs more than it saves

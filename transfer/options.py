@@ -1,0 +1,224 @@
+"""argv enters; the settings of a command leave. Here, as the commands load PyTorch, which takes seconds:
+--help and a wrong option are answered before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pretrain.cli import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings:
+    """Say what a checkpoint file holds and whether its backbone loads. Nothing in it is run."""
+
+    file: Path
+    """Checkpoint of any format that `python -m transfer formats` lists."""
+    branch: Literal["online", "ema"] | None = None
+    """Which branch to load; default: online, else ema."""
+    arch: str | None = None
+    """timm's name, where several architectures have the same shapes."""
+    keys: bool = False
+    """List every tensor, used and dropped."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What every evaluator takes."""
+
+    weights: str
+    """Checkpoint file in any known format; raw-pixels: judge the pixels themselves (knn and linear)."""
+    protocol: str
+    """Protocol NAME@VERSION (python -m transfer protocols lists them), or a YAML file of your own."""
+    dataset: str
+    """imagenet, imagenet100, imagefolder, webdataset, cifar10, cifar100, fashion_mnist, flowers102, pets,
+    food101, dtd, aircraft, stl10, eurosat, caltech101, sun397, places365 (which folder, split and metric:
+    docs/datasets.md)."""
+    data_dir: Path
+    """Folder of the data set."""
+    output: Path
+    """Folder for results.jsonl, config.yaml and progress.json; run again on it to go on."""
+    branch: Literal["online", "ema"] = "online"
+    """Which backbone, where the file holds two."""
+    arch: str | None = None
+    """Architecture, where the file leaves it open."""
+    label: str | None = None
+    """Name of this row in the report."""
+    image_size: int | None = None
+    """Side of the evaluated images in px; default: small images as the weights' file records, else their own
+    size; others the protocol's."""
+    cache_dir: Path | None = None
+    """Folder of cached features, to be shared between evaluators; default OUTPUT/features."""
+    stage_to: Path | None = None
+    """Copy the data set to this node-local folder first, once a node, checked."""
+    batch_size: int = 256
+    """Images a forward pass when features are extracted."""
+    workers: int | None = None
+    """Processes that decode images; default: none for small images, else the cores up to 8."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen backbone; auto: bfloat16 where the device computes it natively and the features of a
+    first batch agree with float32 within 5 % of their spread."""
+    force: bool = False
+    """Evaluate again although OUTPUT holds the result."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers out of range."""
+        if self.image_size is not None and self.image_size < 8:
+            raise ValueError(f"--image-size {self.image_size}: wanted 8 px or more")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size {self.batch_size}: wanted 1 or more")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"--workers {self.workers}: wanted 0 or more")
+
+    @property
+    def cache(self) -> Path:
+        return self.cache_dir or self.output / "features"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnSettings(EvaluationSettings):
+    """Classify the test images by their nearest training images in feature space."""
+
+    seed: int = 0
+    """Changes nothing: k-NN is deterministic and records no seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSettings(EvaluationSettings):
+    """Train linear heads on the frozen backbone and report their accuracy."""
+
+    seed: int = 0
+    """Of the heads' first values, the held-out part, the order of images and the augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemisupSettings(EvaluationSettings):
+    """Fine-tune backbone and classifier on 1 %, 10 % or all of the labels."""
+
+    weights: str
+    """Checkpoint file in any known format."""
+    label_percent: Literal[1, 10, 100]
+    """Share of the training labels, in percent."""
+    lists: str | None = None
+    """File of image names, one a line, that makes up the share; on imagenet SimCLR's list, checked, or
+    "download" to fetch it. Default for other data sets: a class-balanced draw."""
+    subset_seed: int = 0
+    """Of the class-balanced draw; stays the same over --seed, as published lists do."""
+    seed: int = 0
+    """Of the head's first values, the order of images and the augmentation."""
+    cache_dir: Path | None = None
+    """Folder that "--lists download" fetches into; default OUTPUT/features."""
+    batch_size: int = 256
+    """Test images a forward pass; the protocol says how many a training step takes."""
+    save_every: int = 500
+    """Steps between two checkpoints within an epoch."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # type: ignore[assignment]
+    """Of training and evaluation; float32 as in the published code, the others by autocast. auto: bfloat16
+    where the device computes it natively."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers out of range."""
+        super().__post_init__()
+        if self.save_every < 1:
+            raise ValueError(f"--save-every {self.save_every}: wanted 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertSettings:
+    """Turn a checkpoint into detectron2 weights and prove both compute the same; or the way back."""
+
+    weights: Path
+    """Checkpoint file, in any format that `python -m transfer formats` lists (a detectron2 file with
+    --reverse)."""
+    output: Path
+    """File to write: .pkl for detectron2, .safetensors with --reverse."""
+    arch: str | None = None
+    """timm architecture, where the file alone does not tell."""
+    branch: Literal["online", "ema"] = "online"
+    """Which of two networks a self-supervised checkpoint may hold."""
+    reverse: bool = False
+    """From a detectron2 .pkl or .pth file (a backbone or a whole detector) back to timm's keys."""
+    verify: bool = True
+    """Prove the conversion in detectron2. --no-verify is for machines without it, and is recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """Write a checkpoint's backbone for another library, and prove it by loading it there."""
+
+    weights: Path
+    """Checkpoint file, in any format that `python -m transfer formats` lists."""
+    output: Path
+    """Folder to write; new, empty or of an earlier export."""
+    format: Literal["timm", "torchvision", "detectron2", "huggingface"]
+    """timm and torchvision: a file of their keys. detectron2: backbone.pkl. huggingface: a folder with
+    config.json, model.safetensors and a model card, for timm's local-dir: and the hub."""
+    branch: Literal["online", "ema"] = "online"
+    """Which of two networks a self-supervised checkpoint may hold."""
+    arch: str | None = None
+    """timm architecture, where the file alone does not tell."""
+    results: Path | None = None
+    """Folder whose results of these weights go into the model card (huggingface)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """Which spectral transformations avoid collapse: train, judge, draw."""
+
+    data_dir: str
+    """Folder of the data set."""
+    output: str
+    """Folder for runs, statement and pictures; a study that was stopped there goes on."""
+    dataset: str = "fashion_mnist"
+    """A small data set: fashion_mnist, cifar10, cifar100 or an image folder."""
+    whitening: Literal["channel", "batch"] = "channel"
+    """Which covariance is transformed."""
+    powers: tuple[float, ...] = (0.0, 0.25, 0.4, 0.6, 0.75, 1.0)
+    """The p of g(λ) = λ^−p; p = 1/2, hard whitening, is always there."""
+    iterations: tuple[int, ...] = (2, 4, 7)
+    """The T of IterNorm alone; INTL has T = 4."""
+    seeds: int = 3
+    """Runs of each transformation."""
+    steps: int = 120
+    """Training steps of a run."""
+    batch: int = 128
+    """Images of a step."""
+    features: int = 256
+    """Length of the embeddings."""
+    lr: float = 0.2
+    """Peak learning rate of SGD with momentum 0.9."""
+    bank: int = 4000
+    """Training images with labels for k-NN."""
+    queries: int = 2000
+    """Test images that k-NN classifies."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "steps", "bank", "queries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        side = self.batch if self.whitening == "channel" else self.features
+        if side <= 8 or self.batch < 2 or self.features < 2:
+            raise ValueError(f"--batch and --features must be more than 8, got {self.batch}, {self.features}")
+        if any(t < 1 for t in self.iterations):
+            raise ValueError(f"--iterations must be at least 1 each, got {list(self.iterations)}")
+
+
+SETTINGS: dict[str, type] = {
+    "inspect": InspectSettings, "knn": KnnSettings, "linear": LinearSettings, "semisup": SemisupSettings,
+    "convert": ConvertSettings, "export": ExportSettings, "spectrum-study": StudySettings,
+}  # fmt: skip
+"""By the names of their commands."""
+
+
+def parse(command: str, argv: Sequence[str]) -> Any:
+    """The settings of `python -m transfer COMMAND`."""
+    settings = SETTINGS[command]
+    return parse_settings(
+        settings, argv, prog=f"python -m transfer {command}", description=settings.__doc__ or "",
+        positional=["file"] if settings is InspectSettings else [],
+    )  # fmt: skip
