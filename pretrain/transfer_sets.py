@@ -182,9 +182,10 @@ def read_transfer_set(name: str, root: Path, split: str) -> Listed:
         try:
             listed = READERS.get(name, _splits)(known, top, link, split)
         except RuntimeError as error:
+            lists = ", ".join(n for n in known.needs if not n.endswith("/"))
             raise UserError(
-                f"{base}: a file of {known.title} is cut off or another version (wrong checksum); delete "
-                f"{', '.join(known.needs)} and fetch them again"
+                f"{base}: a file of {known.title} is cut off or another version: wrong checksum of one of "
+                f"{lists}; fetch it again"
             ) from error
         except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
             reason = str(error).replace(str(link), str(base))
@@ -252,7 +253,7 @@ def _splits(known: TransferSet, top: Path, link: Path, split: str) -> Read:
 
     parts = [getattr(datasets, known.kind)(str(top), split=s) for s in known.splits[split]]
     files = [f for p in parts for f in (p._images if known.kind == "OxfordIIITPet" else p._image_files)]
-    numbers = [str(c) for c in range(known.classes)]  # Flowers102 has no names before torchvision 0.22
+    numbers = [str(c) for c in range(known.classes)]  # older torchvision has no names of Flowers'
     return files, [x for p in parts for x in p._labels], list(getattr(parts[0], "classes", numbers)), ""
 
 

@@ -57,8 +57,8 @@ def test_a_line_says_on_how_many_ranks_and_gpus(monkeypatch: pytest.MonkeyPatch)
 
     evaluation = subject.Evaluation(
         settings=SimpleNamespace(label=None), protocol=SimpleNamespace(reference=RESULT.protocol),
-        subject=SimpleNamespace(weights=RESULT.weights, arch="resnet18"), seed=0, train=None,
-        test=Images(name="d", split="test"), transform=SimpleNamespace(size=32),
+        subject=SimpleNamespace(weights=RESULT.weights, arch="resnet18"), seed=0, train=Images(notes=()),
+        test=Images(name="d", split="test", notes=()), transform=SimpleNamespace(size=32),
         clock=SimpleNamespace(stamp=lambda _: {}),
     )  # fmt: skip
     one = evaluation.result({"top1": 40.0}, torch.device("cpu"), settings={"batch": 8})

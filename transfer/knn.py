@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from pretrain.cli import UserError
 from pretrain.distributed import local_device, process_group, rank, sum_over_ranks, world_size
+from pretrain.transfer_sets import metric_of
 from transfer.features import extract, make_extractor
 from transfer.options import KnnSettings, parse
 from transfer.protocol import load_protocol
@@ -39,8 +40,9 @@ def knn_evaluate(
     metric: Literal["cosine", "dot", "euclidean"] = "cosine",
     device: torch.device | None = None,
     over_ranks: bool = True,
+    per_class: bool = False,
 ) -> dict[str, float]:
-    """Top-1 and top-5 percent for every k, as top1_k20, top5_k20 …
+    """Top-1 and top-5 percent for every k, as top1_k20, top5_k20 …; with `per_class` mean_per_class_k20 too.
 
     A weighted neighbour votes exp(s / temperature) with cosine or dot product s, or 1 / (d + 1e-5) at the
     Euclidean distance d (Wu et al. 2018, section 3.4, https://arxiv.org/abs/1805.01978; solo-learn). Ties:
@@ -48,7 +50,7 @@ def knn_evaluate(
     Float32, or float64 when given float64. Queries are shared out over ranks, every rank holding the bank
     (a memory-mapped file will do), and all ranks must call; with `over_ranks` False the caller alone judges
     every query. Raises ValueError for k beyond the bank, sizes that do not match, and features that are not
-    finite.
+    finite. mean_per_class is the mean of top-1 over the classes that have queries.
     """
     bank, queries = _tensor(bank_ND), _tensor(query_MD)
     bank_labels, query_labels = _tensor(bank_labels_N).long(), _tensor(query_labels_M).long()
@@ -58,6 +60,7 @@ def knn_evaluate(
     mine = slice(rank(), None, world_size()) if over_ranks else slice(None)
     queries, query_labels = queries[mine], query_labels[mine].to(device)
     hits = torch.zeros(2, len(ks), dtype=torch.float64, device=device)
+    own_KC = torch.zeros(len(ks), classes if per_class else 0, dtype=torch.float64, device=device)
     if len(queries):
         near, index = nearest(bank, queries, max(ks), metric=metric, device=device)
         votes = _votes(near, temperature=temperature, vote=vote, metric=metric)
@@ -68,9 +71,18 @@ def knn_evaluate(
             ):
                 hits[0, column] += (place < 1).sum()
                 hits[1, column] += (place < 5).sum()
-    total = sum_over_ranks(hits) if over_ranks else hits
-    percent = 100 * total.cpu() / len(_tensor(query_labels_M))
-    return {f"top{n}_k{k}": float(percent[r, c]) for c, k in enumerate(ks) for r, n in enumerate((1, 5))}
+                if per_class:
+                    own_KC[column] += query_labels[rows][place < 1].bincount(minlength=classes)
+    if over_ranks:
+        hits, own_KC = sum_over_ranks(hits), sum_over_ranks(own_KC)
+    all_labels = _tensor(query_labels_M).long()
+    percent = 100 * hits.cpu() / len(all_labels)
+    found = {f"top{n}_k{k}": float(percent[r, c]) for c, k in enumerate(ks) for r, n in enumerate((1, 5))}
+    if per_class:
+        count_C = all_labels.bincount(minlength=classes)
+        recall_KC = own_KC.cpu()[:, count_C > 0] / count_C[count_C > 0]
+        found |= {f"mean_per_class_k{k}": float(r) for k, r in zip(ks, 100 * recall_KC.mean(1))}
+    return found
 
 
 def nearest(
@@ -238,6 +250,7 @@ def main(argv: list[str]) -> int | None:
         metrics = knn_evaluate(
             bank, train.labels_N, queries, test.labels_N, ks=values.ks, temperature=values.temperature,
             vote=values.vote, metric=values.metric, device=local_device(),
+            per_class=metric_of(test.name) == "mean_per_class",
         )  # fmt: skip
         extra = {"precision": extractor.precision, "bank": len(train), **dict(protocol.values)}
         evaluation.write([evaluation.result(metrics, device, settings=extra)])

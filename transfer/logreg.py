@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from pretrain.cli import Progress
 from pretrain.distributed import barrier, is_main
+from pretrain.transfer_sets import metric_of
 from transfer.features import Extractor
 from transfer.heads import accuracies
 from transfer.results import Result
@@ -53,22 +54,22 @@ def fit_logreg(
 
 def sweep(
     x_ND: Tensor, labels_N: Tensor, held_MD: Tensor, held_M: Tensor, classes: int, *,
-    costs: Sequence[float], iterations: int, bar: Progress | None = None,
+    costs: Sequence[float], iterations: int, metric: str = "top1", bar: Progress | None = None,
 ) -> list[float]:  # fmt: skip
-    """Top-1 percent on the held-out part for each cost, each fit started from the one before."""
+    """`metric` in percent on the held-out part for each cost, each fit started from the one before."""
     start, found = None, []
     for cost in costs:
         start = fit_logreg(x_ND, labels_N, classes, cost=cost, iterations=iterations, start=start)
-        found.append(accuracies(held_MD @ start[0] + start[1], held_M)["top1"])
+        found.append(accuracies(held_MD @ start[0] + start[1], held_M)[metric])
         if bar is not None:
-            bar.update(1, C=cost, top1=found[-1])
+            bar.update(1, C=cost, **{metric: found[-1]})
     return found
 
 
 def run_logreg(
     evaluation: Evaluation, extractor: Extractor, values: LinearProtocol, device: torch.device
 ) -> list[Result]:
-    """Choose C on the held-out part, refit on all training images, judge on the test images.
+    """Choose C on the held-out part by the data set's metric, refit on all training images, judge on test.
 
     All ranks must call; rank 0 alone fits.
     """
@@ -79,11 +80,12 @@ def run_logreg(
     found: list[Result] = []
     if is_main():
         classes = len(evaluation.train.classes)
+        metric = metric_of(evaluation.test.name)
         file = evaluation.settings.output / "progress.json"
         with Progress(len(values.costs) + 1, label="logistic regression", unit="fit", file=file) as bar:
             scores = sweep(
                 train.features_ND, train.labels_N, held.features_ND, held.labels_N, classes,
-                costs=values.costs, iterations=values.iterations, bar=bar,
+                costs=values.costs, iterations=values.iterations, metric=metric, bar=bar,
             )  # fmt: skip
             chosen = max(range(len(scores)), key=lambda i: (scores[i], -i))
             weight, bias = fit_logreg(
@@ -92,7 +94,7 @@ def run_logreg(
             )  # fmt: skip
             bar.update(1)
         extra = {
-            "C": values.costs[chosen], "held_out_top1": round(scores[chosen], 4), "augmentation": False,
+            "C": values.costs[chosen], f"held_out_{metric}": round(scores[chosen], 4), "augmentation": False,
             "precision": extractor.precision, "chosen_on": "held-out",
         }  # fmt: skip
         metrics = accuracies(test.features_ND @ weight + bias, test.labels_N)

@@ -29,11 +29,13 @@ class Result:
     task: Literal["knn", "linear", "semisup", "detection", "segmentation"]
     dataset: str
     split: str
+    """test, and in brackets which split of several, and what is missing of the set."""
     n: int
     """Images judged, each counted once."""
     metrics: dict[str, float]
-    """In percent: knn top1_k20, top5_k20 …; linear and semisup top1, top5, mean_per_class or mAP; detection
-    and segmentation AP, AP50, AP75, APs, APm, APl."""
+    """In percent: knn top1_k20, top5_k20 … (and mean_per_class_k20 … where the data set is reported in it);
+    linear and semisup top1, top5, mean_per_class or mAP; detection and segmentation AP, AP50, AP75, APs, APm,
+    APl."""
     protocol: dict[str, Any]
     """name, version and hash of its content."""
     weights: dict[str, Any]

@@ -23,6 +23,7 @@ from pretrain.distributed import any_rank, barrier, is_main, process_group, rank
 from pretrain.files import write_json
 from pretrain.signals import StopSignals
 from pretrain.train import choose_dtype
+from pretrain.transfer_sets import metric_of
 from transfer import results
 from transfer.augment import Augmented
 from transfer.features import Decoded, image_batches
@@ -152,6 +153,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.loss_sum = torch.zeros((), device=device)  # over this epoch's steps, this rank's part
         self.dtype = choose_dtype(settings.precision, device)
+        self.metric = metric_of(evaluation.test.name)
         self.lr_backbone, self.lr_head = values.rates(settings.label_percent)
         backbone = evaluation.subject.model
         assert backbone is not None
@@ -194,14 +196,19 @@ class Run:
                         self.loss_sum.zero_()
                     if at_end or stopping or self.step % self.settings.save_every == 0:
                         self._save()
-                    bar.update(1, **(_shown(self.history, mean) if asked else {}))
+                    bar.update(1, **(self._shown(mean) if asked else {}))
                     if stopping and self.step < self.total:
                         stop.hand_over()
 
+    def _shown(self, loss: float) -> dict[str, float]:
+        last = {self.metric: self.history[-1][self.metric]} if self.history else {}
+        return {"loss": loss} | last
+
     def found(self) -> list[Result]:
-        """The last epoch's result, and that of the epoch best on the images reported."""
+        """The last epoch's result, and that of the epoch best on the images reported, by the data
+        set's metric."""
         last = len(self.history) - 1
-        best = max(range(len(self.history)), key=lambda e: (self.history[e]["top1"], -e))
+        best = max(range(len(self.history)), key=lambda e: (self.history[e][self.metric], -e))
         return [self._line("last", last), self._line("best", best)]
 
     def _line(self, selection: str, epoch: int) -> Result:
@@ -342,7 +349,3 @@ def epoch_batches(n: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]
     if len(cut[-1]) < least:
         cut[-1] = np.concatenate([cut[-1], np.resize(order, least - len(cut[-1]))])
     return cut
-
-
-def _shown(history: list[dict[str, float]], loss: float) -> dict[str, float]:
-    return {"loss": loss} | ({"top1": history[-1]["top1"]} if history else {})

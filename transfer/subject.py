@@ -119,8 +119,10 @@ class Evaluation:
         """A Result with everything that does not depend on the evaluator filled in."""
         ranks = {"world_size": world_size()} | ({"gpus": world_size()} if device.type == "cuda" else {})
         more["settings"] = {**more.get("settings", {}), **ranks}
+        notes = "; ".join(dict.fromkeys([*self.train.notes, *self.test.notes]))
+        split = f"{self.test.split} ({notes})" if notes else self.test.split
         return Result(
-            task=self.task, dataset=self.test.name, split=self.test.split, n=len(self.test),
+            task=self.task, dataset=self.test.name, split=split, n=len(self.test),
             metrics={k: round(v, 4) for k, v in metrics.items()}, protocol=self.protocol.reference,
             weights=self.subject.weights, arch=self.subject.arch, label=self.settings.label, seed=self.seed,
             label_percent=self.label_percent, image_size=self.transform.size,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pretrain.transfer_sets import metric_of
 from transfer.reporting.collect import Evidence
 from transfer.reporting.compare import Summary, Trial
 from transfer.reporting.records import RAW_PIXELS, Record
@@ -58,9 +60,9 @@ class Task:
     @property
     def slug(self) -> str:
         share = f"-{self.label_percent:g}" if self.partly else ""
-        return (
-            f"{self.name}{share}-{self.dataset}-{self.protocol.replace('@', '-v')}-{self.protocol_hash[:6]}"
-        )
+        kind = re.sub(r"\W+", "-", self.split.partition("(")[2]).rstrip("-")  # which split of several
+        data = f"{self.dataset}-{kind}" if kind else self.dataset
+        return f"{self.name}{share}-{data}-{self.protocol.replace('@', '-v')}-{self.protocol_hash[:6]}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,9 +100,12 @@ class Results:
         return list(names)
 
     def headline_metric(self, task: Task) -> str:
-        """The metric that stands for the task: AP or top-1; of several k, 20 or else the first."""
+        """The metric that stands for the task: AP, or what the data set is reported in (top-1, mean per
+        class); of several k, 20 or else the first."""
         names = self.metrics(task)
-        wanted = ("AP", "top1", "top1_k20", "mean_per_class", "mAP")
+        kept = metric_of(task.dataset)
+        of_set = [kept, f"{kept}_k20", *(n for n in names if n.startswith(f"{kept}_k"))]
+        wanted = ("AP", *of_set, "top1", "top1_k20", "mean_per_class", "mAP")
         return next((n for n in wanted if n in names), names[0])
 
     def summary(self, method: str, task: Task, selection: str, metric: str) -> Summary | None:

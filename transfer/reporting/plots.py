@@ -15,9 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from pretrain.transfer_sets import metric_of
 from transfer.reporting.collect import Evidence, Run
 from transfer.reporting.inventory import costs
-from transfer.reporting.methods import Results, Task
+from transfer.reporting.methods import Results, Task, metric_name
 
 INK = "#0a0b0c"
 """Stands for the page's text colour: replaced by currentColor in the SVG."""
@@ -216,36 +217,43 @@ def classification_plots(results: Results) -> list[Plot]:
 def _by_k_plots(results: Results) -> list[Plot]:
     plots = []
     for task in results.tasks:
-        ks = sorted(int(m[6:]) for m in results.metrics(task) if re.fullmatch(r"top1_k\d+", m))
+        metric = metric_of(task.dataset)
+        names = [m for m in results.metrics(task) if re.fullmatch(rf"{metric}_k\d+", m)]
+        ks = sorted(int(name.rpartition("_k")[2]) for name in names)
         if len(ks) < 2:
             continue
         series: Series = []
         for method in results.methods:
-            found = [(k, s.mean) for k in ks if (s := results.headline(method, task, f"top1_k{k}"))]
+            found = [(k, s.mean) for k in ks if (s := results.headline(method, task, f"{metric}_k{k}"))]
             if found:
                 series.append((method, [k for k, _ in found], [v for _, v in found]))
         title = f"k-NN by k ({task.dataset}, {task.protocol})"
-        plots.append(draw(f"by-k-{task.slug}", title, _log_lines, series, ks, x="k", y="top-1, percent"))
+        y = f"{metric_name(metric)}, percent"
+        plots.append(draw(f"by-k-{task.slug}", title, _log_lines, series, ks, x="k", y=y))
     return plots
 
 
 def _sweep_plots(results: Results) -> list[Plot]:
-    """One curve a method from `settings.sweep`, a list of {lr, weight_decay, top1}: the best of each rate."""
+    """One curve a method from `settings.sweep`, a list of {lr, weight_decay, top1}: the best of each rate.
+
+    In place of top1 stands mean_per_class where the data set is reported in it.
+    """
     plots = []
     for task in results.tasks:
+        metric = metric_of(task.dataset)
         series: Series = []
         for method in results.methods:
             best: dict[float, float] = {}
             for record in results.all_records(method, task)[:1]:
                 for head in (record["settings"] or {}).get("sweep") or []:
-                    lr, value = float(head["lr"]), float(head["top1"])
+                    lr, value = float(head["lr"]), float(head[metric])
                     best[lr] = max(value, best.get(lr, value))
             if len(best) > 1:
                 series.append((method, sorted(best), [best[lr] for lr in sorted(best)]))
         if series:
             title = f"Linear by learning rate ({task.dataset}, {task.protocol})"
-            names = {"x": "learning rate", "y": "top-1 of the selecting split, percent"}
-            plots.append(draw(f"sweep-{task.slug}", title, _log_lines, series, **names))
+            y = f"{metric_name(metric)} of the selecting split, percent"
+            plots.append(draw(f"sweep-{task.slug}", title, _log_lines, series, x="learning rate", y=y))
     return plots
 
 
@@ -266,8 +274,8 @@ def _label_share_plots(results: Results) -> list[Plot]:
             continue
         slug = f"labels-{dataset}-{protocol.replace('@', '-v')}"
         title = f"Fine-tuning by share of labels ({dataset}, {protocol})"
-        names = {"x": "share of the labels, percent", "y": "top-1, percent"}
-        plots.append(draw(slug, title, _log_lines, series, shares, **names))
+        x, y = "share of the labels, percent", f"{metric_name(metric_of(dataset))}, percent"
+        plots.append(draw(slug, title, _log_lines, series, shares, x=x, y=y))
     return plots
 
 
