@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from pretrain import transfer_sets
+from pretrain.data import DATASETS
 from transfer import formats, protocol
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +33,28 @@ Written from `transfer/formats.py` (CONTRIBUTING says how). `python -m transfer 
 them a file has, what would be used and what dropped. Prefixes `module.` (DDP) and `_orig_mod.`
 (torch.compile) may stand anywhere.
 """,
+    "datasets.md": """# Data sets
+
+What `--dataset NAME --data-dir DIR` wants in DIR.
+
+- `imagenet`, `imagenet100` (CMC's classes, alone or among all) and `imagefolder` (any classes):
+  `{train,val}/<class>/<images>`, `test` or `validation` in place of `val` too; `webdataset`: `train-*.tar`,
+  `val-*.tar`.
+- `cifar10`, `cifar100`: torchvision's files, or class folders; `fashion_mnist`: its four idx files. `voc07`:
+  `VOC2007/`, for `linear` with an SVM's protocol.
+
+They are reported in top-1 (`voc07` in mAP), the sets below in the metric of their row: it is the headline of
+the report, and held-out heads, C and best epochs are chosen by it. Mean per class is the mean over classes of
+the share of their images that is judged right, `mean_per_class` in results.
+
+The sets below are read by torchvision's own classes and never downloaded. DIR is torchvision's root or the
+set's own folder, under any name (with `--stage-to` that: all of DIR is copied). Images are evaluated in
+ImageNet's way, resized and cropped as the protocol says; `--image-size` takes another size. A result's
+`split` says which split of several it is, and of how many images where some are missing. A split made here
+trains on the images of each class whose SHA-256 of `0 CLASS/FILE` comes first (`0` is its seed).
+
+Written from `pretrain/transfer_sets.py` (CONTRIBUTING says how).
+""",
 }
 
 
@@ -38,6 +62,7 @@ def generated() -> dict[str, str]:
     return {
         "protocols.md": f"{HEADS['protocols.md']}\n{protocol.as_markdown().strip()}\n",
         "formats.md": f"{HEADS['formats.md']}\n{formats.markdown().strip()}\n",
+        "datasets.md": f"{HEADS['datasets.md']}\n{transfer_sets.markdown()}\n",
     }
 
 
@@ -48,6 +73,13 @@ def test_generated_page_is_up_to_date(name: str) -> None:
         page.parent.mkdir(exist_ok=True)
         page.write_text(wanted, encoding="utf-8")
     assert page.read_text(encoding="utf-8") == wanted, "UPDATE_DOCS=1 python -m pytest tests/test_docs.py"
+
+
+def test_every_data_set_is_named_where_they_are_listed() -> None:
+    help_text = " ".join(help_of("transfer", "knn").split())
+    readme, page = ((ROOT / p).read_text(encoding="utf-8") for p in ("README.md", "docs/datasets.md"))
+    for name in DATASETS:
+        assert f"`{name}`" in readme and f"`{name}`" in page and re.search(rf"\b{name}\b", help_text), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
