@@ -195,6 +195,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    logging.getLogger("timm").setLevel(logging.WARNING)  # it tells of every file it loads
     earlier_hook, threading.excepthook = threading.excepthook, _note_thread_error
     try:
         return main(list(sys.argv[1:] if argv is None else argv)) or EXIT_OK

@@ -53,7 +53,9 @@ def data(n: int = 300, m: int = 90, d: int = 24, classes: int = 12, seed: int = 
 def test_equals_the_reference(monkeypatch, metric, vote, block_bytes) -> None:
     monkeypatch.setattr(transfer.knn, "BLOCK_BYTES", block_bytes)
     parts = data()
-    got = knn_evaluate(*parts, ks=(20, 1, 7), temperature=0.1, vote=vote, metric=metric)
+    done: list[int] = []
+    got = knn_evaluate(*parts, ks=(20, 1, 7), temperature=0.1, vote=vote, metric=metric, told=done.append)
+    assert sum(done) == len(parts[0]) and (len(done) > 1) == (block_bytes == 4000)
     for k in (1, 7, 20):
         wanted = reference(*parts, k=k, temperature=0.1, vote=vote, metric=metric)
         assert [got[f"top1_k{k}"], got[f"top5_k{k}"]] == pytest.approx(wanted.tolist())

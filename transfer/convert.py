@@ -8,6 +8,7 @@ backbone must be matched, and every stage must compute what timm's computes. A f
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 import re
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from pretrain.cli import UserError
 from pretrain.files import atomic_path, set_usual_mode, sha256_of
 from transfer.detection_needs import need_detectron2
 from transfer.options import ConvertSettings, parse
+
+logger = logging.getLogger(__name__)
 
 AUTHOR = "intl-bench"
 UNPROVED = "or convert with --no-verify: unproved, and recorded so in the file"
@@ -250,6 +253,7 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
             if settings.verify:
                 from transfer.detection_proof import prove
 
+                logger.info("proving in detectron2 that %s computes the same", settings.output)
                 origin["difference"] = prove(loaded.model, candidate)
                 write_pickle(candidate, weights, origin)
             candidate.replace(aside)

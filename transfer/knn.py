@@ -5,7 +5,7 @@ N bank images, M queries, D features, K the largest k, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from pretrain.cli import UserError
+from pretrain.cli import Progress, UserError
 from pretrain.distributed import local_device, process_group, rank, sum_over_ranks, world_size
 from pretrain.transfer_sets import metric_of
 from transfer.features import extract, make_extractor
@@ -40,6 +40,7 @@ def knn_evaluate(
     metric: Literal["cosine", "dot", "euclidean"] = "cosine",
     device: torch.device | None = None,
     over_ranks: bool = True,
+    told: Callable[[int], object] | None = None,
     per_class: bool = False,
 ) -> dict[str, float]:
     """Top-1 and top-5 percent for every k, as top1_k20, top5_k20 …; with `per_class` mean_per_class_k20 too.
@@ -62,7 +63,7 @@ def knn_evaluate(
     hits = torch.zeros(2, len(ks), dtype=torch.float64, device=device)
     own_KC = torch.zeros(len(ks), classes if per_class else 0, dtype=torch.float64, device=device)
     if len(queries):
-        near, index = nearest(bank, queries, max(ks), metric=metric, device=device)
+        near, index = nearest(bank, queries, max(ks), metric=metric, device=device, told=told)
         votes = _votes(near, temperature=temperature, vote=vote, metric=metric)
         labels = bank_labels.to(device)[index]
         for rows in _blocks(len(labels), classes * 8):
@@ -86,12 +87,19 @@ def knn_evaluate(
 
 
 def nearest(
-    bank: Tensor, queries: Tensor, k: int, *, metric: str, device: torch.device
+    bank: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    metric: str,
+    device: torch.device,
+    told: Callable[[int], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Similarity and bank index of the `k` nearest bank rows, nearest first: two M x k tensors.
 
     The similarity is the cosine, the dot product, or minus the squared Euclidean distance. The bank is read
-    once, block by block; extra memory is a few blocks and two M x k tensors.
+    once, block by block; extra memory is a few blocks and two M x k tensors. `told` is called with the number
+    of bank rows of each block that is done.
     """
     bank_block = min(len(bank), max(k, BLOCK_BYTES // (bank.shape[1] * bank.element_size())))
     queries = _prepared(queries, metric, device)
@@ -114,6 +122,8 @@ def nearest(
                     torch.cat([best[rows], value], 1), torch.cat([index_of[rows], index], 1), k
                 )
             best[rows], index_of[rows] = value, index
+        if told is not None:
+            told(len(block))
     return best, index_of
 
 
@@ -247,11 +257,12 @@ def main(argv: list[str]) -> int | None:
             )
             for part in (train, test)
         )  # fmt: skip
-        metrics = knn_evaluate(
-            bank, train.labels_N, queries, test.labels_N, ks=values.ks, temperature=values.temperature,
-            vote=values.vote, metric=values.metric, device=local_device(),
-            per_class=metric_of(test.name) == "mean_per_class",
-        )  # fmt: skip
+        with Progress(len(train), label=f"neighbours of {len(test)} images", unit="training image") as bar:
+            metrics = knn_evaluate(
+                bank, train.labels_N, queries, test.labels_N, ks=values.ks, temperature=values.temperature,
+                vote=values.vote, metric=values.metric, device=local_device(), told=bar.update,
+                per_class=metric_of(test.name) == "mean_per_class",
+            )  # fmt: skip
         extra = {"precision": extractor.precision, "bank": len(train), **dict(protocol.values)}
         evaluation.write([evaluation.result(metrics, device, settings=extra)])
     return 0
