@@ -11,15 +11,17 @@ import logging
 import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 
-from pretrain.cli import parse_settings, run
+from pretrain.cli import Progress, parse_settings, run
 from pretrain.data import open_dataset
 from pretrain.loader import (
     StepBatches,
     Views,
     batches,
+    cores,
     default_workers,
     finishes_in_workers,
     where_finished,
@@ -29,6 +31,10 @@ from pretrain.model import momentum_update
 from pretrain.settings import RECIPES, Settings
 from pretrain.train import Learner, Plan, choose_dtype, on_device, views_of
 
+LOADER = ("--augment-on", "--workers", "--jpeg-draft")
+WORTH = 1.05
+"""Times as fast: what is less is chance."""
+WARM_UP = 3
 PARTS = ("data wait", "transfer and augment", "forward", "loss", "backward", "optimizer")
 
 
@@ -44,44 +50,71 @@ def main(argv: list[str]) -> None:
         )  # fmt: skip
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         steps = max(options.steps, 1)
-        seconds = time_parts(settings, device, steps)
-        other = _other_placement(settings, device)
-        other_s = sum(time_parts(other, device, steps).values()) if other is not None else None
+        others = alternatives(settings, device)
+        with Progress((1 + len(others)) * (steps + WARM_UP), label="profile") as bar:
+            seconds = time_parts(settings, device, steps, bar)
+            peak_gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+            tried = {option: time_parts(other, device, steps, bar) for option, other in others.items()}
     total = sum(seconds.values())
     for part, value in seconds.items():
         print(f"{part:22s}{1000 * value:10.1f} ms{100 * value / total:7.1f} %")
     print(f"{'step':22s}{1000 * total:10.1f} ms, {settings.batch_global / total:.0f} images/s on {device}")
     print(_said_of_placement(settings, device))
-    if other is not None and other_s is not None:
-        print(f"{_said_of_placement(other, device)}: {1000 * other_s:.1f} ms a step")
     flops, peak = step_flops(settings), matmul_flops_per_s(choose_dtype(settings.precision, device), device)
     print(f"model: {flops / 1e9:.1f} GFLOP a step (forward and backward, multiply-add counted as two)")
     share = 100 * flops / total / peak
     print(f"reached {flops / total / 1e9:.0f} GFLOP/s, {share:.0f} % of what a large matrix product reaches")
-    if device.type == "cuda":
-        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    print("worth changing first:")
-    found = advice(settings, device, {k: v / total for k, v in seconds.items()})
-    # Moving the work can save no more than the step now waits for it: what is beyond that is chance.
-    waits = seconds["data wait"] + seconds["transfer and augment"] > 0.05 * total
-    if waits and other is not None and other_s is not None and other_s < 0.95 * total:
-        found.insert(
-            0, f"--augment-on {other.augment_on} makes a step {total / other_s:.2f} times as fast here"
-        )
-    for line in found[:3]:
-        print(f"  - {line}")
+    if peak_gib is not None:
+        print(f"peak memory: {peak_gib:.1f} GiB")
+    gains = speedups(seconds, tried)
+    for option, gain in gains.items():
+        print(f"with {option:22s}{1000 * total / gain:10.1f} ms a step, {gain:.2f} times as fast")
+    worth = [option for option, gain in gains.items() if gain >= WORTH][:3]
+    print(f"worth changing first: {'; '.join(worth) or 'nothing of what was tried'}")
 
 
 def _workers(settings: Settings, device: torch.device) -> int:
     return default_workers(1, device) if settings.workers is None else settings.workers
 
 
-def _other_placement(settings: Settings, device: torch.device) -> Settings | None:
-    """The same run with colour and blur in the other place, where "auto" chose and there are two places."""
-    if settings.augment_on != "auto" or (device.type == "cpu" and _workers(settings, device) == 0):
-        return None
-    here = finishes_in_workers("auto", device)
-    return dataclasses.replace(settings, augment_on="device" if here else "workers")
+def alternatives(settings: Settings, device: torch.device) -> dict[str, Settings]:
+    """The same run with one option changed, by that option: those that leave the method as it is.
+
+    Batch, views and projector would change a step's time too, but what is trained with it.
+    """
+    changes: dict[str, Any] = {}
+    workers = _workers(settings, device)
+    if settings.augment_on == "auto" and (device.type == "cuda" or workers > 0):
+        changes["augment_on"] = "device" if finishes_in_workers("auto", device) else "workers"
+    if workers < cores():
+        changes["workers"] = min(max(2 * workers, 1), cores())
+    dtype, native = (choose_dtype(p, device) for p in (settings.precision, "auto"))
+    if dtype != native:
+        changes["precision"] = "auto"
+    elif device.type == "cpu" and dtype == torch.bfloat16:
+        changes["precision"] = "float32"
+    if device.type == "cuda" and not settings.compile:
+        changes["compile"] = True
+    if not settings.jpeg_draft:
+        changes["jpeg_draft"] = True
+    return {
+        f"--{name.replace('_', '-')} {str(value).lower()}": dataclasses.replace(settings, **{name: value})
+        for name, value in changes.items()
+    }
+
+
+def speedups(seconds: dict[str, float], tried: dict[str, dict[str, float]]) -> dict[str, float]:
+    """How many times as fast a step is with each option, the best first.
+
+    What concerns the loader can save no more than the step now waits for it: beyond that is chance.
+    """
+    total = sum(seconds.values())
+    waits = seconds["data wait"] + seconds["transfer and augment"]
+    gains = {}
+    for option, parts in tried.items():
+        least = total - waits if option.startswith(LOADER) else 0.0
+        gains[option] = total / max(sum(parts.values()), least)
+    return dict(sorted(gains.items(), key=lambda item: -item[1]))
 
 
 def _said_of_placement(settings: Settings, device: torch.device) -> str:
@@ -90,8 +123,10 @@ def _said_of_placement(settings: Settings, device: torch.device) -> str:
     return f"colour and blur {where} (--augment-on {settings.augment_on})"
 
 
-def time_parts(settings: Settings, device: torch.device, steps: int, warm_up: int = 3) -> dict[str, float]:
-    """Mean seconds of each part of a step, the device waited for after each."""
+def time_parts(
+    settings: Settings, device: torch.device, steps: int, bar: Progress | None = None
+) -> dict[str, float]:
+    """Mean seconds of each part of a step after some to warm up, the device waited for after each."""
     images = open_dataset(settings.dataset, settings.data_dir, "train")
     Plan.of(settings, len(images), 1)
     dtype = choose_dtype(settings.precision, device)
@@ -107,11 +142,11 @@ def time_parts(settings: Settings, device: torch.device, steps: int, warm_up: in
         world=1,
         seed=0,
         start=0,
-        stop=steps + warm_up,
+        stop=steps + WARM_UP,
     )
     loader = batches(views, order, workers=_workers(settings, device), pin_memory=device.type == "cuda")
     seconds = dict.fromkeys(PARTS, 0.0)
-    for step in range(steps + warm_up):
+    for step in range(steps + WARM_UP):
         marks = [_now(device)]
         batch = next(loader)
         marks.append(_now(device))
@@ -138,9 +173,11 @@ def time_parts(settings: Settings, device: torch.device, steps: int, warm_up: in
         if learner.slow is not None:
             momentum_update(learner.slow, learner.encoder, settings.ema_momentum)
         marks.append(_now(device))
-        if step >= warm_up:
+        if step >= WARM_UP:
             for part, a, b in zip(PARTS, marks, marks[1:]):
                 seconds[part] += (b - a) / steps
+        if bar is not None:
+            bar.update(1)
     return seconds
 
 
@@ -176,25 +213,6 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
         a @ a
         best = min(best, _now(device) - start)
     return 2 * n**3 / best
-
-
-def advice(settings: Settings, device: torch.device, share: dict[str, float]) -> list[str]:
-    """What would help, the most promising first."""
-    found = []
-    if share["data wait"] > 0.1:
-        found.append(f"the loader is late ({100 * share['data wait']:.0f} % of the step): raise --workers")
-    dtype = choose_dtype(settings.precision, device)
-    if dtype == torch.float32 and choose_dtype("auto", device) != torch.float32:
-        found.append("--precision auto: this device computes in bfloat16 natively")
-    if share["loss"] > 0.2:
-        found.append("the loss is a large share: a smaller --projector-output makes it cheaper")
-    if device.type == "cuda" and not settings.compile:
-        found.append("--compile true fuses the small operations of the backbone")
-    if device.type == "cpu":
-        found.append("smaller --view-sizes: the time of a step goes with their square")
-        found.append("--projector-hidden and --projector-output of 1024 to 2048 suit ResNet-18")
-    found.append("--batch-global as large as the memory holds, the learning rate follows it")
-    return found
 
 
 if __name__ == "__main__":

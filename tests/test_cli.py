@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pretrain.cli import Progress, RunFailed, UserError, parse_settings, run, save_settings
@@ -139,14 +141,39 @@ def test_profile_times_both_places_of_colour_and_blur(
     ]  # fmt: skip
     profile.main(tiny)
     out = capsys.readouterr().out
-    assert used == [True, False]  # without a GPU the workers' is the one chosen, and the table's
+    assert used[:2] == [True, False]  # without a GPU the workers' is the one chosen, and the table's
     assert "colour and blur in the workers (--augment-on auto)\n" in out
-    assert re.search(
-        r"colour and blur in the training process \(--augment-on device\): [\d.]+ ms a step", out
-    )
+    assert re.search(r"with --augment-on device +[\d.]+ ms a step, [\d.]+ times as fast", out)
+    tried = len(used)
     profile.main([*tiny, "--augment-on", "device"])
     out = capsys.readouterr().out
-    assert used[2:] == [False] and out.count("colour and blur") == 1
+    assert not any(used[tried:]) and "with --augment-on" not in out
+
+
+def test_profile_recommends_only_what_was_faster() -> None:
+    from pretrain.profile import speedups
+
+    seconds = {"data wait": 0.2, "transfer and augment": 0.0, "forward": 0.8}
+    tried = {
+        "--workers 4": {"data wait": 0.0, "forward": 0.4},  # forward cannot have gained: 1 - 0.2 is the least
+        "--precision auto": {"data wait": 0.2, "forward": 0.3},
+        "--augment-on device": {"data wait": 0.2, "forward": 1.0},
+    }
+    gains = speedups(seconds, tried)
+    assert list(gains) == ["--precision auto", "--workers 4", "--augment-on device"]
+    assert list(gains.values()) == pytest.approx([2.0, 1.25, 1 / 1.2])
+
+
+def test_profile_tries_nothing_that_changes_the_method() -> None:
+    from pretrain.profile import alternatives
+
+    settings = parse_recipe(["--recipe", "cifar10_ep1000", "--data-dir", "d", "--output", "o"])
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        for changed in alternatives(dataclasses.replace(settings, precision="float32"), device).values():
+            same = {"workers", "augment_on", "precision", "compile", "jpeg_draft"}
+            before, after = dataclasses.asdict(settings), dataclasses.asdict(changed)
+            differ = {name for name in before if before[name] != after[name]}
+            assert len(differ) == 1 and differ <= same
 
 
 @dataclass(frozen=True, kw_only=True)
