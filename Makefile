@@ -12,7 +12,7 @@ JOBS ?= 2
 DETECTRON2 ?= index
 DISK_GB := 7
 # pip's own progress on a terminal; in a log the line of each stage is enough.
-PIP := $(PY) -m pip --disable-pip-version-check $(shell [ -t 2 ] || echo -q)
+INSTALL := $(PY) -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo -q)
 
 DATASET ?= fashion_mnist
 DATA ?=
@@ -42,7 +42,7 @@ $(STAMP): setup.cfg
 	  $(PYTHON) -m venv --without-pip "$(VENV)" && $(PYTHON) -m pip --python "$(PY)" install -q pip || exit 1; \
 	fi
 	@echo "1 of 3: installing PyTorch and the other packages into $(VENV): about $(DISK_GB) GB, 2 to 15 minutes by the network's speed"
-	@$(PIP) install -e '.[test]' || { echo "error: a package did not install (see above); is the package index reachable? Run make again to go on" >&2; exit 1; }
+	@$(INSTALL) -e '.[test]' || { echo "error: a package did not install (see above); is the package index reachable? Run make again to go on" >&2; exit 1; }
 	@echo "2 of 3: installing detectron2: $(if $(filter source,$(DETECTRON2)),compiling it takes 5 to 20 minutes,seconds)"
 	@$(MAKE) --no-print-directory detectron2-$(DETECTRON2) || { echo "error: detectron2 did not install (see above); run make again to go on" >&2; exit 1; }
 	@echo "3 of 3: importing them once, which compiles them to byte code: up to a minute"
@@ -52,10 +52,10 @@ $(STAMP): setup.cfg
 .PHONY: detectron2-index detectron2-source
 # The wheel is tagged for CPython 3.10 alone; its Python code runs on later ones too, and nothing here needs its compiled part.
 detectron2-index:
-	@$(PY) -c 'import importlib.metadata as m; m.version("sal-detectron2")' 2>/dev/null || $(PIP) install --no-deps --only-binary=:all: --python-version 3.10 \
+	@$(PY) -c 'import importlib.metadata as m; m.version("sal-detectron2")' 2>/dev/null || $(INSTALL) --no-deps --only-binary=:all: --python-version 3.10 \
 	  --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" sal-detectron2==0.7.2
 detectron2-source:
-	@$(PIP) install setuptools wheel && $(PIP) install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'
+	@$(INSTALL) setuptools wheel && $(INSTALL) --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'
 
 demo: $(STAMP)
 	@$(PY) -m slurm demo --dataset $(DATASET) $(if $(DATA),--data-dir '$(DATA)') --seed $(SEED) --output '$(OUTPUT)'
