@@ -5,17 +5,16 @@ python -m pretrain.profile --recipe NAME|FILE.yaml --data-dir DIR [--steps 10 ..
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import sys
-import tempfile
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pretrain.cli import Progress, parse_settings, run
+from pretrain.cli import Progress, UserError, parse_settings, run
 from pretrain.data import open_dataset
 from pretrain.loader import (
     StepBatches,
@@ -28,7 +27,7 @@ from pretrain.loader import (
 )
 from pretrain.loss import intl_loss
 from pretrain.model import momentum_update
-from pretrain.settings import RECIPES, Settings
+from pretrain.settings import GROUPS, RECIPES, Settings
 from pretrain.train import Learner, Plan, choose_dtype, on_device, views_of
 
 LOADER = ("--augment-on", "--workers", "--jpeg-draft")
@@ -38,23 +37,34 @@ WARM_UP = 3
 PARTS = ("data wait", "transfer and augment", "forward", "loss", "backward", "optimizer")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings(Settings):
+    """The run whose steps are timed, and how many of them."""
+
+    output: str = ""
+    """Not needed: nothing is written."""
+    steps: int = 10
+    """Steps to time, after some to warm up."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1:
+            raise UserError(f"--steps must be at least 1, got {self.steps}")
+
+
 def main(argv: list[str]) -> None:
     """Time some steps part by part, and print the table."""
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--steps", type=int, default=10)
-    options, rest = own.parse_known_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = parse_settings(
-            Settings, [*rest, "--output", scratch], prog="python -m pretrain.profile [--steps 10]",
-            description="Where a step's time goes.", config_flag="--recipe", presets=RECIPES,
-        )  # fmt: skip
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        steps = max(options.steps, 1)
-        others = alternatives(settings, device)
-        with Progress((1 + len(others)) * (steps + WARM_UP), label="profile") as bar:
-            seconds = time_parts(settings, device, steps, bar)
-            peak_gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-            tried = {option: time_parts(other, device, steps, bar) for option, other in others.items()}
+    settings = parse_settings(
+        ProfileSettings, argv, prog="python -m pretrain.profile", config_flag="--recipe", presets=RECIPES,
+        groups=GROUPS | {"steps": "this measurement"},
+        description="Say where the time of a training step goes on this machine, and what to change.",
+    )  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps, others = settings.steps, alternatives(settings, device)
+    with Progress((1 + len(others)) * (steps + WARM_UP), label="profile") as bar:
+        seconds = time_parts(settings, device, steps, bar)
+        peak_gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        tried = {option: time_parts(other, device, steps, bar) for option, other in others.items()}
     total = sum(seconds.values())
     for part, value in seconds.items():
         print(f"{part:22s}{1000 * value:10.1f} ms{100 * value / total:7.1f} %")
