@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -187,6 +188,16 @@ def _as_it_is(batch: Any) -> Any:
 def set_up_worker(_: int) -> None:
     """Start of a DataLoader's worker: signals are for the main process, OpenCV takes one thread."""
     # A signal to the whole group (SLURM, Ctrl-C) must not take the workers from under the last step.
-    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+    for number in (signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_heed_parent, daemon=True).start()
     cv2.setNumThreads(0)  # the workers are the threads
+
+
+def _heed_parent() -> None:
+    """End this worker when the process it works for terminates it; it would wait for that for ever otherwise,
+    where an error kept the loader from closing in order."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

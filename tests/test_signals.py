@@ -9,7 +9,9 @@ import sys
 import threading
 
 import pytest
+from torch.utils.data import DataLoader
 
+from pretrain.loader import set_up_worker
 from pretrain.signals import Stopped, StopSignals
 
 
@@ -96,3 +98,22 @@ def test_a_command_stopped_after_saving_exits_with_75_and_says_how_to_go_on() ->
     assert done.returncode == 75
     assert "run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_loaders_worker_heeds_the_process_it_works_for_alone() -> None:
+    """A signal from elsewhere, as SLURM sends it to all processes of a job, must not take it from a step."""
+    loader = iter(DataLoader(list(range(8)), num_workers=1, worker_init_fn=set_up_worker))  # type: ignore[arg-type]
+    next(loader)
+    (worker,) = loader._workers
+    for name in ("TERM", "INT", "USR2"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert [int(batch) for batch in loader] == list(range(1, 8))
+    worker.join(60)
+    assert worker.exitcode == 0
+
+    held = iter(DataLoader([0, 1], num_workers=1, worker_init_fn=set_up_worker))  # type: ignore[arg-type]
+    next(held)
+    (worker,) = held._workers
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0

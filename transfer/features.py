@@ -291,5 +291,9 @@ def image_batches(
     )  # fmt: skip
     try:
         yield from loader
-    except BrokenImage as error:  # a worker's comes with its traceback as text
-        raise BrokenImage(str(error).rpartition("BrokenImage: ")[2].strip()) from None
+    except BrokenImage as error:
+        text = str(error).rpartition("BrokenImage: ")[2].strip()  # a worker's has its traceback as text
+        error.__traceback__ = None  # a cycle with the loader in it, which would be closed late and slowly
+    else:
+        return
+    raise BrokenImage(text)
