@@ -18,6 +18,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from pretrain.cli import UserError
+from transfer import detection_heads  # noqa: F401 - registers the head that C4 configs name
 
 CONFIGS = Path(__file__).resolve().parent.parent / "detection_configs"
 # Not part of the protocol: the place, the machine, the seed, and what belongs to the weights.

@@ -18,7 +18,7 @@ from torch import nn
 
 from pretrain.cli import UserError
 from pretrain.files import sha256_of, write_text
-from transfer import detection_data, detection_heads
+from transfer import detection_data
 from transfer.detection_config import load_config, protocol_of
 from transfer.detection_eval import evaluate
 from transfer.detection_launch import launch, world_size
@@ -27,7 +27,6 @@ from transfer.detection_pictures import draw, draw_curves, show
 from transfer.detection_weights import StrictCheckpointer, local_path, record_of
 from transfer.results import Clock, Result, append, find, read
 
-__all__ = ["detection_heads", "start"]  # importing detection_heads registers its class in detectron2
 logger = logging.getLogger(__name__)
 TASKS: dict[str, Literal["detection", "segmentation"]] = {"bbox": "detection", "segm": "segmentation"}
 RANDOM = {"path": None, "sha256": None, "format": "random initialisation", "branch": None}
