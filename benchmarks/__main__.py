@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 from benchmarks import BENCHMARKS
 from pretrain.cli import Parser, UserError, run
 from pretrain.files import write_json, write_text
+
+SUMMARY = "summary.md"
 
 
 def measure(argv: list[str]) -> int:
@@ -26,7 +29,7 @@ def measure(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     import torch  # here, as it takes seconds to load and --help does not need it
 
-    from benchmarks.harness import as_markdown, as_record
+    from benchmarks.harness import as_markdown, as_record, as_summary
 
     unknown = set(options.names) - set(BENCHMARKS)
     if unknown:
@@ -45,6 +48,10 @@ def measure(argv: list[str]) -> int:
         write_text(options.output / f"{name}.md", as_markdown(record))
         print(as_markdown(record))
         missed += sum(not c.met for c in comparisons) + sum(t.missed for t in tables)
+    files = {name: options.output / f"{name}.json" for name in BENCHMARKS}
+    records = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    write_text(options.output / SUMMARY, as_summary(records))
+    print(as_summary(records))
     return 1 if missed and not options.quick else 0
 
 

@@ -184,8 +184,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     where = record["machine"]
     lines = [
         f"# {record['title']}", "",
-        f"{where['gpu'] or where['cpu']}, {where['threads']} thread(s), torch {where['torch']}, "
-        f"load {where['load_1min']}. Medians with quartiles, taken in turns.", "",
+        f"{_machine_line(where)} Load {where['load_1min']}. Medians with quartiles, taken in turns.", "",
     ]  # fmt: skip
     if record["comparisons"]:
         lines += _comparison_lines(record["comparisons"])
@@ -195,16 +194,40 @@ def as_markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def as_summary(records: Mapping[str, dict[str, Any]]) -> str:
+    """All ratios of several benchmarks as one table, by the benchmarks' names."""
+    rows = [("benchmark", "case", "speed-up", "memory share", "target"), ("---",) * 5]
+    machines: dict[str, None] = {}
+    for name, record in records.items():
+        machines[_machine_line(record["machine"])] = None
+        for c in record["comparisons"]:
+            rows.append((name, c["case"], f"{c['speedup']:.2f}x", _share(c), _target(c)))
+        for table in record["tables"]:
+            beyond = f"{table['missed']} MISSED" if table["missed"] else ""
+            rows.append((name, table["title"], f"see {name}.md", "", beyond))
+    gpu = any(record["machine"]["gpu"] for record in records.values())
+    lines = [
+        "# Beside plain references",
+        "",
+        *machines,
+        *([] if gpu else ["No GPU: its part was not measured."]),
+    ]
+    return "\n".join([*lines, "", *map(_row, rows)]) + "\n"
+
+
+def _machine_line(where: Mapping[str, Any]) -> str:
+    return f"{where['gpu'] or where['cpu']}, {where['threads']} thread(s), torch {where['torch']}."
+
+
 def _comparison_lines(comparisons: list[dict[str, Any]]) -> list[str]:
     columns = (
         "case", "reference ms", "ours ms", "speed-up", "reference MiB", "ours MiB", "memory share", "target",
     )  # fmt: skip
     lines = [_row(columns), _row(["---"] * len(columns))]
     for c in comparisons:
-        share = "" if c["memory_share"] is None else f"{c['memory_share']:.2f}"
         lines.append(
             f"| {c['case']} | {_ms(c['reference'])} | {_ms(c['ours'])} | {c['speedup']:.2f}x "
-            f"| {_mib(c['reference_peak_bytes'])} | {_mib(c['ours_peak_bytes'])} | {share} | {_target(c)} |"
+            f"| {_mib(c['reference_peak_bytes'])} | {_mib(c['ours_peak_bytes'])} | {_share(c)} | {_target(c)} |"
         )
     return [*lines, "", *[f"- {c['case']}: {c['note']}" for c in comparisons if c["note"]], ""]
 
@@ -222,10 +245,14 @@ def _mib(value: int | None) -> str:
     return "" if value is None else f"{value / 2**20:.0f}"
 
 
+def _share(c: dict[str, Any]) -> str:
+    return "" if c["memory_share"] is None else f"{c['memory_share']:.2f}"
+
+
 def _target(c: dict[str, Any]) -> str:
     wanted = []
     if c["target_speedup"] is not None:
-        wanted.append(f"≥ {c['target_speedup']}x")
+        wanted.append(f"≥ {c['target_speedup']:.2g}x")
     if c["target_memory_share"] is not None:
         wanted.append(f"≤ {c['target_memory_share']} of the memory")
     return f"{', '.join(wanted)}: {'met' if c['met'] else 'MISSED'}" if wanted else ""

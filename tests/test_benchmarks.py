@@ -102,4 +102,10 @@ def test_features_and_growth_run_as_typed(tmp_path: Path, capsys: pytest.Capture
     rows = grown["tables"][0]["rows"]
     for what in ("batch N", "embedding D", "training step", "bank", "gloo processes"):
         assert sum(what in row[0] for row in rows) == 1
-    assert (tmp_path / "growth.md").read_text() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (tmp_path / "growth.md").read_text() in printed
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary in printed and ("No GPU" in summary) == (not torch.cuda.is_available())
+    ratios = [f"{c['speedup']:.2f}x" for c in features["comparisons"]]
+    rows = [line.split(" | ") for line in summary.splitlines() if line.startswith("| features | ")]
+    assert [row[2] for row in rows][: len(ratios)] == ratios
