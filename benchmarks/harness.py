@@ -226,8 +226,8 @@ def _comparison_lines(comparisons: list[dict[str, Any]]) -> list[str]:
     lines = [_row(columns), _row(["---"] * len(columns))]
     for c in comparisons:
         lines.append(
-            f"| {c['case']} | {_ms(c['reference'])} | {_ms(c['ours'])} | {c['speedup']:.2f}x "
-            f"| {_mib(c['reference_peak_bytes'])} | {_mib(c['ours_peak_bytes'])} | {_share(c)} | {_target(c)} |"
+            f"| {c['case']} | {_ms(c['reference'])} | {_ms(c['ours'])} | {c['speedup']:.2f}x | "
+            f"{_mib(c['reference_peak_bytes'])} | {_mib(c['ours_peak_bytes'])} | {_share(c)} | {_target(c)} |"
         )
     return [*lines, "", *[f"- {c['case']}: {c['note']}" for c in comparisons if c["note"]], ""]
 
