@@ -541,7 +541,7 @@ def test_a_spectrum_study_is_shown(tmp_path: Path) -> None:
            "transformed": eigenvalues, "stable_rank": 2.0, "row_condition_number": 2.0}  # fmt: skip
     runs = [
         {"instance": name, "kind": kind, "seed": seed, "log": [{**log, "step": 1}, log], "diverged": None,
-         "verdict": verdict, "knn_top1": 30.0 + seed, "possible_rank": 3, "seconds": 1.0}
+         "verdict": verdict, "knn_top1": 30.0 + seed, "possible_rank": 3, "floor": 0.0, "seconds": 1.0}
         for name, kind, seed, verdict in (
             ("INTL", "intl", 0, None), ("INTL", "intl", 1, None), ("λ^-1", "power", 0, "collapsed: rank 1"),
         )

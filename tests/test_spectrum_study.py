@@ -33,6 +33,7 @@ def test_study_runs_goes_on_and_draws(cifar_folder: Path, tmp_path: Path) -> Non
         assert run["diverged"] is None and 0 <= run["knn_top1"] <= 100
         assert len(run["log"][0]["eigenvalues"]) == 16
         assert sum(run["log"][0]["eigenvalues"]) == pytest.approx(1)
+        assert (run["floor"] > 0) == (run["kind"] == "intl") and run["log"][0]["loss"] > run["floor"]
         if run["kind"] == "hard":  # all eigenvalues 1
             assert run["log"][-1]["transformed"] == pytest.approx([1.0] * 16, abs=1e-4)
     # the same weights and batches: what is measured before the first step differs in nothing but the loss
@@ -66,14 +67,15 @@ def test_statement_tells_where_the_paper_differs() -> None:
         }
         return {
             "instance": name, "kind": kind, "seed": 0, "verdict": verdict, "knn_top1": 50.0,
-            "possible_rank": 2, "log": [end],
+            "possible_rank": 2, "log": [end], "floor": 0.25,
         }  # fmt: skip
 
     text = statement(by_instance([
-        run("λ^-0", "power", "full collapse", [1.0, 0.0]),
+        run("none", "power", "full collapse", [1.0, 0.0]),
         run("hard whitening", "hard", "full collapse", [1.0, 1.0]),
         run("IterNorm T=4", "iternorm", None, [3.0, 1.0]), run("INTL", "intl", None, [1.0, 1.0]),
     ]), title="x")  # fmt: skip
+    assert "| hard whitening | 1 | 1 | 0.75 | 2 |" in text
     assert "Here it differs: hard whitening did not avoid collapse." in text
     assert "1.000 with INTL and 0.877 with IterNorm T=4: this agrees" in text  # exp(H(¾, ¼)) / 2 = 0.877
 

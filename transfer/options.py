@@ -179,7 +179,7 @@ class StudySettings:
     whitening: Literal["channel", "batch"] = "channel"
     """Which covariance is transformed."""
     powers: tuple[float, ...] = (0.0, 0.25, 0.4, 0.6, 0.75, 1.0)
-    """The p of g(λ) = λ^−p; p = 1/2, hard whitening, is always there."""
+    """The p of g(λ) = λ^−p; 0 transforms nothing; p = 1/2, hard whitening, is always there."""
     iterations: tuple[int, ...] = (2, 4, 7)
     """The T of IterNorm alone; INTL has T = 4."""
     seeds: int = 3

@@ -28,7 +28,7 @@ from pretrain.cli import Progress, UserError, save_settings, settings_as_dict
 from pretrain.data import ImageDataset, open_dataset
 from pretrain.files import append_jsonl, read_jsonl
 from pretrain.loader import StepBatches, Views, batches, epoch_order
-from pretrain.loss import intl_loss, spectral_loss
+from pretrain.loss import intl_loss, loss_floor, spectral_loss
 from pretrain.model import Encoder, build_projector
 from pretrain.optim import build_optimizer, lr_at
 from pretrain.signals import StopSignals
@@ -70,10 +70,19 @@ class Instance:
             ).total
         return spectral_loss(views, self.g, whitening=whitening)
 
+    def floor(self, settings: StudySettings) -> float:
+        """What the loss cannot fall under."""
+        if self.kind != "intl":
+            return 0.0
+        return loss_floor(settings.batch, settings.features, iterations=4, whitening=settings.whitening)
+
 
 def instances(settings: StudySettings) -> list[Instance]:
     """The grid: powers in order with hard whitening among them, IterNorm by T, INTL."""
-    powers = [Instance(name=f"λ^-{p:g}", kind="power", g=power(p)) for p in settings.powers if p != 0.5]
+    powers = [
+        Instance(name=f"λ^-{p:g}" if p else "none", kind="power", g=power(p))
+        for p in settings.powers if p != 0.5
+    ]  # fmt: skip
     hard = Instance(name="hard whitening", kind="hard", g=zca())
     newton = [Instance(name=f"IterNorm T={t}", kind="iternorm", g=iternorm(t)) for t in settings.iterations]
     return [*powers, hard, *newton, Instance(name="INTL", kind="intl", g=iternorm(4))]
@@ -181,7 +190,8 @@ def _run(
     return {
         "instance": instance.name, "kind": instance.kind, "seed": seed, "log": log, "diverged": failure,
         "verdict": verdict, "knn_top1": None if failure else _knn(encoder.backbone, bank, queries),
-        "possible_rank": min(settings.batch, settings.features - 1), "seconds": time.monotonic() - began,
+        "possible_rank": min(settings.batch, settings.features - 1), "floor": instance.floor(settings),
+        "seconds": time.monotonic() - began,
     }  # fmt: skip
 
 
