@@ -27,7 +27,7 @@ def plain_loss(views_ND: Sequence[Tensor]) -> Tensor:
         s_NN = zc_ND @ zc_ND.T / (d - 1)
         trace = s_NN.trace()
         s_NN = s_NN / trace
-        p_NN = torch.eye(n, device=z_ND.device)
+        p_NN = torch.eye(n, dtype=z_ND.dtype, device=z_ND.device)
         for _ in range(4):
             p_NN = 1.5 * p_NN - 0.5 * torch.linalg.matrix_power(p_NN, 3) @ s_NN
         y_ND = (p_NN / trace.sqrt()) @ zc_ND
