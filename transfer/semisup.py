@@ -265,10 +265,12 @@ class Run:
             joined(place_N, self.device), torch.from_numpy(test.labels_N), len(test.classes)
         )
         guessing = math.log(len(test.classes))
-        if train_loss >= guessing and is_main():
+        at_end = epoch + 1 == self.values.epochs
+        if train_loss >= guessing * (1 if at_end else 3) and is_main():  # a new head starts near it
             logger.warning(
-                "epoch %d: a training loss of %.2f is no better than guessing (%.2f) at %s; if it stays so, "
-                "nothing is learnt: take smaller rates", epoch + 1, train_loss, guessing, self._rates(factor),
+                "epoch %d: a training loss of %.2f is no better than guessing (%.2f) at %s: %s", epoch + 1,
+                train_loss, guessing, self._rates(factor),
+                "nothing was learnt" if at_end else "if it stays so, take smaller rates",
             )  # fmt: skip
         self.history.append({"epoch": epoch + 1, "lr_factor": factor, "train_loss": train_loss, **metrics})
         if is_main():
