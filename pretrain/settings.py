@@ -31,7 +31,7 @@ class Settings:
     """Folder for checkpoint, backbone, logs and the settings used; an unfinished run in it goes on."""
     dataset: str = "imagenet"
     """imagenet, imagenet100, imagefolder (train/<class>/, val/<class>/), webdataset (train-*.tar, val-*.tar
-    of KEY.jpg and KEY.cls), cifar10, cifar100, fashion_mnist."""
+    of KEY.jpg and KEY.cls), cifar10, cifar100, fashion_mnist, or another of docs/datasets.md."""
     seed: int = 0
     """Of initialisation, order and augmentation."""
 
