@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from benchmarks.augment import six_views
 from benchmarks.harness import Comparison, Step, interleave
 from benchmarks.images import natural_images
 from pretrain.loader import Batch, StepBatches, batches
+from pretrain.machine import cores
 
 TITLE = "The data loader: W workers beside one, six crops, everything on the CPU"
 IMAGES, BATCH = 64, 16
@@ -18,8 +18,7 @@ IMAGES, BATCH = 64, 16
 
 def measure(quick: bool) -> list[Comparison]:
     """W = 2, 4 … up to the cores there are; 0.85 W is wanted."""
-    cores = len(os.sched_getaffinity(0))
-    counts = [w for w in (2, 4, 8, 16) if w <= cores] or [2]
+    counts = [w for w in (2, 4, 8, 16) if w <= cores()] or [2]
     comparisons = []
     with tempfile.TemporaryDirectory() as folder:
         views = six_views(natural_images(Path(folder), IMAGES), finish_here=True)
@@ -38,7 +37,7 @@ def measure(quick: bool) -> list[Comparison]:
             many = interleave({"many": running(workers)}, repeats=2 if quick else 5)["many"]
             comparisons.append(
                 Comparison(
-                    case=f"{workers} workers on {cores} cores", reference=one, ours=many,
+                    case=f"{workers} workers on {cores()} cores", reference=one, ours=many,
                     target_speedup=None if quick else 0.85 * workers,
                 )
             )  # fmt: skip

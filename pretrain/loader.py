@@ -33,6 +33,7 @@ from pretrain.augment import (
     uniforms,
 )  # fmt: skip
 from pretrain.data import BrokenImage, ImageDataset
+from pretrain.machine import cores
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +160,6 @@ def batches(views: Views, steps: StepBatches, *, workers: int, pin_memory: bool 
 def default_workers(world_on_node: int, device: torch.device) -> int:
     """All cores but one for each rank on a GPU, at most 16; one on a CPU, where the model takes the cores."""
     return min(16, max(1, cores() // world_on_node - 1)) if device.type == "cuda" else 1
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def finishes_in_workers(augment_on: str, device: torch.device) -> bool:

@@ -20,12 +20,12 @@ from pretrain.loader import (
     StepBatches,
     Views,
     batches,
-    cores,
     default_workers,
     finishes_in_workers,
     where_finished,
 )
 from pretrain.loss import intl_loss
+from pretrain.machine import cores
 from pretrain.model import momentum_update
 from pretrain.settings import GROUPS, RECIPES, Settings
 from pretrain.train import Learner, Plan, choose_dtype, on_device, views_of

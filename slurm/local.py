@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pretrain.machine import cores
 from slurm.graph import Graph, Step
 from slurm.launch import submit_local
 from slurm.look import FAILED, QUEUED, RUNNING, WAITING, View, look, spell_seconds
@@ -41,13 +42,12 @@ class Machine:
     @staticmethod
     def here() -> Machine:
         """The cores this process may use and the GPUs it sees."""
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is None:
             gpus = tuple(range(len(gpu_names())))
         else:
             gpus = tuple(int(x) for x in visible.split(",") if x.strip().isdigit())
-        return Machine(cpus=cpus, gpus=gpus)
+        return Machine(cpus=cores(), gpus=gpus)
 
     def fit(self, asked: Resources) -> Resources:
         """The request cut to what is here: no more GPUs, tasks or CPUs than there are."""

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pretrain.machine import cores
 from transfer.commit import PINNED, commit
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ def environment() -> dict[str, Any]:
         "executable": sys.executable,
         "platform": platform.platform(),
         "host": platform.node(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": cores(),
         "gpus": gpu_names(),
         "commit": commit(),
         "packages": dict(sorted(packages.items())),

@@ -13,7 +13,6 @@ import copy
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from pretrain.data import BrokenImage, ImageDataset
 from pretrain.distributed import barrier, is_main, rank, world_size
 from pretrain.files import atomic_path, write_json
 from pretrain.loader import set_up_worker
+from pretrain.machine import cores
 from pretrain.signals import StopSignals
 from transfer.stages import LAST, Stages, widths_of
 from transfer.subject import Subject
@@ -284,7 +284,7 @@ def image_batches(
     """(pixels B x 3 x H x W uint8, positions B) in the order given. Raises BrokenImage naming the file."""
     if workers is None:
         small = transform.resize is None
-        workers = 0 if small else min(8, len(os.sched_getaffinity(0)))
+        workers = 0 if small else min(8, cores())
     loader: DataLoader[Any] = DataLoader(
         images, batch_sampler=[b.tolist() for b in batches], collate_fn=_Collate(transform),  # type: ignore[arg-type]
         num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=set_up_worker,

@@ -27,6 +27,7 @@ from pretrain.cli import Progress, UserError
 from pretrain.data import ImageDataset
 from pretrain.distributed import barrier, is_main, process_group, rank, world_size
 from pretrain.files import write_json
+from pretrain.machine import cores
 from pretrain.signals import StopSignals
 from transfer.features import extract, make_extractor
 from transfer.options import EvaluationSettings, LinearSettings
@@ -224,8 +225,8 @@ def _fit_all(
 
     classes = train_targets.shape[1]
     mine = [c for c in range(classes) if c % world_size() == rank() and not (folder / f"{c}.json").exists()]
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    jobs = 1 if train_ND.size < SMALL else max(1, min(cores, len(mine)))
+    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    jobs = 1 if train_ND.size < SMALL else max(1, min(share, len(mine)))
     common = {"costs": values.costs, "iterations": values.iterations, "seed": settings.seed}
 
     def work(c: int) -> Any:
