@@ -13,6 +13,7 @@ from sklearn.svm import LinearSVC
 from pretrain.cli import UserError
 from pretrain.data import open_dataset
 from transfer import results
+from transfer.__main__ import main as transfer
 from transfer.linear import LinearProtocol
 from transfer.linear import main as linear
 from transfer.protocol import load_protocol
@@ -203,6 +204,19 @@ def _protocol(folder: Path, name: str, **values: object) -> str:
     path = folder / f"{name}@1.yaml"
     path.write_text(yaml.safe_dump(content))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    "command", ["knn --protocol solo_knn@1", "linear --protocol logreg@1",
+                "semisup --protocol intl_semisup_as_released@1 --label-percent 1"],
+)  # fmt: skip
+def test_voc07_with_another_evaluator_says_what_it_goes_with(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"{command} --weights w.pth --dataset voc07 --data-dir {tmp_path} --output {tmp_path}/out"
+    assert transfer(words.split()) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --dataset voc07") and "linear` with --protocol voc07_svm@1" in told
 
 
 def test_the_command_on_voc07(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from transfer.protocol import load_protocol
 from transfer.results import Clock
 from transfer.subject import Evaluation, load_subject, open_pair
 from transfer.transforms import IMAGENET_STD, eval_transform
+from transfer.voc07 import refuse_voc07
 
 BLOCK_BYTES = 1 << 27  # of one block of similarities, and of one block of the bank
 EPSILON = 1e-5  # added to a distance before its inverse is a vote (solo-learn)
@@ -231,6 +232,7 @@ def main(argv: list[str]) -> int | None:
     protocol = load_protocol(settings.protocol, "knn")
     values = protocol.settings(KnnProtocol)
     clock = Clock()
+    refuse_voc07(settings.dataset)
     train, test = open_pair(settings)
     if max(values.ks) > len(train):
         raise UserError(

@@ -33,6 +33,7 @@ from transfer.results import Clock, Result
 from transfer.stages import LAST, columns, stages_of
 from transfer.subject import Evaluation, load_subject, open_pair
 from transfer.transforms import IMAGENET_STD, eval_transform
+from transfer.voc07 import refuse_voc07
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ def main(argv: list[str]) -> int | None:
         from transfer.svm import evaluate_voc
 
         return evaluate_voc(settings, protocol, values, clock)
+    refuse_voc07(settings.dataset)
     train, test = open_pair(settings)
     if values.method == "heads" and len(train) * (1 - values.held_out_percent / 100) < 1:
         raise UserError(f"{train.root}: no training image is left beside the held-out part")

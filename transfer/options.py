@@ -37,8 +37,8 @@ class EvaluationSettings:
     """Protocol NAME@VERSION (python -m transfer protocols lists them), or a YAML file of your own."""
     dataset: str
     """imagenet, imagenet100, imagefolder, webdataset, cifar10, cifar100, fashion_mnist, flowers102, pets,
-    food101, dtd, aircraft, stl10, eurosat, caltech101, sun397, places365 (which folder, split and metric:
-    docs/datasets.md)."""
+    food101, dtd, aircraft, stl10, eurosat, caltech101, sun397, places365; voc07 with linear and voc07_svm@1
+    (which folder, split and metric: docs/datasets.md)."""
     data_dir: Path
     """Folder of the data set."""
     output: Path

@@ -35,6 +35,7 @@ from transfer.results import Clock, Result
 from transfer.subject import RAW_PIXELS, Evaluation, load_subject, open_pair, spell
 from transfer.subsets import LabelSubset, choose_subset
 from transfer.transforms import IMAGENET_STD, eval_transform
+from transfer.voc07 import refuse_voc07
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,7 @@ def main(argv: list[str]) -> int | None:
         )
     if settings.weights == RAW_PIXELS:
         raise UserError("raw-pixels cannot be fine-tuned; knn and linear judge them")
+    refuse_voc07(settings.dataset)
     train, test = open_pair(settings)
     subject = load_subject(settings)
     subset = choose_subset(  # last, as it may go to the network

@@ -22,6 +22,15 @@ CLASSES = (
 MEANING = {"1": 1, "-1": 0, "0": -1}
 
 
+def refuse_voc07(dataset: str) -> None:
+    """Raises UserError for voc07, whose images show several classes each: most evaluators want one."""
+    if dataset == NAME:
+        raise UserError(
+            f"--dataset {NAME}: its images show several classes each, which only `python -m transfer linear` "
+            "with --protocol voc07_svm@1 or voc07_svm_low_shot@1 can judge"
+        )
+
+
 def open_voc07(data_dir: str | Path, split: str) -> tuple[ImageDataset, np.ndarray]:
     """Images of trainval ("train") or test, and their targets. `labels_N` holds the first class present.
 
