@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.cli import UserError
+from slurm import tasks
 from slurm.graph import Graph
 from slurm.resources import Resources
 
@@ -96,7 +97,6 @@ def _label_shares(protocol: Protocol, wanted: list[str]) -> list[str]:
 def _detection(asked: Suite) -> list[str]:
     """Configs exist and their data sets are there, as train_net itself checks it."""
     from slurm.suite import CLASSIFICATION
-    from slurm.tasks import DETECTION
 
     wanted = [t for t in asked.tasks or [] if t not in CLASSIFICATION]
     if not wanted:
@@ -114,7 +114,7 @@ def _detection(asked: Suite) -> list[str]:
         try:
             detection_data.register(asked.detection_data or [])
             cfg = detection_config.load_config(
-                DETECTION.get(task, task), asked.detection_options.split(), None
+                tasks.detection_config(task), asked.detection_options.split(), None
             )
             detection_data.check(cfg, train=True)
         except UserError as error:

@@ -176,14 +176,15 @@ def _detections(root: Path, intl: Subject, converted: Step, scenes: Step, asked:
     """Mask R-CNN from INTL and from random initialisation, in pairs of one seed."""
     sets = [f"scenes_{s}={root / 'scenes' / f'{s}.json'}:{root / 'scenes' / s}" for s in ("train", "test")]
     random = Subject(name="random", label="random init", weights="")
+    config = tasks.detection_config(asked.detection_config)
     steps = []
     for seed in range(asked.seed, asked.seed + asked.detection_seeds):
         for subject, weights in ((intl, converted.makes[0]), (random, None)):
             needs = (scenes.name, converted.name) if weights else (scenes.name,)
             steps.append(
                 tasks.detection(
-                    root, subject, task="scenes", config=asked.detection_config, seed=seed, weights=weights,
-                    needs=needs, datasets=sets, extra=asked.detection_options.split(),
+                    root, subject, task="scenes", config=config, seed=seed, weights=weights, needs=needs,
+                    datasets=sets, extra=asked.detection_options.split(),
                 )
             )  # fmt: skip
     return steps

@@ -49,7 +49,8 @@ class Suite:
     control: bool = False
     """With --recipe: judge the same initialisation, untrained, as well."""
     tasks: list[str] | None = None
-    """What to judge by: knn, linear, semisup1, semisup10, and detection configs such as coco_c4_2x."""
+    """What to judge by: knn, linear, semisup1, semisup10, and for detection coco_c4_2x, other names in
+    detection_configs/ or a YAML file."""
     seeds: int = 1
     """Runs of every task that has randomness, with seeds 0, 1 ...; k-NN has none and runs once."""
     pretrain_seed: int = 0
@@ -92,11 +93,15 @@ class Suite:
         if not self.tasks:
             raise UserError(f"wanted --tasks, of: {', '.join((*CLASSIFICATION, *DETECTION))}")
         for task in self.tasks:
-            if task not in CLASSIFICATION and task not in DETECTION and not Path(task).suffix:
+            if task in CLASSIFICATION:
+                continue
+            try:
+                tasks.detection_config(task)
+            except UserError as error:
                 raise UserError(
-                    f"--tasks {task}: unknown; known: {', '.join((*CLASSIFICATION, *DETECTION))}, "
-                    "or a detectron2 YAML file"
-                )
+                    f"--tasks {task}: unknown; known: {', '.join((*CLASSIFICATION, *DETECTION))}, a name in "
+                    "detection_configs/, or a detectron2 YAML file"
+                ) from error
         if self.seeds < 1:
             raise UserError(f"--seeds {self.seeds}: wanted at least 1")
         if not self.data_dir and (self.recipe or set(self.tasks).intersection(CLASSIFICATION)):
@@ -166,7 +171,7 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
             for task in detections:
                 for seed in range(asked.seeds):
                     evaluations.append(tasks.detection(
-                        root, proven, task=Path(task).stem, config=DETECTION.get(task, task), seed=seed,
+                        root, proven, task=Path(task).stem, config=tasks.detection_config(task), seed=seed,
                         weights=converted.makes[0], needs=(converted.name,), num_gpus=gpus,
                         datasets=asked.detection_data or [], extra=asked.detection_options.split(),
                     ))  # fmt: skip

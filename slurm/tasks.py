@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pretrain.settings import Settings, parse_recipe
 from slurm.graph import Step
+from transfer.detection_names import CONFIGS, find_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,14 @@ DETECTION = {
     "voc_fpn": "voc_R50_FPN_24k",
 }
 """Detection tasks by their short names, and the file in detection_configs."""
+
+
+def detection_config(task: str) -> str:
+    """What train_net is told: the name of a file in detection_configs, which the pinned code has too, or the
+    absolute path of another YAML file. Raises UserError as train_net does for what it cannot find.
+    """
+    path = find_config(DETECTION.get(task, task)).resolve()
+    return path.stem if path.parent == CONFIGS else str(path)
 
 
 def recipe_settings(recipe: str, words: Sequence[str], *, data_dir: str | None, output: str) -> Settings:
@@ -212,6 +221,7 @@ def detection(
         argv=tuple(words),
         output=output,
         needs=needs,
+        inputs=(Path(config),) if Path(config).is_absolute() else (),
         makes=(output / "results.jsonl",),
     )
 

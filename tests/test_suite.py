@@ -12,6 +12,7 @@ from slurm.__main__ import main
 from slurm.resources import load_profile
 from slurm.snapshot import SOURCE
 from slurm.suite import Suite, _files, suite_graph
+from slurm.tasks import DETECTION, detection_config
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,25 @@ def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_detection_task_has_its_config() -> None:
-    from slurm.tasks import DETECTION
-
     assert all((SOURCE / "detection_configs" / f"{name}.yaml").is_file() for name in DETECTION.values())
+
+
+def test_a_detection_task_is_named_as_train_net_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of this project are looked up in the pinned code; a job does not run where the user's file is."""
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own.yaml"
+    own.write_text("_BASE_: none\n")
+    assert detection_config("coco_c4_2x") == "coco_R50_C4_2x"
+    names = ("small_R50_FPN", "small_R50_FPN.yaml", "detection_configs/small_R50_FPN.yaml")
+    assert {detection_config(name) for name in names} == {"small_R50_FPN"}
+    assert detection_config("own.yaml") == str(own)
+    asked = Suite(
+        output=str(tmp_path), recipe="demo_cifar10", data_dir=".", tasks=["own.yaml", "small_R18_FPN"]
+    )
+    steps = suite_graph(tmp_path, asked, load_profile("local", [])).steps
+    assert steps["detection/own/intl/seed0"].inputs == (own,)
+    assert steps["detection/small_R18_FPN/intl/seed0"].argv[:2] == ("--config-file", "small_R18_FPN")
+    with pytest.raises(UserError, match=r"--tasks none[.]yaml: unknown; known: knn"):
+        Suite(output=str(tmp_path), weights=["w.pth"], tasks=["none.yaml"])

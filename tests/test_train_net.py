@@ -22,8 +22,9 @@ from pretrain.cli import EXIT_STOPPED, EXIT_USAGE, UserError, run
 from pretrain.files import read_jsonl
 from pretrain.signals import StopSignals
 from transfer import convert, detection_loop, scenes, train_net
-from transfer.detection_config import CONFIGS, load_config, protocol_of
+from transfer.detection_config import load_config, protocol_of
 from transfer.detection_data import check, index_batches, register
+from transfer.detection_names import CONFIGS
 
 TINY = [
     "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16",

@@ -19,8 +19,8 @@ from detectron2.config import CfgNode, get_cfg
 
 from pretrain.cli import UserError
 from transfer import detection_heads  # noqa: F401 - registers the head that C4 configs name
+from transfer.detection_names import find_config
 
-CONFIGS = Path(__file__).resolve().parent.parent / "detection_configs"
 # Not part of the protocol: the place, the machine, the seed, and what belongs to the weights.
 NOT_PROTOCOL = (
     "OUTPUT_DIR", "SEED", "VIS_PERIOD", "VERSION", "PROTOCOL", "CUDNN_BENCHMARK", "MODEL.WEIGHTS",
@@ -85,15 +85,6 @@ def flat(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             values[prefix + key] = json.loads(json.dumps(value, default=str))
     return values
-
-
-def find_config(file: str | Path) -> Path:
-    """The file, also when named as in detection_configs/ (with or without .yaml)."""
-    for path in (Path(file), CONFIGS / file, CONFIGS / f"{file}.yaml", CONFIGS / Path(file).name):
-        if path.is_file():
-            return path
-    known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml") if not p.stem.startswith("Base")))
-    raise UserError(f"--config-file {file}: no such file; known names: {known}")
 
 
 def _merge_record(cfg: CfgNode, record: Mapping[str, Any]) -> None:

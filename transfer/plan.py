@@ -63,7 +63,8 @@ def equivalent(solver: dict[str, Any], *, batch: int) -> dict[str, Any]:
 def plan(settings: PlanSettings) -> dict[str, Any]:
     """The schedule before and after, the norm types, the rule in words, and the overrides."""
     need_detectron2()
-    from transfer.detection_config import find_config, flat, load_config
+    from transfer.detection_config import flat, load_config
+    from transfer.detection_names import find_config
 
     path = find_config(settings.config_file)
     cfg = load_config(path, [], to_run_here=False)
