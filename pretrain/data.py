@@ -10,10 +10,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import logging
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +25,8 @@ from PIL import Image, ImageFile
 from pretrain.cli import UserError
 from pretrain.shards import Shards, find_shards, open_shards
 from pretrain.transfer_sets import SETS, read_transfer_set
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test", "validation")}
@@ -76,6 +79,16 @@ class ImageDataset:
         if least_size is not None:
             least_size(image.size)
         return image.convert("RGB")
+
+    @cached_property
+    def contents(self) -> str:
+        """A hash of what is in it, wherever and whenever it was copied: names and labels, or the pixels."""
+        digest = hashlib.sha256(self.labels_N.tobytes())
+        if self.pixels is not None:
+            digest.update(self.pixels.tobytes())
+        else:
+            digest.update("\n".join([*self.classes, *map(self.key, range(len(self)))]).encode())
+        return digest.hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,6 +151,13 @@ CLASS_COUNTS = {
 }  # fmt: skip
 
 
+IMAGE_COUNTS = {
+    "imagenet": (1_281_167, 50_000), "cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000),
+    "fashion_mnist": (60_000, 10_000), **{name: known.images for name, known in SETS.items()},
+}  # fmt: skip
+"""Of train and test."""
+
+
 def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
     """The `split` ("train" or "test"; for ImageNet-like folders "test" is val/) of `name` in `data_dir`.
 
@@ -159,6 +179,11 @@ def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
             f"{data.root}: has {len(data.classes)} classes, {name} has {wanted}: is a class folder missing, "
             "or is it another data set? --dataset imagefolder takes any folder of class folders"
         )
+    count = IMAGE_COUNTS[name][split == "test"] if name in IMAGE_COUNTS else len(data)
+    if len(data) != count:
+        note = f"{len(data):,} of {count:,} {split} images"
+        logger.warning("%s: %s; figures are not those of the whole set", data.root, note)
+        data = replace(data, notes=(*data.notes, note))
     return data
 
 

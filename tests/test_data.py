@@ -158,3 +158,20 @@ def test_ranks_share_a_step_and_a_later_start_goes_on_alike() -> None:
         joined = [pair for share in shares for pair in share[step]]
         assert sorted(joined) == sorted(pairs) and len(set(joined)) == 12
     assert _steps(1, 0, start=5) == whole[5:]
+
+
+def test_a_part_of_a_named_set_says_so(cifar_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    part = open_dataset("cifar10", cifar_folder, "test")
+    assert part.notes == (f"{len(part)} of 10,000 test images",)
+    assert "figures are not those of the whole set" in caplog.text
+    assert open_dataset("imagefolder", cifar_folder, "test").notes == ()
+
+
+def test_contents_are_told_apart_and_a_copy_is_not(cifar_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(cifar_folder, tmp_path / "copy")
+    shutil.copytree(cifar_folder, tmp_path / "other")
+    file = next((tmp_path / "other" / "test").rglob("*.jpg"))
+    file.rename(file.with_name("x.jpg"))
+    folders = (cifar_folder, tmp_path / "copy", tmp_path / "other")
+    own, copy, other = (open_dataset("imagefolder", folder, "test").contents for folder in folders)
+    assert own == copy != other

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from transfer.reporting.compare import Summary, Trial, binomial_error, compare
 from transfer.reporting.content import differences
 from transfer.reporting.inventory import RECIPES, judged, pretraining_of
 from transfer.reporting.methods import group
-from transfer.reporting.published import load_published
+from transfer.reporting.published import load_published, same_protocol
 from transfer.study_pictures import write_study
 from transfer.transforms import IMAGENET_MEAN, IMAGENET_STD
 
@@ -284,6 +285,36 @@ def test_a_label_given_once_names_the_same_weights_elsewhere(
     assert sorted(group(evidence).methods) == methods
     told = judged(evidence)
     assert told is not None and ("are the same weights" in told.note) == (len(methods) > 1)
+
+
+def test_files_of_one_name_and_networks_of_one_file_have_rows_of_their_own(tmp_path: Path) -> None:
+    def line(path: str, sha256: str, branch: str, label: str | None) -> dict[str, Any]:
+        weights = {"path": path, "sha256": sha256 * 32, "format": "x", "branch": branch}
+        return {**record("INTL", "knn", {"top1_k20": 80.0}), "weights": weights, "label": label}
+
+    given = [
+        ("a/model.pth", "a1", "online", None), ("b/model.pth", "b2", "online", None),  # two files
+        ("copy/model.pth", "a1", "ema", None),  # the first one again, its other network
+        ("s0/m.pth", "c3", "online", "mine"), ("s1/m.pth", "d4", "online", "mine"),  # seeds of one method
+        ("c/old.pth", "e5", "online", None), ("c/old.pth", "f6", "online", None),  # changed meanwhile
+    ]  # fmt: skip
+    for i, fields in enumerate(given):
+        write_lines(tmp_path / str(i) / "results.jsonl", [line(*fields)])
+    results = group(collect([tmp_path]))
+    assert sorted(results.methods) == ["a/model.pth", "a/model.pth (ema)", "b/model.pth", "mine", "old.pth"]
+    (task,) = results.tasks
+    counts = {m: s.n for m in results.methods if (s := results.headline(m, task)) is not None}
+    assert counts["mine"] == 2 and counts["a/model.pth"] == counts["a/model.pth (ema)"] == 1
+
+
+def test_published_figures_do_not_stand_beside_a_part_of_a_set(tmp_path: Path) -> None:
+    for split in ("test", "test (2,000 of 10,000 test images)"):
+        rest = {"dataset": "cifar10", "split": split, "protocol": {"name": "intl_cifar_5nn", "version": 1}}
+        write_lines(
+            tmp_path / split[:9] / "results.jsonl", [record("INTL", "knn", {"top1_k5": 60.0}, **rest)]
+        )
+        (task,) = group(collect([tmp_path / split[:9]])).tasks
+        assert bool(same_protocol(task)) == (split == "test")
 
 
 def test_names_break_behind_their_marks_and_figures_do_not(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from transfer.__main__ import main
 from transfer.results import FILE, Clock, Result, append, find, read
 
 RESULT = Result(
@@ -66,3 +68,17 @@ def test_a_line_says_on_how_many_ranks_and_gpus(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(subject, "world_size", lambda: 4)
     four = evaluation.result({"top1": 40.0}, torch.device("cuda", 0))
     assert four.settings == {"world_size": 4, "gpus": 4}
+
+
+def test_folders_of_images_are_told_apart_by_what_is_in_them(cifar_folder: Path, tmp_path: Path) -> None:
+    fewer = tmp_path / "fewer"
+    shutil.copytree(cifar_folder, fewer)
+    for split in ("train", "test"):
+        shutil.rmtree(sorted((fewer / split).iterdir())[0])
+    splits = []
+    for i, folder in enumerate((cifar_folder, fewer)):
+        words = ["knn", "--weights", "raw-pixels", "--protocol", "solo_knn@1", "--dataset", "imagefolder"]
+        assert main([*words, "--data-dir", str(folder), "--output", str(tmp_path / str(i))]) == 0
+        splits += [r.split for r in read(tmp_path / str(i))]
+    assert [s.partition(", ")[0] for s in splits] == ["test (10 classes", "test (9 classes"]
+    assert splits[0].rpartition(" ")[2] != splits[1].rpartition(" ")[2]

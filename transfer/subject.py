@@ -24,6 +24,7 @@ from transfer.transforms import EvalTransform
 logger = logging.getLogger(__name__)
 
 RAW_PIXELS = "raw-pixels"
+ANY_IMAGES = ("imagefolder", "webdataset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,11 @@ class Evaluation:
         """A Result with everything that does not depend on the evaluator filled in."""
         ranks = {"world_size": world_size()} | ({"gpus": world_size()} if device.type == "cuda" else {})
         more["settings"] = {**more.get("settings", {}), **ranks}
-        notes = "; ".join(dict.fromkeys([*self.train.notes, *self.test.notes]))
-        split = f"{self.test.split} ({notes})" if notes else self.test.split
+        said = dict.fromkeys([*self.train.notes, *self.test.notes])
+        if self.test.name in ANY_IMAGES:  # the name does not say which
+            both = hashlib.sha256(f"{self.train.contents} {self.test.contents}".encode()).hexdigest()
+            said[f"{len(self.test.classes)} classes, files {both[:6]}"] = None
+        split = f"{self.test.split} ({'; '.join(said)})" if said else self.test.split
         return Result(
             task=self.task, dataset=self.test.name, split=split, n=len(self.test),
             metrics={k: round(v, 4) for k, v in metrics.items()}, protocol=self.protocol.reference,

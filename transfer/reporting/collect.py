@@ -11,6 +11,7 @@ from typing import Any
 from pretrain.cli import UserError
 from pretrain.files import read_jsonl
 from transfer.reporting.gaps import Gap, StepTime, is_jobs, job_gaps, job_times, run_gaps, suite_of
+from transfer.reporting.naming import named
 from transfer.reporting.records import Record, why_stale
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg")
@@ -75,7 +76,7 @@ def collect(dirs: Sequence[str | Path], *, skip: Path | None = None) -> Evidence
                 name = _read(folder, files, root, suites.index(suite), found)
                 if folder.resolve() not in accounted:
                     found.gaps += run_gaps(folder, name, files)
-    found.records = _named_alike(found.records)
+    found.records = named(found.records)
     kinds = (found.records, found.pretraining, found.detection, found.pictures, found.studies, found.gaps)
     if not any(kinds):
         raise UserError(
@@ -84,22 +85,6 @@ def collect(dirs: Sequence[str | Path], *, skip: Path | None = None) -> Evidence
             "`slurm suite` wrote"
         )
     return found
-
-
-def _named_alike(records: list[Record]) -> list[Record]:
-    """A label given in one command names the same weights where another command gave none."""
-    given: dict[tuple[str, str], set[str]] = {}
-    for r in records:
-        if r.sha256 and r["label"]:
-            given.setdefault(r.identity, set()).add(r.label)
-
-    def named(r: Record) -> Record:
-        labels = given.get(r.identity, set())
-        if r["label"] or len(labels) != 1:
-            return r
-        return dataclasses.replace(r, values={**r.values, "label": next(iter(labels))})
-
-    return [named(r) for r in records]
 
 
 def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Evidence) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from pretrain.transfer_sets import metric_of
 from transfer.reporting.collect import Evidence
 from transfer.reporting.compare import Summary, Trial
+from transfer.reporting.naming import short_names
 from transfer.reporting.records import RAW_PIXELS, Record
 
 TASK_NAMES = {
@@ -229,19 +230,8 @@ def _method_names(evidence: Evidence, pool: bool) -> dict[int, str]:
         )
         if len(weights) > 1 and (differ or clash) and not pool:
             apart.add(label)
-    folder_names = _short_names([str(root.resolve()) for root in evidence.roots])
+    folder_names = short_names([str(root.resolve()) for root in evidence.roots])
     return {
         id(r): f"{r.label} ({folder_names[r.root]})" if r.label in apart else r.label
         for r in evidence.records
     }
-
-
-def _short_names(paths: list[str]) -> list[str]:
-    """The fewest last parts of each path that tell all of them apart."""
-    parts = [p.strip("/").split("/") for p in paths]
-    longest = max((len(p) for p in parts), default=1)
-    for count in range(1, longest + 1):
-        names = ["/".join(p[-count:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(i + 1) for i in range(len(paths))]

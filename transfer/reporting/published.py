@@ -67,4 +67,6 @@ def other_protocols(task: Task) -> list[Published]:
 
 
 def _of(task: Task) -> list[Published]:
-    return [p for p in load_published() if p.task == task.name and p.dataset == task.dataset]
+    """Of the same data set, as a whole: a split that says more than its name is another one, or a part."""
+    whole = " (" not in task.split
+    return [p for p in load_published() if whole and p.task == task.name and p.dataset == task.dataset]
