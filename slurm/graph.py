@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.cli import UserError
 from pretrain.files import sha256_of
+from transfer.__main__ import COMMANDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,13 @@ class Step:
     """The user's files whose content decides the result: weights, a recipe."""
     makes: tuple[Path, ...] = ()
     """Files that must be there when the step is done; without them it is not."""
+
+    @property
+    def command(self) -> str:
+        """What to type in a shell for the same."""
+        names = {module: f"transfer {name}" for name, (module, _) in COMMANDS.items()}
+        module = names.get(self.module, self.module.removesuffix(".__main__"))
+        return f"python -m {module} {shlex.join(self.argv)}"
 
     def keyed(self, needed: Mapping[str, str]) -> str:
         """Hash of the command, the input files' content and the keys of the steps it needs."""

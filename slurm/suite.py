@@ -237,7 +237,7 @@ def _dry_run(
             waits = ", ".join((*batch.needs, *batch.after))
             print(f"== {', '.join(s.name for s in batch.steps)}" + (f"  (after {waits})" if waits else ""))
             for step in batch.steps:
-                print(f"   {step.module} {' '.join(step.argv)}")
+                print(f"   {step.command}")
             text = submit.sbatch_text(batch, resources, root / "code" / "PINNED", root)
             print("\n".join(f"   {line}" for line in text.splitlines() if line.startswith("#SBATCH")))
         hours = sum(resources[b.kind].gpu_hours * len(b.steps) for b in planned.batches)
@@ -255,7 +255,7 @@ def _dry_run(
                 f"== {step.name}: {fit.tasks} x {fit.cpus_per_task} CPUs, {fit.gpus_per_node} GPUs"
                 + (f"  (after {waits})" if waits else "")
             )
-            print(f"   {step.module} {' '.join(step.argv)}")
+            print(f"   {step.command}")
         print(f"{len(graph)} steps on {machine.cpus} CPU cores and {len(machine.gpus)} GPUs")
     problems = checks.check(asked, graph, root, resources)
     for problem in problems:

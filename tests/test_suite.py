@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from slurm.resources import load_profile
 from slurm.snapshot import SOURCE
 from slurm.suite import Suite, _files, suite_graph
 from slurm.tasks import DETECTION, detection_config
+from transfer.__main__ import main as transfer
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,22 @@ def test_a_dry_run_finds_what_would_fail(
     good = ["--knn-protocol", "solo_knn@1", "--data-dir", str(cifar_folder)]
     assert main(["suite", "--recipe", str(recipe), *words[:2], *words[4:], *good]) == 0
     assert "all checks passed" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_commands_that_run(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "two words"
+    words = ["--recipe", str(recipe), "--data-dir", str(cifar_folder), "--output", str(folder), "--dry-run"]
+    assert main(["suite", *words, "--tasks", "knn,linear,semisup1,small_R18_FPN"]) in (0, 2)
+    told = [shlex.split(x) for x in capsys.readouterr().out.splitlines() if x.startswith("   python ")]
+    assert {" ".join(x[2:4]) if x[2] == "transfer" else x[2] for x in told} == {
+        "pretrain", "transfer inspect", "transfer knn", "transfer linear", "transfer semisup",
+        "transfer convert", "transfer.train_net", "transfer report",
+    }  # fmt: skip
+    knn = next(x for x in told if x[3] == "knn")
+    assert transfer(knn[3:]) == 2  # it runs, and misses what the first step would have made
+    assert f"{folder}/pretrain/backbone.safetensors" in capsys.readouterr().err
 
 
 def test_a_share_of_labels_without_rates_is_refused_before_anything_is_submitted(
