@@ -289,10 +289,11 @@ def run_heads(
                     _save(path, heads, identity, step, history)
                     _leave(stop)
             history.append(_judge(heads, classes, held, test))
+            told = metric if held is None else f"held-out {metric}"
             best = max(history[-1]["held" if held is not None else "test"], key=lambda m: m[metric])
             diverged = _diverged(heads, diverged, evaluation, epoch, step)
             alive = [head for head in range(len(heads)) if head not in diverged]
-            bar.update(0, epoch=epoch + 1, loss=float(loss[alive].min()), **{metric: best[metric]})
+            bar.update(0, epoch=epoch + 1, loss=float(loss[alive].min()), **{told: best[metric]})
             stopping = any_rank(stop.requested, device) and epoch + 1 < values.epochs
             if train is None or stopping:
                 _save(path, heads, identity, step, history)

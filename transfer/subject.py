@@ -166,4 +166,11 @@ def spell(r: Result) -> str:
     who = r.label or Path(r.weights["path"]).name
     share = "" if r.label_percent == 100 else f" with {r.label_percent:g} % of the labels"
     name = f"{r.protocol['name']}@{r.protocol['version']}"
-    return f"{who}: {name} on {r.dataset}{share} ({r.selection}): {figures}"
+    at = "last epoch" if r.epoch is None else f"epoch {r.epoch}"
+    which = {
+        "last": "the last",
+        "best": "best on the images reported",
+        "held-out": "chosen on held-out images",
+    }
+    chosen = "" if r.epoch is None and r.selection == "last" else f" ({at}, {which[r.selection]})"
+    return f"{who}: {name} on {r.dataset}{share}{chosen}: {figures}"

@@ -62,9 +62,10 @@ def verdict(results: Results) -> Table:
     note = (
         "Percent. ± is the standard deviation over n trials (n − 1); SE the binomial standard error of "
         "one run over its images. Main figures are of the last epoch; beside it, a best epoch chosen on the "
-        "reported split, or one chosen on training images held out. Bold: the highest of a column; whether "
-        "that is beyond noise is told under Differences."
+        "reported split, or one chosen on training images held out."
     )
+    if len(results.methods) > 1:
+        note += " Bold: the highest of a column; whether that is beyond noise is told under Differences."
     return table("verdict", "Verdict", columns, rows, note)
 
 
