@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pretrain.cli import UserError
 from slurm import tasks
@@ -13,6 +14,8 @@ from slurm.graph import Graph
 from slurm.resources import Resources
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from slurm.suite import Suite
     from transfer.protocol import Protocol
 
@@ -20,13 +23,23 @@ CHECKPOINT_GB = 2.0
 """Disk that one training step may need: three checkpoints of a ResNet-50 with its projector."""
 
 
+class Backbone(NamedTuple):
+    """A network to judge."""
+
+    arch: str
+    model: nn.Module
+    metadata: Mapping[str, str]
+    """What its file says of it, as Loaded.metadata."""
+
+
 def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources]) -> list[str]:
     """Every problem as a line to print; an empty list when jobs may be submitted."""
+    backbones, faults = _backbones(asked)
     problems = [
         *_images(asked),
-        *_weights(asked),
+        *faults,
         *_protocols(asked),
-        *_detection(asked),
+        *_detection(asked, backbones),
         *_disk(graph, root),
     ]
     if asked.cluster == "slurm":
@@ -48,16 +61,30 @@ def _images(asked: Suite) -> list[str]:
     return []
 
 
-def _weights(asked: Suite) -> list[str]:
+def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
+    """What is to be judged by the option that names it, and what cannot be loaded."""
+    from pretrain.model import build_backbone
+    from slurm.suite import recipe_of
     from transfer.backbone import load_backbone
 
-    problems = []
+    backbones, problems = {}, []
     for path in asked.weights or []:
         try:
-            load_backbone(path, branch=asked.branch)
+            loaded = load_backbone(path, branch=asked.branch)
         except UserError as error:
             problems.append(f"--weights {path}: {error}")
-    return problems
+        else:
+            backbones[f"--weights {path}"] = Backbone(loaded.arch, loaded.model, loaded.metadata)
+    settings = recipe_of(asked)
+    if settings:
+        name = f"--recipe {asked.recipe}"
+        try:
+            model = build_backbone(settings.arch, stem=settings.stem)
+        except UserError as error:
+            problems.append(f"{name}: {error}")
+        else:
+            backbones[name] = Backbone(settings.arch, model, {})
+    return backbones, problems
 
 
 def _protocols(asked: Suite) -> list[str]:
@@ -94,8 +121,8 @@ def _label_shares(protocol: Protocol, wanted: list[str]) -> list[str]:
     return problems
 
 
-def _detection(asked: Suite) -> list[str]:
-    """Configs exist and their data sets are there, as train_net itself checks it."""
+def _detection(asked: Suite, backbones: Mapping[str, Backbone]) -> list[str]:
+    """Backbones convert, configs suit them, data sets are there, as convert and train_net check it."""
     from slurm.suite import CLASSIFICATION
 
     wanted = [t for t in asked.tasks or [] if t not in CLASSIFICATION]
@@ -107,16 +134,30 @@ def _detection(asked: Suite) -> list[str]:
         need_detectron2()
     except UserError as error:
         return [f"--tasks {','.join(wanted)}: {error}"]
-    from transfer import detection_config, detection_data
+    from transfer import convert, detection_config, detection_data
 
-    problems = []
-    for task in wanted:
+    problems, records = [], {}
+    for name, backbone in backbones.items():
         try:
-            detection_data.register(asked.detection_data or [])
-            cfg = detection_config.load_config(
-                tasks.detection_config(task), asked.detection_options.split(), None
-            )
-            detection_data.check(cfg, train=True)
+            options = convert.shape_of(convert.to_detectron2(backbone.model.state_dict())).options()
+            records[name] = {"arch": backbone.arch, "metadata": backbone.metadata, "options": options}
+        except UserError as error:
+            problems.append(f"--tasks {','.join(wanted)} with {name}: {error}")
+    for task in wanted:
+        file, words = tasks.detection_config(task), asked.detection_options.split()
+        try:
+            cfg = detection_config.load_config(file, words)
+        except UserError as error:
+            problems.append(f"--tasks {task}: {error}")
+            continue
+        for name, record in records.items():
+            try:
+                detection_config.load_config(file, words, record)
+            except UserError as error:
+                problems.append(f"--tasks {task} with {name}: {error}")
+        try:
+            detection_data.register(asked.detection_data or [], option="--detection-data")
+            detection_data.check(cfg, option="--detection-data")
         except UserError as error:
             problems.append(f"--tasks {task}: {error}")
     return problems

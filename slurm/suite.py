@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.cli import EXIT_FAILED, UserError, parse_settings, save_settings
+from pretrain.settings import Settings as PretrainSettings
 from slurm import checks, tasks
 from slurm.folder import locked, refuse_other_configuration, set_aside
 from slurm.graph import Graph, Step
@@ -181,13 +182,18 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
 
 def dataset_of(asked: Suite) -> str:
     """The data set's name; parses the recipe with its overrides, as the job will, where there is one."""
+    settings = recipe_of(asked)
+    return settings.dataset if settings else asked.dataset or "imagenet"
+
+
+def recipe_of(asked: Suite) -> PretrainSettings | None:
+    """What will be pretrained, with all overrides; None for --weights."""
     if not asked.recipe:
-        return asked.dataset or "imagenet"
+        return None
     named = ["--dataset", asked.dataset] if asked.dataset else []
-    settings = tasks.recipe_settings(
+    return tasks.recipe_settings(
         asked.recipe, [*named, *asked.pretrain_options.split()], data_dir=asked.data_dir, output=asked.output
     )
-    return settings.dataset
 
 
 def _files(weights: list[str]) -> dict[str, Path]:

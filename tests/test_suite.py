@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from pretrain.cli import UserError
 from slurm import submit
@@ -112,6 +115,39 @@ def test_a_dry_run_prints_commands_that_run(
     knn = next(x for x in told if x[3] == "knn")
     assert transfer(knn[3:]) == 2  # it runs, and misses what the first step would have made
     assert f"{folder}/pretrain/backbone.safetensors" in capsys.readouterr().err
+
+
+def test_a_detector_that_the_backbone_does_not_suit_is_refused(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, coco_mini: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As train_net and convert would, hours later; the config of the right depth is the control."""
+    pytest.importorskip("detectron2")
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "w.pth")
+    data = [f"small_{s}={coco_mini / 'instances.json'}:{coco_mini / 'images'}" for s in ("train", "test")]
+    classes = len(json.loads((coco_mini / "instances.json").read_text())["categories"])
+    suits = f"MODEL.ROI_HEADS.NUM_CLASSES {classes} INPUT.MASK_FORMAT bitmask"
+    from_weights = ["--weights", str(tmp_path / "w.pth")]
+    pretrained = ["--recipe", str(recipe), "--data-dir", str(cifar_folder)]
+    mismatch = "the weights are those of a resnet18, the config says MODEL.RESNETS.DEPTH 50"
+
+    def problems(*words: str, options: str = suits) -> list[str]:
+        shared = ["--output", str(tmp_path / "out"), "--dry-run", "--detection-data", *data]
+        code = main(["suite", *shared, "--detection-options", options, *words])
+        lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("check failed: ")]
+        assert code == (2 if lines else 0)
+        return lines
+
+    for subject in (from_weights, pretrained):
+        (told,) = problems(*subject, "--tasks", "small_R18_FPN,small_R50_FPN")
+        assert f"--tasks small_R50_FPN with {' '.join(subject[:2])}: {mismatch}" in told
+    assert not problems(*pretrained, "--pretrain-options", "--arch resnet50", "--tasks", "small_R50_FPN")
+    cifar = [*pretrained, "--pretrain-options", "--stem cifar"]
+    (told,) = problems(*cifar, "--tasks", "small_R18_FPN")
+    assert "a CIFAR stem" in told and "pretrain with the ImageNet stem" in told
+    assert not problems(*cifar, "--tasks", "knn")
+    elsewhere = f"{suits} DATASETS.TEST ('elsewhere',)"
+    (told,) = problems(*from_weights, "--tasks", "small_R18_FPN", options=elsewhere)
+    assert "give --detection-data elsewhere=ANNOTATIONS.json:IMAGES" in told
 
 
 def test_a_share_of_labels_without_rates_is_refused_before_anything_is_submitted(

@@ -68,5 +68,5 @@ def test_convert_and_plan_say_so_and_converting_unproved_works(tmp_path: Path) -
 def test_a_suite_with_detection_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "detectron2", None)
     asked = Suite(output=str(tmp_path), weights=["w.pth"], tasks=["coco_c4_2x"])
-    (problem,) = checks._detection(asked)
+    (problem,) = checks._detection(asked, {})
     assert problem.startswith("--tasks coco_c4_2x: detectron2 is missing")

@@ -29,25 +29,25 @@ from pretrain.loader import set_up_worker
 SAMPLED_IMAGES = 32
 
 
-def register(definitions: Sequence[str]) -> None:
-    """Register each NAME=ANNOTATIONS.json:IMAGES as a COCO-format data set."""
+def register(definitions: Sequence[str], *, option: str = "--dataset") -> None:
+    """Register each NAME=ANNOTATIONS.json:IMAGES, given by `option`, as a COCO-format data set."""
     for definition in definitions:
         match = re.fullmatch(r"([^=]+)=(.+\.json):(.+)", definition)
         if match is None:
-            raise UserError(f"--dataset {definition}: wanted NAME=ANNOTATIONS.json:IMAGES")
+            raise UserError(f"{option} {definition}: wanted NAME=ANNOTATIONS.json:IMAGES")
         name, annotations, images = match.groups()
         if not Path(annotations).is_file():
-            raise UserError(f"--dataset {name}: {annotations}: no such file")
+            raise UserError(f"{option} {name}: {annotations}: no such file")
         if not Path(images).is_dir():
-            raise UserError(f"--dataset {name}: {images}: no such folder of images")
+            raise UserError(f"{option} {name}: {images}: no such folder of images")
         if name in DatasetCatalog.list():
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         register_coco_instances(name, {}, annotations, images)
 
 
-def check(cfg: CfgNode, *, train: bool = True) -> list[str]:
-    """Check the config's data sets before anything runs; one line of counts each.
+def check(cfg: CfgNode, *, train: bool = True, option: str = "--dataset") -> list[str]:
+    """Check the config's data sets, given by `option`, before anything runs; one line of counts each.
 
     Raises UserError for a missing file, categories that do not match NUM_CLASSES, boxes outside images,
     duplicate ids, unreadable images (a sample of them is decoded).
@@ -55,18 +55,18 @@ def check(cfg: CfgNode, *, train: bool = True) -> list[str]:
     names = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
     if not names:
         raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
-    return [_check_one(name, cfg) for name in dict.fromkeys(names)]
+    return [_check_one(name, cfg, option) for name in dict.fromkeys(names)]
 
 
-def _check_one(name: str, cfg: CfgNode) -> str:
+def _check_one(name: str, cfg: CfgNode, option: str) -> str:
     if name not in DatasetCatalog.list():
         raise UserError(
-            f"data set {name!r} is not known: give --dataset {name}=ANNOTATIONS.json:IMAGES, or put a "
+            f"data set {name!r} is not known: give {option} {name}=ANNOTATIONS.json:IMAGES, or put a "
             "standard set under the folder that DETECTRON2_DATASETS names"
         )
     metadata = MetadataCatalog.get(name)
     if metadata.get("json_file"):
-        _check_annotations(name, Path(metadata.json_file))
+        _check_annotations(name, Path(metadata.json_file), option)
     elif metadata.get("dirname"):
         _check_voc_folder(name, Path(metadata.dirname), metadata.split)
     try:
@@ -115,12 +115,12 @@ def _check_voc_folder(name: str, folder: Path, split: str) -> None:
             )
 
 
-def _check_annotations(name: str, file: Path) -> None:
+def _check_annotations(name: str, file: Path, option: str) -> None:
     """What COCO's and detectron2's loaders take for granted."""
     if not file.is_file():
         raise UserError(
             f"{name}: {file} is missing; set DETECTRON2_DATASETS to the folder that holds it, or give "
-            f"--dataset {name}=ANNOTATIONS.json:IMAGES"
+            f"{option} {name}=ANNOTATIONS.json:IMAGES"
         )
     try:
         content = json.loads(file.read_text())
