@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.cli import RunFailed, UserError
-from pretrain.files import atomic_path, set_usual_mode
+from pretrain.files import atomic_path, order_metadata, set_usual_mode
 
 logger = logging.getLogger(__name__)
 
@@ -104,10 +104,14 @@ def to_host(value: Any) -> Any:
 
 
 def save_backbone(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """The backbone alone under timm's keys, for exchange; metadata values become strings."""
+    """The backbone alone under timm's keys, for exchange; metadata values become strings.
+
+    The same content gives the same bytes.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with atomic_path(path) as aside:
         save_file(tensors, aside, metadata={"format": FORMAT, **{k: _spell(v) for k, v in metadata.items()}})
+        order_metadata(aside)
         set_usual_mode(aside)
 
 

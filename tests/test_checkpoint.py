@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,22 @@ def test_backbone_file_has_string_metadata_and_readable_permissions(tmp_path: Pa
             "format": "intl-bench/1", "mean": "0.5,0.25", "zero_init_last": "false", "image_size": "32",
         }  # fmt: skip
     assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_the_same_backbone_is_the_same_file_in_every_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from pretrain.checkpoint import save_backbone\n"
+        "tensors = {'b': torch.ones(3), 'a': torch.zeros(2, 2)}\n"
+        "save_backbone(Path(sys.argv[1]), tensors, {k: f'λ\\n\"{k}\\\\' for k in 'qwertyuiop'})"
+    )
+    files = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for seed, file in enumerate(files):
+        env = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        subprocess.run([sys.executable, "-c", code, str(file)], env=env, check=True)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with safe_open(files[0], "pt") as file:
+        assert list(file.keys()) == ["a", "b"] and torch.equal(file.get_tensor("b"), torch.ones(3))
+        assert file.metadata()["q"] == 'λ\n"q\\' and len(file.metadata()) == 11
 
 
 def _umask() -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.cli import UserError
-from pretrain.files import atomic_path, set_usual_mode, sha256_of
+from pretrain.files import atomic_path, order_metadata, set_usual_mode, sha256_of
 from transfer.detection_needs import need_detectron2
 from transfer.options import ConvertSettings, parse
 
@@ -291,6 +291,7 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
     }  # fmt: skip
     with atomic_path(settings.output) as aside:
         save_file({k: v.contiguous() for k, v in state.items()}, aside, metadata)
+        order_metadata(aside)
         set_usual_mode(aside)
     return metadata
 

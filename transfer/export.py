@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.cli import UserError
-from pretrain.files import set_usual_mode, sha256_of, write_json, write_text
+from pretrain.files import order_metadata, set_usual_mode, sha256_of, write_json, write_text
 from transfer.backbone import Loaded, load_backbone
 from transfer.options import ExportSettings, parse
 
@@ -82,6 +82,7 @@ def _timm(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float
 
     path = folder / f"{loaded.arch}.safetensors"
     save_file(_state(loaded), path, _metadata(loaded))
+    order_metadata(path)
     model = timm.create_model(loaded.arch, num_classes=0, checkpoint_path=str(path))
     return (
         _difference(loaded, model),
@@ -127,6 +128,7 @@ def _hub(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float,
 
     # transformers reads only files whose metadata say "pt"
     save_file(_state(loaded), folder / "model.safetensors", {**_metadata(loaded), "format": "pt"})
+    order_metadata(folder / "model.safetensors")
     write_json(folder / "config.json", {
         "architecture": loaded.arch, "num_classes": 0, "num_features": loaded.model.num_features,
         "global_pool": "avg", "pretrained_cfg": preprocessing(loaded),
