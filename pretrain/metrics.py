@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,44 @@ from pretrain.files import append_jsonl, read_jsonl, write_text
 
 
 class LossLog:
-    """The loss terms of the steps since the last look, kept on the device so that no step waits for it."""
+    """The loss terms of the steps since the last line, kept on the device so that no step waits for them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, earlier: Sequence[Sequence[float]] = ()) -> None:
+        """`earlier`: what `check` gave when the run was saved, so that its next line is the same."""
+        self._checked = [list(terms) for terms in earlier]
         self._terms: list[Tensor] = []
         self._steps: list[int] = []
         self._lrs: list[float] = []
-        self._since = time.monotonic()
+        self._noted, self._since = 0, time.monotonic()
 
     def note(self, step: int, terms: tuple[Tensor, ...], lr: float) -> None:
         """Remember the (total, alignment, trace) of a step."""
         self._terms.append(torch.stack([t.detach() for t in terms]))
         self._steps.append(step)
         self._lrs.append(lr)
+        self._noted += 1
 
-    def take(self) -> dict[str, float]:
-        """Means since the last call and steps per second. Raises RunFailed if a loss was not finite."""
-        terms = torch.stack(self._terms).cpu().double()
-        for step, (total, alignment, trace), lr in zip(self._steps, terms.tolist(), self._lrs):
+    def check(self) -> list[list[float]]:
+        """The terms of all steps since the last means. Raises RunFailed if a loss was not finite."""
+        terms = torch.stack(self._terms).cpu().double().tolist() if self._terms else []
+        for step, (total, alignment, trace), lr in zip(self._steps, terms, self._lrs):
             if not math.isfinite(total):
                 raise RunFailed(
                     f"the loss is not finite at step {step}: total {total}, alignment {alignment}, trace "
                     f"{trace}, learning rate {lr:.4g}; the last good checkpoint is kept. Lower --lr, "
                     "lengthen --warmup-epochs or take --precision float32"
                 )
-        now = time.monotonic()
-        mean = terms.mean(0).tolist()
-        out = dict(zip(("loss", "alignment", "trace"), mean), steps_per_s=len(terms) / (now - self._since))
-        self._terms, self._steps, self._lrs, self._since = [], [], [], now
-        return out
+        self._checked += terms
+        self._terms, self._steps, self._lrs = [], [], []
+        return self._checked
 
-    def __len__(self) -> int:
-        return len(self._terms)
+    def take(self) -> dict[str, float]:
+        """Means since the last call and steps per second. Raises RunFailed if a loss was not finite."""
+        mean = torch.tensor(self.check(), dtype=torch.float64).mean(0).tolist()
+        now = time.monotonic()
+        out = dict(zip(("loss", "alignment", "trace"), mean), steps_per_s=self._noted / (now - self._since))
+        self._checked, self._noted, self._since = [], 0, now
+        return out
 
 
 class MetricsWriter:

@@ -135,7 +135,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     images = open_dataset(settings.dataset, settings.data_dir, "train")
     plan = Plan.of(settings, len(images), world_size())
     dtype = choose_dtype(settings.precision, device)
-    start, saved = 0, None
+    start, saved, unlogged = 0, None, []
     if (output / "checkpoint.pt").exists():
         saved = load_checkpoint(output / "checkpoint.pt")
         start = _check_same_run(saved, settings, output)
@@ -146,6 +146,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     if saved is not None:
         learner.restore(saved)
         torch.set_rng_state(saved["rng"]["torch"])
+        unlogged = saved.get("unlogged", [])  # not in older checkpoints
         logger.info("going on from step %d of %d", start, plan.steps)
     if is_main():
         remove_leftovers(output)
@@ -155,7 +156,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
         _write_control(settings, learner, images, device)
         return
     try:
-        _loop(settings, plan, learner, images, device, dtype, start=start, hook=hook)
+        _loop(settings, plan, learner, images, device, dtype, start=start, unlogged=unlogged, hook=hook)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -178,6 +179,7 @@ def _loop(
     dtype: torch.dtype,
     *,
     start: int,
+    unlogged: list[list[float]],
     hook: Hook | None,
 ) -> None:
     output, total = Path(settings.output), plan.steps
@@ -203,7 +205,7 @@ def _loop(
         if is_main()
         else None
     )
-    losses = LossLog(device)
+    losses = LossLog(unlogged)
     writer = CheckpointWriter(output / "checkpoint.pt")
     broken: set[str] = set()
     logger.info(
@@ -247,9 +249,8 @@ def _loop(
             copy = epoch_ends and keep is not None and epoch % keep == 0
             log = done % settings.log_every == 0 or last
             save = done % settings.save_every == 0 or last or stopping or copy
-            if log or save:
-                means = losses.take() if len(losses) else {}
             if log:
+                means = losses.take()
                 record = {
                     "step": done, "epoch": done / plan.steps_per_epoch, **means, "lr": lr,
                     "loss_minus_floor": means["loss"] - floor,
@@ -260,10 +261,11 @@ def _loop(
                 if metrics is not None:
                     metrics.write(record)
             if save:
+                unlogged = losses.check()
                 _check_weights(learner, done)
             if save and is_main():
                 also = output / f"checkpoint_epoch{epoch}.pt" if copy else None
-                writer.save(_state(settings, learner, done, plan), also=also)
+                writer.save(_state(settings, learner, done, plan, unlogged), also=also)
             if hook is not None and epoch_ends and epoch % settings.hook_every_epochs == 0:
                 if metrics is not None:
                     learner.encoder.eval()
@@ -355,7 +357,9 @@ def _parallel(encoder: nn.Module, device: torch.device, *, compiled: bool) -> nn
     return torch.compile(encoder) if compiled else encoder  # type: ignore[return-value]
 
 
-def _state(settings: Settings, learner: Learner, step: int, plan: Plan) -> dict[str, Any]:
+def _state(
+    settings: Settings, learner: Learner, step: int, plan: Plan, unlogged: list[list[float]]
+) -> dict[str, Any]:
     epoch, place = divmod(step, plan.steps_per_epoch)
     return {
         "step": step,
@@ -363,6 +367,7 @@ def _state(settings: Settings, learner: Learner, step: int, plan: Plan) -> dict[
         "config": settings_as_dict(settings),
         **learner.state(),
         "rng": {"torch": torch.get_rng_state()},
+        "unlogged": unlogged,
         "data": {"seed": settings.seed, "epoch": epoch, "step_in_epoch": place},
     }
 
@@ -403,7 +408,7 @@ def _write_control(settings: Settings, learner: Learner, images: ImageDataset, d
         )  # fmt: skip
         plan = Plan(images=len(images), steps_per_epoch=1, steps=0, warmup=0, batch_per_rank=1, lr=0.0)
         writer = CheckpointWriter(Path(settings.output) / "checkpoint.pt")
-        writer.save(_state(settings, learner, 0, plan))
+        writer.save(_state(settings, learner, 0, plan, []))
         writer.wait(must_be_saved=True)
         _write_backbones(settings, learner, step=0, source="random initialisation")
         logger.info("wrote the random control %s", Path(settings.output) / "backbone.safetensors")

@@ -149,6 +149,28 @@ def test_stopped_and_continued_equals_uninterrupted_to_the_bit(
         assert online.keys() == slow.keys() and not torch.equal(online["conv1.weight"], slow["conv1.weight"])
 
 
+def test_lines_of_a_continued_run_are_those_of_an_uninterrupted_one(
+    cifar_folder: Path, tmp_path: Path
+) -> None:
+    """Neither the saves nor a stop between two lines takes steps out of the means of the next line."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(tiny(cifar_folder, whole, log_every=3), CPU)
+    saving = tiny(cifar_folder, cut, log_every=3, save_every=1, hook_every_epochs=1)
+    with pytest.raises(Stopped):
+        train(saving, CPU, hook=stop_after_epoch_one)
+    assert load_checkpoint(cut / "checkpoint.pt")["step"] in (4, 5)
+    train(saving, CPU)
+    lines = [
+        [
+            {k: v for k, v in r.items() if k != "images_per_s"}
+            for r in read_jsonl(run / "metrics.jsonl")
+            if "loss" in r  # not the hook's
+        ]
+        for run in (whole, cut)
+    ]
+    assert [r["step"] for r in lines[0]] == [3, 6, 8] and lines[0] == lines[1]
+
+
 def test_another_seed_gives_other_weights(
     finished: Path, cifar_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
