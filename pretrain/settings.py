@@ -175,6 +175,16 @@ class Settings:
             raise UserError(
                 f"--max-steps must be at least 1, got {self.max_steps}; for the control: --epochs 0"
             )
+        replaced = [
+            f"{_option(f.name)} {getattr(self, f.name)}"
+            for f in dataclasses.fields(self)
+            if f.name in ("iterations", "trade_off") and getattr(self, f.name) != f.default
+        ]
+        if self.power is not None and replaced:
+            raise UserError(
+                f"--power {self.power:g} trains without IterNorm and penalty, so that "
+                f"{' and '.join(replaced)} would do nothing; leave one or the other out"
+            )
         if self.whitening == "channel" and self.trade_off is None and self.batch_global <= 8:
             raise UserError(
                 f"the default trade-off is zero or negative at --batch-global {self.batch_global}: "

@@ -149,6 +149,11 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
         unlogged = saved.get("unlogged", [])  # not in older checkpoints
         logger.info("going on from step %d of %d", start, plan.steps)
     if is_main():
+        if 0 < plan.steps <= plan.warmup:
+            logger.warning(
+                "all %d steps lie inside the warm-up (--warmup-epochs %g, %d steps an epoch): the learning "
+                "rate only rises", plan.steps, settings.warmup_epochs, plan.steps_per_epoch,
+            )  # fmt: skip
         remove_leftovers(output)
         save_settings(settings, output / "config.yaml")
     barrier()

@@ -115,6 +115,7 @@ def test_a_finished_run_is_left_alone(
     before = (finished / "checkpoint.pt").stat().st_mtime_ns
     with caplog.at_level("INFO"):
         train(tiny(cifar_folder, finished, keep_every_epochs=1), CPU)
+    assert "inside the warm-up" not in caplog.text
     assert "is finished" in caplog.text and (finished / "checkpoint.pt").stat().st_mtime_ns == before
 
 
@@ -177,6 +178,7 @@ def test_another_seed_gives_other_weights(
     """The control of the comparison above: it can fail."""
     with caplog.at_level("INFO"):
         train(tiny(cifar_folder, tmp_path, seed=2, max_steps=1, workers=1), CPU)
+    assert caplog.text.count("all 1 steps lie inside the warm-up (--warmup-epochs 0.25, 4 steps an") == 1
     assert "1 loader workers, colour and blur in the workers (--augment-on auto)" in caplog.text
     assert len(differing(finished, tmp_path)) > 60
 
@@ -302,6 +304,7 @@ def test_plan_by_hand() -> None:
         ({"jitter": [0.4, 0.4]}, "--jitter wants"),
         ({"blur_sigma": [2.0, 0.1]}, "--blur-sigma wants"),
         ({"std": [0.0, 1.0, 1.0]}, "--std want"),
+        ({"power": 0.5, "iterations": 7, "trade_off": 1.0}, r"--iterations 7 and --trade-off 1.0 would do"),
         ({"epochs": -1}, "--epochs must be at least 0"),
     ],
 )
