@@ -57,8 +57,9 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 
 def test_statement_tells_where_the_paper_differs() -> None:
-    def run(name: str, kind: str, verdict: str | None, after: list[float]) -> dict:
+    def run(name: str, kind: str, verdict: str | None, after: list[float], steps: int = 600) -> dict:
         end = {
+            "step": steps,
             "loss": 1.0,
             "condition_number": 2.0,
             "rankme": 2.0,
@@ -66,7 +67,7 @@ def test_statement_tells_where_the_paper_differs() -> None:
             "transformed": after,
         }
         return {
-            "instance": name, "kind": kind, "seed": 0, "verdict": verdict, "knn_top1": 50.0,
+            "instance": name, "kind": kind, "seed": 0, "verdict": verdict, "diverged": None, "knn_top1": 50.0,
             "possible_rank": 2, "log": [end], "floor": 0.25,
         }  # fmt: skip
 
@@ -78,6 +79,8 @@ def test_statement_tells_where_the_paper_differs() -> None:
     assert "| hard whitening | 1 | 1 | 0.75 | 2 |" in text
     assert "Here it differs: hard whitening did not avoid collapse." in text
     assert "1.000 with INTL and 0.877 with IterNorm T=4: this agrees" in text  # exp(H(¾, ¼)) / 2 = 0.877
+    short = statement(by_instance([run("hard whitening", "hard", None, [1.0, 1.0], steps=20)]), title="x")
+    assert "Too short to judge: after 20 steps" in short and "voided collapse" not in short
 
 
 def _hold(mib: int):

@@ -16,6 +16,9 @@ from pretrain.files import atomic_path, write_text
 
 Runs = list[dict[str, Any]]
 
+LEAST_STEPS = 100
+"""Shorter runs have hardly left the initialisation, where nothing has collapsed yet."""
+
 
 def write_study(runs: Runs, output: Path, *, title: str) -> Path:
     """Write OUTPUT/study.md beside spectra.svg, curves.svg and knn.svg; returns its path."""
@@ -64,6 +67,13 @@ def statement(groups: dict[str, Runs], *, title: str) -> str:
 
 def _findings(groups: dict[str, Runs]) -> list[str]:
     """The paper's claims beside what these runs say."""
+    ends = [r["log"][-1]["step"] for runs in groups.values() for r in runs if r["diverged"] is None]
+    steps = max(ends, default=LEAST_STEPS)
+    if steps < LEAST_STEPS:
+        return [
+            f"- Too short to judge: after {steps} steps nothing here says which transformation avoids "
+            f"collapse, or whether the paper's claims hold. Take at least {LEAST_STEPS} steps."
+        ]
     safe = [name for name, runs in groups.items() if not any(_failed(r) for r in runs)]
     lost = [name for name in groups if name not in safe]
     lines = [
