@@ -82,6 +82,7 @@ def _mistake(message: str, options: Collection[str]) -> UserError:
     """One line in the user's words instead of the parser's several."""
     line = " ".join(message.split()).replace("<class 'int'>", "whole number")
     line = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: "one of " + m[1].replace("'", ""), line)
+    line = line.replace("Expected a one of", "Expected one of")
     line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
     line = re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{m[1].replace('_', '-')}:", line)
     required = "the following arguments are required: "
@@ -280,11 +281,8 @@ class Progress:
         elif now - self._shown >= self._every_s or (last and now - self._began > 2):
             self._shown = now
             left = "" if last else f", {_duration(self.eta_s(now))} left"
-            print(
-                f"{self.label}: {self.done}/{self.total} {self.unit}s {_spell(values)}{left}",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self.label}: {self.done}/{self.total} {self.unit}s {_spell(values)}".rstrip()
+            print(line + left, file=sys.stderr, flush=True)
         if self.file and (now - self._written >= 1 or last):
             self._written = now
             write_json(self.file, {

@@ -134,7 +134,10 @@ def _decode(
     except FileNotFoundError as error:
         raise BrokenImage(f"{name}: the file is gone since the folder was read") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(file), "it")
+        reason = str(error)
+        for named in (repr(str(file)), str(file)):  # the message begins with the name
+            reason = reason.replace(named, "")
+        reason = reason.rstrip(": ")
         raise BrokenImage(f"{name}: not a readable image ({reason}); {advice}") from error
 
 

@@ -199,7 +199,7 @@ def read_transfer_set(name: str, root: Path, split: str) -> Listed:
     absent = _absent(base, names)
     if absent:
         raise UserError(
-            f"{base}: {len(absent):,} of the {len(names):,} {split} images of {known.title} are missing "
+            f"{base}: {known.title} lacks {len(absent):,} of its {len(names):,} {split} images "
             f"({', '.join(absent[:3])}); unpack its archive again"
         )
     return Listed(root=base, files=names, labels_N=labels_N, classes=classes, notes=notes)

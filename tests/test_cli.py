@@ -222,6 +222,20 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
     assert run(lambda _: None, []) == 0 and run(lambda _: 3, []) == 3
 
 
+def test_a_choice_of_values_reads_well() -> None:
+    with pytest.raises(UserError, match="--precision: Expected one of auto, float32, bfloat16, float16"):
+        parse_recipe(["--data-dir", "d", "--output", "o", "--precision", "half"])
+
+
+def test_progress_lines_with_and_without_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(20, label="x", every_s=0) as bar:
+        bar.update(6)
+        bar.update(6, loss=0.5)
+    assert re.fullmatch(
+        r"x: 6/20 steps, \d+ s left\nx: 12/20 steps loss 0.5, \d+ s left\n", capsys.readouterr().err
+    )
+
+
 def test_progress_tells_other_processes(tmp_path: Path) -> None:
     with Progress(10, label="x", start=4, file=tmp_path / "progress.json") as bar:
         bar.update(3, loss=0.5)

@@ -191,7 +191,8 @@ def test_an_unreadable_image_is_named_with_its_shard(tmp_path: Path) -> None:
     data = open_dataset("webdataset", tmp_path, "train")
     for i, name in enumerate(("a", "d")):
         with pytest.raises(
-            BrokenImage, match=rf"train-0\.tar/{name}\.png: not a readable image.*write the shard anew"
+            BrokenImage,
+            match=rf"train-0\.tar/{name}\.png: not a readable image \([^<']+[^ ]\); write the shard anew",
         ):
             data.image(i)
     assert data.image(2).size == (48, 48)
