@@ -352,7 +352,9 @@ def test_damage_is_explained_in_our_words(roots: dict[str, Path], tmp_path: Path
 def test_missing_images_and_classes_are_counted(roots: dict[str, Path], tmp_path: Path) -> None:
     base = copied("dtd", roots, tmp_path / "a")
     shutil.rmtree(base / "images" / "texture07")
-    with pytest.raises(UserError, match=r"Desc.* lacks 1 of its 47 test images .images/texture07/texture07_test"):
+    with pytest.raises(
+        UserError, match=r"Desc.* lacks 1 of its 47 test images .images/texture07/texture07_test"
+    ):
         open_dataset("dtd", base, "test")
     base = copied("dtd", roots, tmp_path / "b")
     names = (base / "labels" / "test1.txt").read_text().split()
