@@ -568,7 +568,7 @@ def test_plots_of_other_commands_are_shown_as_images(tmp_path: Path) -> None:
 def test_a_spectrum_study_is_shown(tmp_path: Path) -> None:
     """What transfer/study_pictures.py writes for three runs, one of them collapsed."""
     eigenvalues = [0.5, 0.3, 0.2]
-    log = {"step": 9, "loss": 1.0, "condition_number": 2.5, "rankme": 2.9, "eigenvalues": eigenvalues,
+    log = {"step": 120, "loss": 1.0, "condition_number": 2.5, "rankme": 2.9, "eigenvalues": eigenvalues,
            "transformed": eigenvalues, "stable_rank": 2.0, "row_condition_number": 2.0}  # fmt: skip
     runs = [
         {"instance": name, "kind": kind, "seed": seed, "log": [{**log, "step": 1}, log], "diverged": None,
