@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pretrain.cli import Progress, UserError, parse_settings, run
-from pretrain.data import open_dataset
+from pretrain.data import ImageDataset, open_dataset
 from pretrain.loader import (
     StepBatches,
     Views,
@@ -61,10 +61,11 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps, others = settings.steps, alternatives(settings, device)
+    images = open_dataset(settings.dataset, settings.data_dir, "train")
     with Progress((1 + len(others)) * (steps + WARM_UP), label="profile") as bar:
-        seconds = time_parts(settings, device, steps, bar)
+        seconds = time_parts(settings, images, device, steps, bar)
         peak_gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-        tried = {option: time_parts(other, device, steps, bar) for option, other in others.items()}
+        tried = {option: time_parts(other, images, device, steps, bar) for option, other in others.items()}
     total = sum(seconds.values())
     for part, value in seconds.items():
         print(f"{part:22s}{1000 * value:10.1f} ms{100 * value / total:7.1f} %")
@@ -134,10 +135,9 @@ def _said_of_placement(settings: Settings, device: torch.device) -> str:
 
 
 def time_parts(
-    settings: Settings, device: torch.device, steps: int, bar: Progress | None = None
+    settings: Settings, images: ImageDataset, device: torch.device, steps: int, bar: Progress
 ) -> dict[str, float]:
     """Mean seconds of each part of a step after some to warm up, the device waited for after each."""
-    images = open_dataset(settings.dataset, settings.data_dir, "train")
     Plan.of(settings, len(images), 1)
     dtype = choose_dtype(settings.precision, device)
     learner = Learner.build(settings, device, dtype)
@@ -186,8 +186,7 @@ def time_parts(
         if step >= WARM_UP:
             for part, a, b in zip(PARTS, marks, marks[1:]):
                 seconds[part] += (b - a) / steps
-        if bar is not None:
-            bar.update(1)
+        bar.update(1)
     return seconds
 
 
