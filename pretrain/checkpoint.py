@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import threading
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.cli import RunFailed, UserError
-from pretrain.files import atomic_path, order_metadata, set_usual_mode
+from pretrain.files import atomic_path, set_usual_mode
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,23 @@ def to_host(value: Any) -> Any:
     return value
 
 
+def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file whose bytes are a function of its content.
+
+    The library writes the metadata in an order of chance; here they are sorted in place after it.
+    """
+    save_file(dict(state), path, metadata=dict(metadata))
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        assert len(ordered) == length, "the tensors begin where the header ends"
+        file.seek(8)
+        file.write(ordered)
+    set_usual_mode(path)
+
+
 def save_backbone(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """The backbone alone under timm's keys, for exchange; metadata values become strings.
 
@@ -110,9 +128,7 @@ def save_backbone(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with atomic_path(path) as aside:
-        save_file(tensors, aside, metadata={"format": FORMAT, **{k: _spell(v) for k, v in metadata.items()}})
-        order_metadata(aside)
-        set_usual_mode(aside)
+        write_safetensors(aside, tensors, {"format": FORMAT, **{k: _spell(v) for k, v in metadata.items()}})
 
 
 def _spell(value: Any) -> str:

@@ -37,18 +37,6 @@ def set_usual_mode(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def order_metadata(path: Path) -> None:
-    """Sort the metadata of a safetensors file in place: the library writes it in an order of chance."""
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
-        assert len(ordered) == length, "the tensors begin where the header ends"
-        file.seek(8)
-        file.write(ordered)
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` atomically."""
     with atomic_path(path) as aside:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.cli import UserError
-from pretrain.files import atomic_path, order_metadata, set_usual_mode, sha256_of
+from pretrain.files import atomic_path, sha256_of
 from transfer.detection_needs import need_detectron2
 from transfer.options import ConvertSettings, parse
 
@@ -267,7 +267,8 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
     if settings.verify:
         need_detectron2(UNPROVED)
     import timm
-    from safetensors.torch import save_file
+
+    from pretrain.checkpoint import write_safetensors
 
     source = read_detectron2(settings.weights)
     state = from_detectron2(source)
@@ -290,9 +291,7 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
         "origin_sha256": sha256_of(settings.weights), "verified": str(settings.verify).lower(),
     }  # fmt: skip
     with atomic_path(settings.output) as aside:
-        save_file({k: v.contiguous() for k, v in state.items()}, aside, metadata)
-        order_metadata(aside)
-        set_usual_mode(aside)
+        write_safetensors(aside, {k: v.contiguous() for k, v in state.items()}, metadata)
     return metadata
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.checkpoint import write_safetensors
 from pretrain.cli import UserError
-from pretrain.files import order_metadata, set_usual_mode, sha256_of, write_json, write_text
+from pretrain.files import set_usual_mode, sha256_of, write_json, write_text
 from transfer.backbone import Loaded, load_backbone
 from transfer.options import ExportSettings, parse
 
@@ -78,11 +79,9 @@ def _check_output(output: Path) -> None:
 
 def _timm(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
     import timm
-    from safetensors.torch import save_file
 
     path = folder / f"{loaded.arch}.safetensors"
-    save_file(_state(loaded), path, _metadata(loaded))
-    order_metadata(path)
+    write_safetensors(path, _state(loaded), _metadata(loaded))
     model = timm.create_model(loaded.arch, num_classes=0, checkpoint_path=str(path))
     return (
         _difference(loaded, model),
@@ -124,11 +123,9 @@ def _detectron2(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple
 
 def _hub(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
     import timm
-    from safetensors.torch import save_file
 
     # transformers reads only files whose metadata say "pt"
-    save_file(_state(loaded), folder / "model.safetensors", {**_metadata(loaded), "format": "pt"})
-    order_metadata(folder / "model.safetensors")
+    write_safetensors(folder / "model.safetensors", _state(loaded), {**_metadata(loaded), "format": "pt"})
     write_json(folder / "config.json", {
         "architecture": loaded.arch, "num_classes": 0, "num_features": loaded.model.num_features,
         "global_pool": "avg", "pretrained_cfg": preprocessing(loaded),
