@@ -71,6 +71,7 @@ class Job:
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         attempt = f"{env.job_id}-{restarts}"
         _log_to_stderr()
+        StopSignals.heard = None  # what came before this job began is not about it
         began = time.time()
         with _signals(lambda: self._stopping(env)):
             try:

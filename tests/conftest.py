@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.signals import StopSignals
+
 TRAIN_PER_CLASS, TEST_PER_CLASS = 64, 16
 
 
@@ -28,6 +30,13 @@ def _ctrl_c_is_heeded() -> None:
     """A shell without job control has its background jobs ignore it, and what they start as well."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_signal_heard() -> Iterator[None]:
+    """What one test's process heard is nothing to the next test, in whatever order they run."""
+    yield
+    StopSignals.heard = None
 
 
 def _shared_once(name: str, make, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +24,8 @@ from transfer.reporting.collect import collect
 from transfer.reporting.plots import pretraining_plots
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nobody_told_to_stop() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopSignals, "heard", None)  # by an earlier test of the same process
-        yield
-
-
 @pytest.fixture(scope="module")
-def watched(nobody_told_to_stop: None, cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def watched(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs with the hook at the end of each."""
     output = tmp_path_factory.mktemp("watched") / "run"
     settings = tiny(cifar_folder, output, hook="transfer.hooks:knn", hook_every_epochs=1)

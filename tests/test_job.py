@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pretrain.signals import StopSignals
 from slurm import ranks
 from slurm.graph import Step
 from slurm.job import Job, StepFailed
@@ -63,6 +65,15 @@ def test_queued_again_too_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(StepFailed, match="queued again 4 times, more than max_requeues=3"):
         job(tmp_path, "work", str(tmp_path / "s"))()
     assert "max_requeues" in Record(tmp_path, "s").failure["error"]
+
+
+def test_a_signal_heard_before_the_job_is_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StopSignals, "heard", int(signal.SIGTERM))
+    with pytest.raises(StepFailed, match="needs other"):
+        job(tmp_path, "work", str(tmp_path / "s"), needed={"other": "x"})()
+    assert "needs other" in Record(tmp_path, "s").failure["error"]
 
 
 def test_the_first_rank_to_fail_is_the_cause(tmp_path: Path) -> None:
