@@ -24,11 +24,10 @@ from pretrain.loader import (
     finishes_in_workers,
     where_finished,
 )
-from pretrain.loss import intl_loss
 from pretrain.machine import cores
 from pretrain.model import momentum_update
 from pretrain.settings import GROUPS, RECIPES, Settings
-from pretrain.train import Learner, Plan, choose_dtype, on_device, views_of
+from pretrain.train import Learner, Plan, choose_dtype, loss_of, on_device, views_of
 
 LOADER = ("--augment-on", "--workers", "--jpeg-draft")
 WORTH = 1.05
@@ -170,10 +169,7 @@ def time_parts(
                     target = learner.slow(made[:1])
                 embeddings = target + learner.encoder(made[1:])
         marks.append(_now(device))
-        loss = intl_loss(
-            embeddings, iterations=settings.iterations, trade_off=settings.trade_off,
-            whitening=settings.whitening, momentum_target=settings.ema,
-        )  # fmt: skip
+        loss = loss_of(settings, embeddings)
         marks.append(_now(device))
         learner.scaler.scale(loss.total).backward()
         marks.append(_now(device))

@@ -298,16 +298,20 @@ def _forward(
             with torch.no_grad():
                 target = slow(views[:1])
             embeddings = target + encoder(views[1:])
+    return loss_of(settings, embeddings), embeddings
+
+
+def loss_of(settings: Settings, embeddings: list[Tensor]) -> INTLLoss:
+    """What the settings train with: INTL's loss, or that of another power of the spectrum."""
     if settings.power is not None:
         alignment = spectral_loss(
-            embeddings, power(settings.power), whitening=settings.whitening, momentum_target=slow is not None
+            embeddings, power(settings.power), whitening=settings.whitening, momentum_target=settings.ema
         )
-        return INTLLoss(alignment, alignment, torch.zeros_like(alignment)), embeddings
-    loss = intl_loss(
+        return INTLLoss(alignment, alignment, torch.zeros_like(alignment))
+    return intl_loss(
         embeddings, iterations=settings.iterations, trade_off=settings.trade_off,
-        whitening=settings.whitening, momentum_target=slow is not None,
+        whitening=settings.whitening, momentum_target=settings.ema,
     )  # fmt: skip
-    return loss, embeddings
 
 
 def on_device(batch: Batch, views: Views, device: torch.device) -> list[Tensor]:

@@ -50,12 +50,19 @@ def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources
 def _images(asked: Suite) -> list[str]:
     from pretrain.data import open_dataset
     from slurm.suite import dataset_of
+    from transfer.voc07 import NAME, open_voc07, refuse_voc07
 
     if not asked.data_dir:
         return []
+    name = dataset_of(asked)
     try:
         for split in ("train", "test"):
-            open_dataset(dataset_of(asked), asked.data_dir, split)
+            if name == NAME and not asked.recipe:
+                open_voc07(asked.data_dir, split)
+            else:
+                open_dataset(name, asked.data_dir, split)
+        if any(task == "knn" or task.startswith("semisup") for task in asked.tasks or []):
+            refuse_voc07(name)
     except UserError as error:
         return [str(error)]
     return []
@@ -88,11 +95,11 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
 
 
 def _protocols(asked: Suite) -> list[str]:
+    from slurm.suite import protocols_of
     from transfer.protocol import load_protocol
 
-    chosen = {"knn": asked.knn_protocol, "linear": asked.linear_protocol, "semisup": asked.semisup_protocol}
     problems = []
-    for kind, name in chosen.items():
+    for kind, name in protocols_of(asked).items():
         if any(task.startswith(kind) for task in asked.tasks or []):
             try:
                 protocol = load_protocol(name, kind)

@@ -19,6 +19,7 @@ from slurm.resources import Resources, load_profile
 from slurm.snapshot import pin
 from slurm.table import as_lines, summary
 from slurm.tasks import DETECTION, Images, Subject
+from transfer.voc07 import NAME as VOC07
 
 CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
 SUBMIT_LOCK_WAIT_S = 120
@@ -62,10 +63,11 @@ class Suite:
     """Folder of the data set."""
     detection_data: list[str] | None = None
     """COCO-format folders by name: NAME=ANNOTATIONS.json:IMAGES, where not in DETECTRON2_DATASETS."""
-    knn_protocol: str = "solo_knn@1"
-    """Protocol of k-NN."""
-    linear_protocol: str = "intl_linear@1"
-    """Protocol of the linear probe."""
+    knn_protocol: str | None = None
+    """Protocol of k-NN: solo_knn@1, or INTL's intl_cifar_5nn@1 for a recipe with the CIFAR stem."""
+    linear_protocol: str | None = None
+    """Protocol of the linear probe: intl_linear@1, or INTL's intl_cifar_linear@1 for a recipe with the CIFAR
+    stem, voc07_svm@1 for voc07."""
     semisup_protocol: str = "intl_semisup_as_released@1"
     """Protocol of the semi-supervised evaluation."""
     pretrain_options: str = ""
@@ -156,14 +158,17 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
     for name, path in _files(asked.weights or []).items():
         subjects.append(Subject(name=name, label=name, weights=str(path), branch=asked.branch))
     evaluations: list[Step] = []
+    protocols = protocols_of(asked)
     for subject in subjects:
         proved = tasks.proof(root, subject)
         steps.append(proved)
         proven = tasks.after(subject, proved)
         wanted = asked.tasks or []
         evaluations += [
-            s for task in wanted if task in CLASSIFICATION for s in _judged(root, proven, images, task, asked)
-        ]
+            step
+            for task in wanted if task in CLASSIFICATION
+            for step in _judged(root, proven, images, task, asked, protocols)
+        ]  # fmt: skip
         detections = [task for task in wanted if task not in CLASSIFICATION]
         if detections:
             converted = tasks.conversion(root, proven)
@@ -196,6 +201,18 @@ def recipe_of(asked: Suite) -> PretrainSettings | None:
     )
 
 
+def protocols_of(asked: Suite) -> dict[str, str]:
+    """The protocol of each kind of task: the one asked for, else the one that the field reports it by."""
+    settings = recipe_of(asked)
+    cifar = settings is not None and settings.stem == "cifar"
+    linear = "voc07_svm@1" if dataset_of(asked) == VOC07 else "intl_linear@1"
+    return {
+        "knn": asked.knn_protocol or ("intl_cifar_5nn@1" if cifar else "solo_knn@1"),
+        "linear": asked.linear_protocol or ("intl_cifar_linear@1" if cifar else linear),
+        "semisup": asked.semisup_protocol,
+    }
+
+
 def _files(weights: list[str]) -> dict[str, Path]:
     """Absolute paths by name: the file's, with as many of its folders as it takes to tell all apart."""
     paths = [Path(w).resolve() for w in weights]
@@ -212,20 +229,22 @@ def _files(weights: list[str]) -> dict[str, Path]:
     raise UserError(f"--weights: these differ in nothing but their suffix, rename one: {same}")
 
 
-def _judged(root: Path, subject: Subject, images: Images, task: str, asked: Suite) -> list[Step]:
+def _judged(
+    root: Path, subject: Subject, images: Images, task: str, asked: Suite, protocols: dict[str, str]
+) -> list[Step]:
     """One classification task: k-NN once, the others for each seed."""
     if task == "knn":
         return [tasks.classification(
-            root, subject, images, kind="knn", protocol=asked.knn_protocol, seed=None
+            root, subject, images, kind="knn", protocol=protocols["knn"], seed=None
         )]  # fmt: skip
     if task == "linear":
-        kind, protocol, extra = "linear", asked.linear_protocol, asked.linear_options.split()
+        kind, extra = "linear", asked.linear_options.split()
     else:
-        kind, protocol = "semisup", asked.semisup_protocol
+        kind = "semisup"
         extra = ["--label-percent", task.removeprefix("semisup"), *asked.semisup_options.split()]
     return [
         tasks.classification(
-            root, subject, images, kind=kind, protocol=protocol, seed=seed, extra=extra, folder=task
+            root, subject, images, kind=kind, protocol=protocols[kind], seed=seed, extra=extra, folder=task
         )
         for seed in range(asked.seeds)
     ]

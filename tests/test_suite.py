@@ -15,7 +15,7 @@ from slurm import submit
 from slurm.__main__ import main
 from slurm.resources import load_profile
 from slurm.snapshot import SOURCE
-from slurm.suite import Suite, _files, suite_graph
+from slurm.suite import Suite, _files, protocols_of, suite_graph
 from slurm.tasks import DETECTION, detection_config
 from transfer.__main__ import main as transfer
 
@@ -47,6 +47,18 @@ def test_the_graph_is_the_one_asked_for(tmp_path: Path, recipe: Path) -> None:
     assert graph.steps["detection/coco_c4_2x/intl/seed1"].needs == ("convert/intl",)
     assert "--label-percent" in graph.steps["semisup1/intl/seed0"].argv
     assert set(graph.steps["report"].after) == set(graph.steps) - {"proof/intl", "convert/intl", "report"}
+
+
+def test_protocols_are_those_that_the_field_reports_by(tmp_path: Path, recipe: Path) -> None:
+    def of(**rest) -> tuple[str, str]:
+        asked = Suite(output=str(tmp_path), data_dir=str(tmp_path), tasks=["knn", "linear"], **rest)
+        chosen = protocols_of(asked)
+        return chosen["knn"], chosen["linear"]
+
+    assert of(recipe=str(recipe)) == ("solo_knn@1", "intl_linear@1")
+    assert of(weights=["w.pth"], dataset="voc07") == ("solo_knn@1", "voc07_svm@1")
+    assert of(recipe="cifar10_ep1000") == ("intl_cifar_5nn@1", "intl_cifar_linear@1")
+    assert of(recipe="cifar10_ep1000", linear_protocol="logreg@1") == ("intl_cifar_5nn@1", "logreg@1")
 
 
 def test_alike_steps_become_arrays_with_dependencies(tmp_path: Path, recipe: Path) -> None:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
 
 from pretrain.cli import UserError
 from pretrain.data import open_dataset
+from slurm.suite import main as suite
 from transfer import results
 from transfer.__main__ import main as transfer
 from transfer.linear import LinearProtocol
@@ -237,6 +240,17 @@ def test_the_command_on_voc07(voc: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert linear([*words, "--protocol", low]) == 0
     assert "finished already" in capsys.readouterr().out
     assert len(results.read(tmp_path / "out")) == 2
+
+
+def test_a_suite_takes_voc07(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "w.pth")
+    words = f"--weights {tmp_path}/w.pth --dataset voc07 --data-dir {voc} --output {tmp_path}/out --dry-run"
+    assert suite([*words.split(), "--tasks", "linear"]) is None
+    told = capsys.readouterr().out
+    assert "all checks passed" in told and "--protocol voc07_svm@1 --dataset voc07" in told
+    with pytest.raises(UserError, match="1 check failed"):
+        suite([*words.split(), "--tasks", "linear,knn"])
+    assert "its images show several classes each" in capsys.readouterr().out
 
 
 def test_the_published_protocols_and_too_few_images(cifar_folder: Path) -> None:

@@ -233,7 +233,10 @@ def test_data_is_checked(scene_folder: Path, tmp_path: Path, harm: Any, said: st
 def test_other_mistakes(scene_folder: Path, tmp_path: Path, capsys: Any) -> None:
     random = words(scene_folder, tmp_path / "o", "--random-init")
     assert "known names: " in refused(["--config-file", "nothing", *random[2:]], capsys)
-    assert "NO.SUCH" in refused([*random, "NO.SUCH", "1"], capsys)
+    assert "NO.SUCH: detectron2's config has no such key" in refused([*random, "NO.SUCH", "1"], capsys)
+    assert "did you mean SOLVER.MAX_ITER?" in refused([*random, "SOLVER.MAX_ITR", "1"], capsys)
+    assert "SOLVER.MAX_ITER x: " in refused([*random, "SOLVER.MAX_ITER", "x"], capsys)
+    assert "--num-gpus stands after KEY VALUE" in refused([*random, "--num-gpus", "0"], capsys)
     assert "pairs of KEY VALUE" in refused([*random, "SEED"], capsys)
     assert "leave out --eval-only" in refused(["--show", "x", "--eval-only", *random], capsys)
     polygons = refused([*random, "INPUT.MASK_FORMAT", "polygon"], capsys)

@@ -7,6 +7,7 @@ refused here, before anything starts.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -53,14 +54,42 @@ def load_config(
         cfg.merge_from_file(str(path))
         if record:
             _merge_record(cfg, record)
-        cfg.merge_from_list(list(overrides))
     except (KeyError, ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} {' '.join(overrides)}: {error}") from error
+        raise UserError(f"{path}: {_said(error)}") from error
+    _override(cfg, overrides)
     if to_run_here:
         _suit_the_machine(cfg)
     _check(cfg, record, ranks)
     cfg.freeze()
     return cfg
+
+
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """The trailing KEY VALUE pairs of a command line. Raises UserError for what is none."""
+    late = next((w for w in words if w.startswith("--")), None)
+    if late:
+        raise UserError(f"{late} stands after KEY VALUE: options come first, pairs of KEY VALUE last")
+    if len(words) % 2:
+        raise UserError(f"{' '.join(words)}: wanted pairs of KEY VALUE after the options")
+    return dict(zip(words[::2], words[1::2]))
+
+
+def _override(cfg: CfgNode, words: Sequence[str]) -> None:
+    """Merge KEY VALUE pairs. Raises UserError that names the pair which detectron2's config does not take."""
+    known = flat(cfg)
+    for key, value in pairs(words).items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{key}: detectron2's config has no such key{hint}")
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, ValueError, TypeError, AssertionError) as error:
+            raise UserError(f"{key} {value}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
 def protocol_of(cfg: CfgNode) -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch import nn
 from pretrain.cli import UserError
 from pretrain.files import sha256_of, write_text
 from transfer import detection_data
-from transfer.detection_config import load_config, protocol_of
+from transfer.detection_config import load_config, pairs, protocol_of
 from transfer.detection_eval import evaluate
 from transfer.detection_launch import launch, world_size
 from transfer.detection_loop import fine_tune
@@ -35,7 +35,7 @@ RANDOM = {"path": None, "sha256": None, "format": "random initialisation", "bran
 def start(args: argparse.Namespace) -> int | None:
     """Check everything that can be checked, then run on every rank."""
     _log_to(None)
-    opts = _overrides(args.opts)
+    opts = pairs(args.opts)
     on_cpu = args.num_gpus == 0 or opts.get("MODEL.DEVICE") == "cpu"
     ranks = world_size(args.num_gpus, args.num_machines, on_cpu=on_cpu)
     detection_data.register(args.dataset)
@@ -60,20 +60,13 @@ def start(args: argparse.Namespace) -> int | None:
     return None
 
 
-def _overrides(words: list[str]) -> dict[str, str]:
-    """The trailing KEY VALUE pairs."""
-    if len(words) % 2:
-        raise UserError(f"{' '.join(words)}: wanted pairs of KEY VALUE after the options")
-    return dict(zip(words[::2], words[1::2]))
-
-
 def _with_weights(
     args: argparse.Namespace, cfg: CfgNode, ranks: int, on_cpu: bool
 ) -> tuple[CfgNode, dict[str, Any]]:
     """The config made to suit the weights, and where these come from."""
     overrides = [*args.opts, *(("MODEL.DEVICE", "cpu") if on_cpu else ())]
     if args.random_init:
-        if "MODEL.WEIGHTS" in _overrides(args.opts) and cfg.MODEL.WEIGHTS:
+        if "MODEL.WEIGHTS" in pairs(args.opts) and cfg.MODEL.WEIGHTS:
             raise UserError(f"--random-init and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: give one of the two")
         cfg = load_config(args.config_file, [*overrides, "MODEL.WEIGHTS", ""], ranks=ranks)
         return cfg, {**RANDOM, "arch": f"resnet{cfg.MODEL.RESNETS.DEPTH}"}
