@@ -174,8 +174,25 @@ def read_all(raw: RawFile, *, arch: str | None = None) -> list[Reading]:
             for place in dict.fromkeys(_place(value, p) for p in places):
                 container = _container(value, place.container)
                 if container is not None:
-                    readings.append(_read(format_, branch, place, container, arch, hint))
+                    reading = _read(format_, branch, place, container, arch, hint)
+                    reading.dropped.update(_elsewhere(format_, branch, place, value))
+                    readings.append(reading)
     return [r for r in readings if any(blocks(dict.fromkeys(r.tensors, ())))]
+
+
+def _elsewhere(format_: Format, branch: str, place: Place, value: Any) -> dict[str, str]:
+    """The other branch's tensors where it has a container of its own, and what they are."""
+    other, places = ("ema", format_.ema) if branch == "online" else ("online", format_.online)
+    found = {}
+    for there in dict.fromkeys(_place(value, p) for p in places):
+        container = _container(value, there.container)
+        if container is None or not there.container or there.container == place.container:
+            continue
+        heads = [(prefix, f"EMA {why}" if other == "ema" else why) for prefix, why in format_.drop]
+        for key in (key for key, held in container.items() if isinstance(held, Tensor)):
+            why = _longest(unwrap(str(key)), ((there.prefix, f"{other} branch"), *heads))
+            found[f"{there.container}.{key}"] = why or f"beside the {other} branch"
+    return found
 
 
 def _place(value: Any, place: Place) -> Place:

@@ -67,7 +67,8 @@ def inspect_file(path: str | Path, *, arch: str | None = None, branch: str | Non
 
 
 def _state(readings: list[Reading], branch: str) -> str:
-    of_branch = [r for r in readings if r.branch == branch]
+    writers = {r.format.name for r in readings if r.complete} or {r.format.name for r in readings}
+    of_branch = [r for r in readings if r.branch == branch and r.format.name in writers]
     if not of_branch:
         return "none"
     if any(r.complete for r in of_branch):
