@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.cli import UserError, parse_settings, save_settings
+from pretrain.cli import Progress, UserError, parse_settings, save_settings
 from transfer.reporting import content, inventory, page, tables
 from transfer.reporting.collect import collect
 from transfer.reporting.content import Finding
@@ -44,11 +44,15 @@ def main(argv: list[str]) -> None:
         description="Tables and plots of all results under DIR ..., beside published numbers.",
     )  # fmt: skip
     output = Path(settings.output)
-    evidence = collect(settings.dirs, skip=output)
-    results = group(evidence, pool=settings.pool)
-    report = page.compose(evidence, results, title=settings.title, per_folder=settings.pictures)
-    page.write(report, output)
-    save_settings(settings, output / "config.yaml")
+    with Progress(3, label="report", unit="part") as bar:
+        evidence = collect(settings.dirs, skip=output)
+        results = group(evidence, pool=settings.pool)
+        bar.update(1, now="tables, plots and pictures")
+        report = page.compose(evidence, results, title=settings.title, per_folder=settings.pictures)
+        bar.update(1, now="files")
+        page.write(report, output)
+        save_settings(settings, output / "config.yaml")
+        bar.update(1)
     show(report.alarms, report.verdict, report.findings)
     print(f"\nreport: {(output / 'index.html').resolve()}")
 
