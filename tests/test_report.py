@@ -25,7 +25,7 @@ from transfer.protocol import load_protocol
 from transfer.reporting import tables
 from transfer.reporting.collect import collect
 from transfer.reporting.compare import Summary, Trial, binomial_error, compare
-from transfer.reporting.content import differences
+from transfer.reporting.content import differences, verdict
 from transfer.reporting.inventory import RECIPES, judged, pretraining_of
 from transfer.reporting.methods import group
 from transfer.reporting.published import load_published, same_protocol
@@ -365,6 +365,17 @@ def test_published_figures_stand_beside_the_same_protocol_only(tmp_path: Path) -
     assert "SwAV" in apart and "MoCo v2" not in apart
     verdict = (folder / "verdict.csv").read_text()
     assert "MoCo v2" in verdict and "SwAV" not in verdict
+
+
+def test_a_published_model_has_one_row_over_several_tasks(tmp_path: Path) -> None:
+    def of(task: str, protocol: str, **metrics: float) -> dict[str, Any]:
+        rest = {"dataset": "cifar10", "split": "test", "protocol": {"name": protocol, "version": 1}}
+        return record("INTL", task, metrics, **rest)
+
+    lines = [of("knn", "intl_cifar_5nn", top1_k5=60.0), of("linear", "intl_cifar_linear", top1=62.0)]
+    write_lines(tmp_path / "results.jsonl", lines)
+    _, theirs = verdict(group(collect([tmp_path]))).rows
+    assert [c.text for c in theirs] == ["INTL, resnet18, 1000 epochs", "90.03", "92.60"]
 
 
 def test_unknown_protocol_prints_none_known(suite: Path) -> None:

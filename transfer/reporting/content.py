@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from itertools import combinations
 
 from transfer.reporting.compare import Summary, compare
@@ -52,13 +53,7 @@ def verdict(results: Results) -> Table:
     rows = []
     for method in results.methods:
         rows.append([cell(method), *(_verdict_cell(results, method, task) for task in results.tasks)])
-    for index, task in enumerate(results.tasks):
-        metric = results.headline_metric(task)
-        for p in same_protocol(task):
-            if metric in p.metrics:
-                blank = [cell("", kind=MISSING) for _ in results.tasks]
-                blank[index] = _published_value(p, metric)
-                rows.append([cell(p.name, note="published", link=p.source, kind=PUBLISHED), *blank])
+    rows += _published_rows(results)
     note = (
         "Percent. ± is the standard deviation over n trials (n − 1); SE the binomial standard error of "
         "one run over its images. Main figures are of the last epoch; beside it, a best epoch chosen on the "
@@ -67,6 +62,24 @@ def verdict(results: Results) -> Table:
     if len(results.methods) > 1:
         note += " Bold: the highest of a column; whether that is beyond noise is told under Differences."
     return table("verdict", "Verdict", columns, rows, note)
+
+
+def _published_rows(results: Results) -> list[list[Cell]]:
+    """A row for each published model with a figure under the protocol of one of our tasks, or of several."""
+    rows: dict[tuple[str, str, int], list[Cell]] = {}
+    for index, task in enumerate(results.tasks):
+        metric = results.headline_metric(task)
+        told: Counter[tuple[str, str]] = Counter()  # one model may have two figures, of two settings
+        for p in same_protocol(task):
+            if metric in p.metrics:
+                head = cell(p.name, note="published", link=p.source, kind=PUBLISHED)
+                row = rows.setdefault(
+                    (p.name, p.source, told[p.name, p.source]),
+                    [head, *(cell("", kind=MISSING) for _ in results.tasks)],
+                )
+                row[1 + index] = _published_value(p, metric)
+                told[p.name, p.source] += 1
+    return list(rows.values())
 
 
 def _verdict_cell(results: Results, method: str, task: Task) -> Cell:
