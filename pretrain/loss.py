@@ -25,6 +25,7 @@ from pretrain.spectral import (
     iternorm,
     newton_inverse_root,
     no_autocast,
+    product,
     spectral_transform,
     wide,
 )
@@ -150,6 +151,9 @@ def _check(embeddings: Sequence[Tensor], whitening: str, iterations: int) -> Non
         raise ValueError(f"iterations must be at least 1, got {iterations}")
     if len(embeddings) < 2:
         raise ValueError(f"INTL compares at least 2 views, got {len(embeddings)}")
+    dtypes = {z.dtype for z in embeddings}
+    if len(dtypes) > 1:
+        raise ValueError(f"all views must have one dtype, got {sorted(map(str, dtypes))}")
     shapes = {tuple(z.shape) for z in embeddings}
     if len(shapes) > 1 or embeddings[0].ndim != 2:
         raise ValueError(f"all views must be N x D embeddings of one shape, got {sorted(shapes)}")
@@ -162,8 +166,8 @@ def _channel_terms(embeddings: Sequence[Tensor], iterations: int) -> tuple[Tenso
     grams = total(_Grams.apply(zc_VNd, embeddings[0].requires_grad)) / (d - 1)
     own_VNN, cross_VNN = grams[:v], grams[v:]
     w_VNN = newton_inverse_root(own_VNN, iterations)
-    norms_VN = ((w_VNN @ own_VNN) * w_VNN).sum(-1)  # Ŝ_ii: W is symmetric, a diagonal needs no third product
-    dots_VN = ((w_VNN[1:] @ cross_VNN) * w_VNN[0]).sum(-1)
+    norms_VN = (product(w_VNN, own_VNN) * w_VNN).sum(-1)  # Ŝ_ii: a diagonal needs no third product
+    dots_VN = (product(w_VNN[1:], cross_VNN) * w_VNN[0]).sum(-1)
     return _mean_cosine(dots_VN, norms_VN), _penalty(norms_VN)
 
 
@@ -246,13 +250,15 @@ def _batch_terms(embeddings: Sequence[Tensor], iterations: int) -> tuple[Tensor,
     if n_global < d:
         z_VNd, total = _all_images(z_VnD)
         zc_VNd = z_VNd - z_VNd.mean(1, keepdim=True)
-        y_VNd = newton_inverse_root(total(zc_VNd @ zc_VNd.mT) / (n_global - 1), iterations) @ zc_VNd
+        gram_VNN = total(product(zc_VNd, zc_VNd.mT)) / (n_global - 1)
+        y_VNd = product(newton_inverse_root(gram_VNN, iterations), zc_VNd)
         norms_VN = total(y_VNd.square().sum(2))
         dots_VN = total((y_VNd[1:] * y_VNd[0]).sum(2))
         variances_Vd = y_VNd.square().sum(1) / (n_global - 1)
         return _mean_cosine(dots_VN, norms_VN), total(_penalty(variances_Vd))
     zc_VnD = z_VnD - all_reduce(z_VnD.sum(1, keepdim=True)) / n_global
-    y_VnD = zc_VnD @ newton_inverse_root(all_reduce(zc_VnD.mT @ zc_VnD) / (n_global - 1), iterations)
+    s_VDD = all_reduce(product(zc_VnD.mT, zc_VnD)) / (n_global - 1)
+    y_VnD = product(zc_VnD, newton_inverse_root(s_VDD, iterations))
     own_cosine_V = _mean_cosine((y_VnD[1:] * y_VnD[0]).sum(2), y_VnD.square().sum(2))
     variances_VD = all_reduce(y_VnD.square().sum(1)) / (n_global - 1)
     return all_reduce(own_cosine_V) / world_size(), _penalty(variances_VD)

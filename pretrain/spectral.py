@@ -5,8 +5,8 @@
     Φ = U g(Λ) Uᵀ  for  S = U Λ Uᵀ
 
 Section 3 of Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024,
-https://arxiv.org/abs/2305.16789. All is computed in float32, or float64 if given, outside autocast (call
-backward outside it too, as torch asks for).
+https://arxiv.org/abs/2305.16789. All is computed in float32, or float64 if given, forward and backward,
+whatever autocast is on outside.
 
 Letters of shapes: N images of the global batch, D features, M the covariance's size (N or D).
 """
@@ -25,7 +25,7 @@ from pretrain.diagnostics import collapse, diagnose
 
 __all__ = [
     "IterNorm", "Power", "centred", "collapse", "covariance", "diagnose", "iternorm", "matrix_function",
-    "newton_inverse_root", "power", "spectral_transform", "whiten", "wide", "zca",
+    "newton_inverse_root", "power", "product", "spectral_transform", "whiten", "wide", "zca",
 ]  # fmt: skip
 
 Whitening = Literal["channel", "batch"]
@@ -98,7 +98,29 @@ def centred(z_ND: Tensor, whitening: Whitening) -> Tensor:
 def covariance(zc_ND: Tensor, whitening: Whitening) -> Tensor:
     """The covariance of centred embeddings with the unbiased divisor: N x N (channel) or D x D (batch)."""
     rows_MK = zc_ND if whitening == "channel" else zc_ND.mT
-    return rows_MK @ rows_MK.mT / (rows_MK.shape[-1] - 1)
+    return product(rows_MK, rows_MK.mT) / (rows_MK.shape[-1] - 1)
+
+
+class _Product(torch.autograd.Function):
+    """A @ B of equal leading dimensions, forward and backward outside autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with no_autocast(a):
+            return a @ b
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        need_a, need_b = ctx.needs_input_grad
+        with no_autocast(a):
+            return grad @ b.mT if need_a else None, a.mT @ grad if need_b else None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """A @ B in the dtype of its factors, in backward too, whatever autocast is on around either."""
+    return _Product.apply(a, b)
 
 
 def _axis(whitening: str) -> int:
@@ -109,7 +131,7 @@ def _axis(whitening: str) -> int:
 
 
 def _apply(phi_MM: Tensor, zc_ND: Tensor, whitening: Whitening) -> Tensor:
-    return phi_MM @ zc_ND if whitening == "channel" else zc_ND @ phi_MM
+    return product(phi_MM, zc_ND) if whitening == "channel" else product(zc_ND, phi_MM)
 
 
 def spectral_transform(
@@ -117,7 +139,8 @@ def spectral_transform(
 ) -> Tensor:
     """Ẑ = Φ Zc (channel) or Zc Φ (batch) with Φ = U g(Λ) Uᵀ (Section 3, Eq. 4).
 
-    z_ND: N x D embeddings. g: any differentiable function on positive eigenvalues, or `iternorm(T)`.
+    z_ND: N x D embeddings. g: a function of positive eigenvalues, each by itself, that autograd can
+    differentiate, or `iternorm(T)`; it is called on other values than the eigenvalues too.
     Eigenvalues up to rtol·λ_max count as zero and map to 0; `rtol` is M times the dtype's epsilon unless
     given, and IterNorm, a polynomial, needs none. Repeated eigenvalues have finite, right gradients.
     Raises ValueError for a wrong shape, an unknown whitening or a non-finite covariance.
@@ -141,16 +164,24 @@ def matrix_function(s_MM: Tensor, g: SpectralFunction, *, rtol: float | None = N
 def newton_inverse_root(s_MM: Tensor, iterations: int) -> Tensor:
     """IterNorm's Φ: P_0 = I, P_{k+1} = (3 P_k − P_k³ S_N) / 2, Φ = P_T / √(tr S) with S_N = S / tr S.
 
-    s_MM may carry leading dimensions; differentiable by autograd.
+    s_MM may carry leading dimensions; differentiable by autograd, also under autocast. A covariance of zeros
+    has a finite Φ, which maps embeddings of zeros to zeros.
+
+    Computed as P_{k+1} = P_k M_k with M_k = (3 I − Y_k) / 2, Y_k = P_k² S_N carried along as
+    Y_{k+1} = M_k² Y_k: the same polynomial at the same three products a step. In the form above rounding
+    grows from step to step without bound (Higham 2008, "Functions of Matrices", Chapter 6); here it does not.
     """
-    trace = s_MM.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    s_n = s_MM / trace
-    p = (
-        1.5 * torch.eye(s_n.shape[-1], dtype=s_n.dtype, device=s_n.device) - 0.5 * s_n
-    )  # the step from P_0 = I
-    for _ in range(iterations - 1):
-        p = 1.5 * p - 0.5 * (p @ p) @ (p @ s_n)
-    return p / trace.sqrt()
+    with no_autocast(s_MM):
+        trace = s_MM.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        trace = torch.where(trace > 0, trace, 1)
+        eye = torch.eye(s_MM.shape[-1], dtype=s_MM.dtype, device=s_MM.device)
+        y = s_MM / trace
+        p = m = 1.5 * eye - 0.5 * y  # the step from P_0 = I
+        for _ in range(iterations - 1):
+            y = product(m, product(m, y))
+            m = 1.5 * eye - 0.5 * y
+            p = product(p, m)
+        return p / trace.sqrt()
 
 
 class _MatrixFunction(torch.autograd.Function):
@@ -170,14 +201,14 @@ class _MatrixFunction(torch.autograd.Function):
         values_M = torch.zeros_like(eigenvalues_M)
         values_M[kept_M] = g(eigenvalues_M[kept_M]).to(eigenvalues_M)
         ctx.g = g
-        ctx.save_for_backward(eigenvalues_M, values_M, kept_M, u_MM)
+        ctx.save_for_backward(eigenvalues_M, kept_M, u_MM)
         return (u_MM * values_M) @ u_MM.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_MM: Tensor) -> tuple[Tensor, None, None]:
-        eigenvalues_M, values_M, kept_M, u_MM = ctx.saved_tensors
-        f_MM = _divided_differences(ctx.g, eigenvalues_M, values_M, kept_M)
+        eigenvalues_M, kept_M, u_MM = ctx.saved_tensors
+        f_MM = _divided_differences(ctx.g, eigenvalues_M, kept_M)
         with no_autocast(grad_MM):
             return u_MM @ (f_MM * (u_MM.mT @ grad_MM @ u_MM)) @ u_MM.mT, None, None
 
@@ -185,12 +216,19 @@ class _MatrixFunction(torch.autograd.Function):
 # Nodes and weights of Gauss-Legendre quadrature on [0, 1].
 _NODES = (0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5)
 _WEIGHTS = (5 / 18, 8 / 18, 5 / 18)
-# Relative distance under which g' is integrated: its error there is 1e-12, the quotient's 30 epsilon.
-_NEAR = 0.03
+# Relative distance under which g' is integrated; at it the quotient, in float64, still has 11 digits, and the
+# quadrature's error, of the sixth power of the distance, is nothing for any g that is smooth at that scale.
+_NEAR = 1e-5
 
 
-def _divided_differences(g: SpectralFunction, x_M: Tensor, y_M: Tensor, kept_M: Tensor) -> Tensor:
-    """F_ij = (g(λ_i) − g(λ_j)) / (λ_i − λ_j), near pairs by the mean of g', 0 in the null space."""
+def _divided_differences(g: SpectralFunction, x_M: Tensor, kept_M: Tensor) -> Tensor:
+    """F_ij = (g(λ_i) − g(λ_j)) / (λ_i − λ_j), near pairs by the mean of g', 0 in the null space.
+
+    In float64 whatever the eigenvalues have: the quotient of close ones loses digits.
+    """
+    dtype, x_M = x_M.dtype, x_M.double()
+    y_M = torch.zeros_like(x_M)
+    y_M[kept_M] = g(x_M[kept_M]).to(x_M)
     a, b = x_M[:, None], x_M[None, :]
     both = kept_M[:, None] & kept_M[None, :]
     near = both & ((a - b).abs() < _NEAR * torch.maximum(a, b))
@@ -201,7 +239,7 @@ def _divided_differences(g: SpectralFunction, x_M: Tensor, y_M: Tensor, kept_M: 
     f_MM[near] = sum(  # type: ignore[assignment]
         w * _derivative(g, low + t * (high - low)) for t, w in zip(_NODES, _WEIGHTS)
     )
-    return f_MM
+    return f_MM.to(dtype)
 
 
 def _derivative(g: SpectralFunction, x: Tensor) -> Tensor:
@@ -236,7 +274,7 @@ def whiten(
             rtol = s_MM.shape[-1] * torch.finfo(s_MM.dtype).eps
         columns = zc_ND if whitening == "channel" else zc_ND.mT
         if method == "pca":
-            out = _pca(s_MM, rtol).mT @ columns
+            out = product(_pca(s_MM, rtol).mT, columns)
         elif method == "cholesky":
             lower_MM, info = torch.linalg.cholesky_ex(s_MM)
             diagonal = lower_MM.diagonal()

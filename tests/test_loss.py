@@ -107,8 +107,8 @@ def test_narrow_inputs_and_autocast(dtype, value, gradient, rms, whitening) -> N
     expected_grads = torch.autograd.grad(expected.total, exact)
     with torch.autocast("cpu", torch.bfloat16):
         loss = intl_loss(narrow, whitening=whitening, trade_off=0.02)
-    # A gradient of 1 / rms would leave float16's range: scaled as a GradScaler does, then scaled back.
-    grads = torch.autograd.grad(loss.total * rms, narrow)
+        # A gradient of 1 / rms would leave float16's range: scaled as a GradScaler does, then scaled back.
+        grads = torch.autograd.grad(loss.total * rms, narrow)
     assert loss.total.dtype == torch.float32
     assert relative(loss.total, expected.total.detach()) < value
     for found, wanted in zip(grads, expected_grads):

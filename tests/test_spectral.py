@@ -72,6 +72,23 @@ def test_iternorm_tends_to_zca() -> None:
     torch.testing.assert_close(spectral_transform(z, iternorm(14)), spectral_transform(z, zca()))
 
 
+@pytest.mark.parametrize("iterations", [4, 12, 20, 40])
+def test_newton_does_not_gather_rounding(iterations) -> None:
+    """In float32, at a condition number of 100, where P_k³ S_N as it is written reaches NaN by T = 20."""
+    z = with_spectrum(torch.linspace(0.01, 1, 16).tolist(), 200)
+    exact = spectral_transform(z, iternorm(iterations))
+    found = spectral_transform(z.float(), iternorm(iterations))
+    assert (found - exact).norm() / exact.norm() < 1e-5
+
+
+@pytest.mark.parametrize("g", [zca(), iternorm(4)])
+def test_a_constant_embedding_stays_finite(g) -> None:
+    z = torch.ones(6, 9, dtype=torch.float64).requires_grad_()
+    found = spectral_transform(z, g)
+    found.sum().backward()
+    assert not found.any() and torch.isfinite(z.grad).all()
+
+
 @pytest.mark.parametrize("g", [zca(), power(0.3), power(-1.5), iternorm(3), torch.log1p, torch.ones_like])
 @pytest.mark.parametrize("shape,whitening", [((5, 9), "channel"), ((5, 4), "channel"), ((4, 5), "batch")])
 def test_gradcheck(g, shape, whitening) -> None:
@@ -86,6 +103,19 @@ def test_gradcheck(g, shape, whitening) -> None:
 def test_gradcheck_at_repeated_eigenvalues(g, eigenvalues) -> None:
     z = with_spectrum(eigenvalues, 9).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: spectral_transform(z, g), z, eps=1e-7, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "g,eigenvalues",
+    [
+        (lambda x: torch.sin(100 * x), [5.0, 5.1, 7.0]),
+        (lambda x: x.clamp(min=1).rsqrt(), [0.995, 1.012, 3.0]),
+        (lambda x: torch.where(x > 1, x.rsqrt(), 2 - x), [0.995, 1.012, 3.0]),
+    ],
+)
+def test_gradcheck_where_g_changes_between_close_eigenvalues(g, eigenvalues) -> None:
+    z = with_spectrum(eigenvalues, 9).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: spectral_transform(z, g), z, eps=1e-7, atol=1e-4, rtol=1e-4)
 
 
 def test_plain_eigh_fails_there() -> None:
@@ -123,7 +153,7 @@ def test_float32_under_autocast_at_any_scale(g, rms) -> None:
     (expected * weights).sum().backward()
     with torch.autocast("cpu", torch.bfloat16):
         found = spectral_transform(z, g)
-    (found * weights.float()).sum().backward()  # outside autocast, as torch asks for
+        (found * weights.float()).sum().backward()
     assert found.dtype == torch.float32
     assert (found - expected).norm() / expected.norm() < 1e-4
     assert (z.grad - reference.grad).norm() / reference.grad.norm() < 1e-3
