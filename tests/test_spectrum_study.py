@@ -14,7 +14,7 @@ from pretrain.cli import UserError
 from pretrain.files import read_jsonl
 from transfer import spectrum_study
 from transfer.options import StudySettings
-from transfer.study_pictures import by_instance, statement
+from transfer.study_pictures import _evenness, by_instance, statement
 
 
 def test_study_runs_goes_on_and_draws(cifar_folder: Path, tmp_path: Path) -> None:
@@ -56,6 +56,45 @@ def test_settings_that_cannot_be_are_refused() -> None:
             StudySettings(data_dir=".", output=".", **wrong)
 
 
+def test_a_run_that_diverges_at_once_is_told(cifar_folder: Path, tmp_path: Path) -> None:
+    """λ^-60 leaves float32's range before anything is logged; the other runs are done, and no run again."""
+    argv = [
+        "--dataset", "imagefolder", "--data-dir", str(cifar_folder), "--output", str(tmp_path),
+        "--steps", "2", "--seeds", "1", "--batch", "16", "--features", "12", "--whitening", "batch",
+        "--powers", "[60]", "--iterations", "[4]", "--bank", "60", "--queries", "20",
+    ]  # fmt: skip
+    for _ in range(2):
+        spectrum_study.main(argv)
+        runs = {r["instance"]: r for r in read_jsonl(tmp_path / "runs.jsonl")}
+        assert list(runs) == ["λ^-60", "hard whitening", "IterNorm T=4", "INTL"]
+        assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
+        lost = runs["λ^-60"]
+        assert lost["log"] == [] and lost["knn_top1"] is None and lost["diverged"] == lost["verdict"]
+        text = (tmp_path / "study.md").read_text()
+        assert "| λ^-60 | 1 | 1 | – | – | – | – | – | – |" in text
+        assert "- λ^-60, seed 0: step 1: " in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| hard")]
+    assert float(rows[0][7]) == pytest.approx(1, abs=1e-4)  # evenness after: all 12 eigenvalues are 1
+
+
+@pytest.mark.parametrize(
+    "whitening, batch, features, wanted",
+    [("channel", 16, 24, 16), ("channel", 16, 12, 11), ("batch", 16, 24, 15), ("batch", 16, 12, 12)],
+)
+def test_evenness_is_never_beyond_one(whitening: str, batch: int, features: int, wanted: int) -> None:
+    """Centring takes one from the averaged side; hard whitening makes all that is left equal."""
+    settings = StudySettings(
+        data_dir=".", output=".", whitening=whitening, batch=batch, features=features  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert spectrum_study.possible_rank(settings) == wanted
+    hard = next(i for i in spectrum_study.instances(settings) if i.kind == "hard")
+    z = torch.randn(batch, features, generator=torch.Generator().manual_seed(0))
+    spectra = spectrum_study._spectra(z, hard, settings)
+    run = {"possible_rank": wanted}
+    assert _evenness(spectra["transformed"], run) == pytest.approx(1, abs=1e-9)
+    assert 0.3 < _evenness(spectra["eigenvalues"], run) < 1
+
+
 def test_statement_tells_where_the_paper_differs() -> None:
     def run(name: str, kind: str, verdict: str | None, after: list[float], steps: int = 600) -> dict:
         end = {
@@ -63,7 +102,7 @@ def test_statement_tells_where_the_paper_differs() -> None:
             "loss": 1.0,
             "condition_number": 2.0,
             "rankme": 2.0,
-            "eigenvalues": after,
+            "eigenvalues": [1.0, 0.0],
             "transformed": after,
         }
         return {
@@ -71,14 +110,23 @@ def test_statement_tells_where_the_paper_differs() -> None:
             "possible_rank": 2, "log": [end], "floor": 0.25,
         }  # fmt: skip
 
-    text = statement(by_instance([
-        run("none", "power", "full collapse", [1.0, 0.0]),
-        run("hard whitening", "hard", "full collapse", [1.0, 1.0]),
-        run("IterNorm T=4", "iternorm", None, [3.0, 1.0]), run("INTL", "intl", None, [1.0, 1.0]),
-    ]), title="x")  # fmt: skip
+    lost = "full collapse"
+    runs = [
+        run("none", "power", lost, [1.0, 0.0]), run("λ^-0.4", "power", lost, [1.0, 1.0]),
+        run("hard whitening", "hard", lost, [1.0, 1.0]), run("λ^-0.6", "power", None, [1.0, 1.0]),
+        run("λ^-1", "power", lost, [1.0, 1.0]), run("IterNorm T=4", "iternorm", lost, [3.0, 1.0]),
+        run("INTL", "intl", None, [1.0, 1.0]),
+    ]  # fmt: skip
+    text = statement(by_instance(runs), title="x")
     assert "| hard whitening | 1 | 1 | 0.75 | 2 |" in text
-    assert "Here it differs: hard whitening did not avoid collapse." in text
-    assert "1.000 with INTL and 0.877 with IterNorm T=4: this agrees" in text  # exp(H(¾, ¼)) / 2 = 0.877
+    # a power between has no verdict
+    assert "Here it differs: hard whitening did not avoid collapse.\n" in text
+    assert "without a verdict: λ^-0.4 did not avoid collapse; λ^-0.6 avoided collapse.\n" in text
+    # exp(H(¾, ¼)) / 2 = 0.877; one eigenvalue of two is 0.5
+    assert "INTL 0.500 and 1.000; IterNorm T=4 0.500 and 0.877 (collapsed or diverged)." in text
+    assert "After it INTL's is more even than IterNorm's.\n" in text and "agrees" not in text
+    far = statement(by_instance([runs[5], run("INTL", "intl", None, [1.0, 0.01])]), title="x")
+    assert "INTL's is no more even than IterNorm's, and far from equal eigenvalues after 600 steps." in far
     short = statement(by_instance([run("hard whitening", "hard", None, [1.0, 1.0], steps=20)]), title="x")
     assert "Too short to judge: after 20 steps" in short and "voided collapse" not in short
 

@@ -128,7 +128,9 @@ def study(settings: StudySettings) -> Path:
             append_jsonl(output / "runs.jsonl", {**run, "settings": same})
     names = [i.name for i in instances(settings)]
     runs = [
-        r for r in read_jsonl(output / "runs.jsonl") if r["instance"] in names and r["seed"] < settings.seeds
+        {**r, "possible_rank": possible_rank(settings)}
+        for r in read_jsonl(output / "runs.jsonl")
+        if r["instance"] in names and r["seed"] < settings.seeds
     ]
     runs.sort(key=lambda r: (names.index(r["instance"]), r["seed"]))
     path = write_study(runs, output, title=f"{settings.dataset}, {settings.whitening} whitening")
@@ -185,14 +187,22 @@ def _run(
         loss.backward()
         optimizer.step()
         on_step(float(loss.detach()))
-    last = {key: value for key, value in log[-1].items() if isinstance(value, float)}
-    verdict = failure or collapse(last, n=settings.batch, d=settings.features)
+    verdict = failure
+    if verdict is None:  # a run that diverged may have nothing logged
+        last = {key: value for key, value in log[-1].items() if isinstance(value, float)}
+        verdict = collapse(last, n=settings.batch, d=settings.features)
     return {
         "instance": instance.name, "kind": instance.kind, "seed": seed, "log": log, "diverged": failure,
         "verdict": verdict, "knn_top1": None if failure else _knn(encoder.backbone, bank, queries),
-        "possible_rank": min(settings.batch, settings.features - 1), "floor": instance.floor(settings),
-        "seconds": time.monotonic() - began,
+        "floor": instance.floor(settings), "seconds": time.monotonic() - began,
     }  # fmt: skip
+
+
+def possible_rank(settings: StudySettings) -> int:
+    """How many eigenvalues of the covariance can be positive: centring takes one from the averaged side."""
+    if settings.whitening == "channel":
+        return min(settings.batch, settings.features - 1)
+    return min(settings.features, settings.batch - 1)
 
 
 def _encoder(features: int) -> Encoder:
