@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Comparison, Step, interleave
+from benchmarks.harness import Comparison, Step, Table, interleave, peak_extra_bytes
 from benchmarks.loss import plain_loss
 from pretrain.loss import intl_loss
 from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy, momentum_update
@@ -16,6 +17,11 @@ from pretrain.train import choose_dtype
 
 TITLE = "One INTL step with a momentum encoder: forward, loss, backward, optimizer, average"
 LR, MOMENTUM, EMA = 0.002, 0.9, 0.99
+STEPS = 20  # of an agreement
+EXACT = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""The largest relative difference of the losses at any step, where both compute in the same precision."""
+MIXED = 0.02
+"""The one at the last step, where the two round differently."""
 
 
 def build(arch: str, *, hidden: int, output: int) -> Encoder:
@@ -31,21 +37,20 @@ def make_views(batch: int, side: int, device: torch.device) -> list[Tensor]:
     return [(base + 0.3 * torch.rand(base.shape, generator=generator)).to(device) for _ in range(2)]
 
 
-def plain_step(encoder: Encoder, views: list[Tensor]) -> Step:
-    """The published loop: NCHW, float16 autocast and scaler on a GPU, an average parameter by parameter."""
+def plain_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Step:
+    """The published loop: NCHW, autocast and with float16 a scaler, an average parameter by parameter."""
     device = views[0].device
     encoder = copy.deepcopy(encoder).to(device)
     slow = copy.deepcopy(encoder)
     optimizer = torch.optim.SGD(encoder.parameters(), LR, momentum=MOMENTUM, foreach=False)
-    on_gpu = device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def step() -> float:
         with torch.no_grad():
             for fast_p, slow_p in zip(encoder.parameters(), slow.parameters()):
                 slow_p.data = slow_p.data * EMA + fast_p.data * (1 - EMA)
         optimizer.zero_grad()
-        with torch.autocast(device.type, torch.float16, enabled=on_gpu):
+        with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):
             target = slow.projector(slow.backbone(views[0])).detach()
             other = encoder.projector(encoder.backbone(views[1]))
         loss = plain_loss([z.float() if z.dtype.itemsize < 4 else z for z in (target, other)])
@@ -84,42 +89,122 @@ def our_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Step:
     return step
 
 
-def agreement(encoder: Encoder, views: list[Tensor], dtype: torch.dtype, steps: int) -> float:
-    """Largest relative difference of the two losses over some steps. float64 shows that they compute the
-    same: in float32 rounding grows from step to step, the faster the smaller the batch that BN sees."""
-    if dtype == torch.float64:
-        encoder, views = copy.deepcopy(encoder).double(), [v.double() for v in views]
-    plain, ours = plain_step(encoder, views), our_step(encoder, views, dtype)
-    pairs = [(float(plain()), float(ours())) for _ in range(steps)]  # type: ignore[arg-type]
-    return max(abs(a - b) / abs(a) for a, b in pairs)
+def published_dtype(device: torch.device) -> torch.dtype:
+    """What the published loop computes in."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+Case = tuple[str, int, int, int]
+"""Architecture, px a side, images, width of the projector."""
+
+
+def cases(quick: bool) -> list[Case]:
+    """A GPU: ResNet-50, 2 x 224, batch 256. A CPU: ResNet-18, 2 x 48, batch 64 to 256."""
+    if quick:
+        return [("resnet18", 32, 32, 128)]
+    if torch.cuda.is_available():
+        return [("resnet50", 224, 256, 8192)]
+    return [("resnet18", 48, batch, 1024) for batch in (64, 128, 256)]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def plain_case(arch: str, side: int, batch: int, width: int) -> Step:
+    """The published step of a case."""
+    device = _device()
+    encoder, views = build(arch, hidden=width, output=width), make_views(batch, side, device)
+    return plain_step(encoder, views, published_dtype(device))
+
+
+def our_case(arch: str, side: int, batch: int, width: int) -> Step:
+    """Our step of a case."""
+    device = _device()
+    encoder, views = build(arch, hidden=width, output=width), make_views(batch, side, device)
+    return our_step(encoder, views, choose_dtype("auto", device))
+
+
+def warm_up() -> Step:
+    """Libraries loaded, threads started."""
+    return our_case("resnet18", 32, 16, 32)
 
 
 def measure(quick: bool) -> list[Comparison]:
-    """A GPU: ResNet-50, 2 x 224, batch 256. A CPU: ResNet-18, 2 x 48, batch 64 to 256."""
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    dtype = choose_dtype("auto", device)
-    cases = [("resnet50", 224, 256, 8192)] if gpu else [("resnet18", 48, b, 1024) for b in (64, 128, 256)]
-    if quick:
-        cases = [("resnet18", 32, 32, 128)]
+    """Times in turns; memory that the first step takes, momentum's included, beyond weights and views."""
+    device = _device()
     comparisons = []
-    for arch, side, batch, width in cases:
-        encoder, views = build(arch, hidden=width, output=width), make_views(batch, side, device)
-        exact = (
-            agreement(encoder, views, torch.float32, steps=3 if quick else 20) if not gpu else float("nan")
-        )
-        mixed = agreement(encoder, views, dtype, steps=3 if quick else 20)
-        note = f"losses differ by at most {exact:.1e} in float32, {mixed:.1e} in {dtype}"
-        if not gpu:
-            same = agreement(encoder, views, torch.float64, steps=3 if quick else 20)
-            note += f", {same:.1e} in float64; the GPU's part was not measured"
-        steps = {"plain": plain_step(encoder, views), "ours": our_step(encoder, views, dtype)}
-        times = interleave(steps, repeats=2 if quick else 7)
+    for case in cases(quick):
+        times = interleave({"plain": plain_case(*case), "ours": our_case(*case)}, repeats=2 if quick else 7)
         comparisons.append(
             Comparison(
-                case=f"{arch}, {side} px, batch {batch}, {device.type}", reference=times["plain"],
-                ours=times["ours"], target_speedup=None if quick else 2.0 if gpu else 1.2,
-                note=note,
+                case=f"{_name(case)}, {device.type}", reference=times["plain"], ours=times["ours"],
+                reference_peak_bytes=peak_extra_bytes(plain_case, *case, warm_up=warm_up),
+                ours_peak_bytes=peak_extra_bytes(our_case, *case, warm_up=warm_up),
+                target_speedup=None if quick else 2.0 if device.type == "cuda" else 1.2,
+                note=f"{_word(choose_dtype('auto', device))} beside {_word(published_dtype(device))}"
+                + ("" if device.type == "cuda" else "; the GPU's part was not measured"),
             )
         )  # fmt: skip
     return comparisons
+
+
+def _name(case: Case) -> str:
+    return f"{case[0]}, {case[1]} px, batch {case[2]}"
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def tables(quick: bool) -> list[Table]:
+    """Whether the losses of both are equal, step by step."""
+    device = _device()
+    rows: list[list[str | float]] = []
+    for arch, side, batch, width in cases(quick):
+        encoder = build(arch, hidden=width, output=width)
+        pairs = [(torch.float64, torch.float64), (torch.float32, torch.float32)]
+        mixed = (published_dtype(device), choose_dtype("auto", device))
+        for reference, dtype in [*pairs, *([mixed] if mixed not in pairs else [])]:
+            # A GPU computes float64 slowly, and what is to be shown shows with fewer images.
+            images = min(batch, 32) if dtype == torch.float64 and device.type == "cuda" else batch
+            views = make_views(images, side, device)
+            differences = agreement(encoder, views, reference, dtype, steps=3 if quick else STEPS)
+            rows.append(row(_name((arch, side, images, width)), reference, dtype, differences))
+    return [
+        Table(
+            title=f"Agreement of the losses, {3 if quick else STEPS} steps, {device.type}",
+            columns=("case", "reference, ours", "largest difference", "at the last step", "limit", "verdict"),
+            rows=rows,
+            missed=sum(r[-1] != "met" for r in rows),
+            note="Relative differences. In float64 only the order of operations differs; in float32 the same "
+            "rounding grows from step to step through BN, the faster the smaller the batch.",
+        )
+    ]
+
+
+def agreement(
+    encoder: Encoder, views: list[Tensor], reference: torch.dtype, dtype: torch.dtype, *, steps: int
+) -> list[float]:
+    """The losses' relative difference at each of some steps."""
+    if dtype == torch.float64:
+        encoder, views = copy.deepcopy(encoder).double(), [v.double() for v in views]
+    # A GPU's convolutions of float32 would be TF32's, which has 10 bits.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=dtype.itemsize < 4):
+        plain, ours = plain_step(encoder, views, reference), our_step(encoder, views, dtype)
+        pairs = [(float(plain()), float(ours())) for _ in range(steps)]  # type: ignore[arg-type]
+    return [abs(a - b) / abs(a) for a, b in pairs]
+
+
+def row(
+    case: str, reference: torch.dtype, dtype: torch.dtype, differences: Sequence[float]
+) -> list[str | float]:
+    """A line of the table; a difference that is no number meets nothing."""
+    exact = reference == dtype and dtype in EXACT
+    limit = EXACT[dtype] if exact else MIXED
+    judged = differences if exact else differences[-1:]
+    return [
+        case, f"{_word(reference)}, {_word(dtype)}", max(differences), differences[-1],
+        f"{limit:g} {'at every step' if exact else 'at the last'}",
+        "met" if all(d <= limit for d in judged) else "MISSED",
+    ]  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from benchmarks import deviation
+from benchmarks import step as training_step
 from benchmarks.__main__ import measure
 from benchmarks.features import agreement
 from benchmarks.growth import growth
@@ -80,6 +81,34 @@ def test_agreement_sees_other_features() -> None:
     assert agreement("doubled", 2 * points, points, labels)[1:3] == same[1:3]
     shuffled = agreement("shuffled", points[torch.randperm(100, generator=torch.Generator())], points, labels)
     assert shuffled[2] < 50 and shuffled[3] > 0.5  # type: ignore[operator]
+
+
+def test_a_step_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same in float64; a loss that is 1e-6 larger, and a reference in bfloat16, are not."""
+    encoder = training_step.build("resnet18", hidden=16, output=16)
+    views = training_step.make_views(12, 16, torch.device("cpu"))
+    wide, narrow = torch.float64, torch.bfloat16
+    same = training_step.agreement(encoder, views, wide, wide, steps=2)
+    assert training_step.row("x", wide, wide, same)[-1] == "met"
+    rounded = training_step.agreement(encoder, views, narrow, torch.float32, steps=1)
+    assert rounded[0] > 1e-4
+    plain = training_step.plain_loss
+    monkeypatch.setattr(training_step, "plain_loss", lambda views: plain(views) * (1 + 1e-6))
+    other = training_step.agreement(encoder, views, wide, wide, steps=1)
+    assert other == pytest.approx([1e-6], rel=1e-2)
+    assert training_step.row("x", wide, wide, other)[-1] == "MISSED"
+
+
+def test_agreement_of_steps_is_judged_by_its_precision() -> None:
+    """Every step where both compute alike, the last alone where they round differently."""
+    single, half, nan = torch.float32, torch.bfloat16, float("nan")
+    assert training_step.row("x", single, single, [2e-4, 1e-5])[1:] == [
+        "float32, float32", 2e-4, 1e-5, "0.0001 at every step", "MISSED"
+    ]  # fmt: skip
+    assert training_step.row("x", single, half, [0.5, 0.019])[4:] == ["0.02 at the last", "met"]
+    assert training_step.row("x", single, half, [0.0, 0.021])[-1] == "MISSED"
+    assert training_step.row("x", half, half, [0.5, 0.019])[-1] == "met"
+    assert training_step.row("x", single, single, [0.0, nan])[-1] == "MISSED"
 
 
 def test_tables_are_written() -> None:
