@@ -49,7 +49,9 @@ the share of their images that is judged right, `mean_per_class` in results.
 
 The sets below are read by torchvision's own classes and never downloaded. DIR is torchvision's root or the
 set's own folder, under any name (with `--stage-to` that: all of DIR is copied). Images are evaluated in
-ImageNet's way, resized and cropped as the protocol says; `--image-size` takes another size. A result's
+ImageNet's way, resized and cropped as the protocol says; `--image-size` takes another size. Of every set,
+images are normalised as the weights' file records, else with CIFAR's mean and standard deviation for another
+project's file with a CIFAR stem, else with ImageNet's; `--mean` and `--std` say otherwise. A result's
 `split` says which split of several it is, and of how many images where some are missing. A split made here
 trains on the images of each class whose SHA-256 of `0 CLASS/FILE` comes first (`0` is its seed).
 

@@ -7,11 +7,16 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint_zoo as zoo
 import pytest
 import torch
 
+from pretrain.cli import UserError
 from transfer.__main__ import main
+from transfer.options import parse
 from transfer.results import FILE, Clock, Result, append, find, read
+from transfer.subject import load_subject
+from transfer.transforms import eval_transform
 
 RESULT = Result(
     task="knn", dataset="cifar10", split="test", n=160, metrics={"top1_k20": 40.0},
@@ -35,6 +40,8 @@ def test_a_line_comes_back(tmp_path: Path) -> None:
     [
         {"seed": 1}, {"label_percent": 10}, {"image_size": 48}, {"n": 10},
         {"protocol": RESULT.protocol | {"hash": "1"}}, {"weights": RESULT.weights | {"branch": "ema"}},
+        {"weights": RESULT.weights | {"mean": [0.5, 0.5, 0.5]}},
+        {"weights": RESULT.weights | {"std": [0.2, 0.2, 0.2]}},
     ],
     ids=str,
 )  # fmt: skip
@@ -60,14 +67,51 @@ def test_a_line_says_on_how_many_ranks_and_gpus(monkeypatch: pytest.MonkeyPatch)
     evaluation = subject.Evaluation(
         settings=SimpleNamespace(label=None), protocol=SimpleNamespace(reference=RESULT.protocol),
         subject=SimpleNamespace(weights=RESULT.weights, arch="resnet18"), seed=0, train=Images(notes=()),
-        test=Images(name="d", split="test", notes=()), transform=SimpleNamespace(size=32),
+        test=Images(name="d", split="test", notes=()),
+        transform=SimpleNamespace(size=32, mean=(0.5,) * 3, std=(0.2,) * 3),
         clock=SimpleNamespace(stamp=lambda _: {}),
     )  # fmt: skip
     one = evaluation.result({"top1": 40.0}, torch.device("cpu"), settings={"batch": 8})
     assert one.settings == {"batch": 8, "world_size": 1} and one.n == 160
+    assert one.weights == RESULT.weights | {"mean": [0.5] * 3, "std": [0.2] * 3}
     monkeypatch.setattr(subject, "world_size", lambda: 4)
     four = evaluation.result({"top1": 40.0}, torch.device("cuda", 0))
     assert four.settings == {"world_size": 4, "gpus": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [  # another project's with a CIFAR stem; this project's, which says its own; with ImageNet's stem
+        ("INTL", [0.4914, 0.4822, 0.4465, 0.2470, 0.2435, 0.2616]),
+        ("this project, training run", [0.1, 0.2, 0.3, 1.0, 1.0, 1.0]),
+        ("solo-learn", [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]),
+    ],
+)
+def test_images_are_normalised_as_the_weights_want_or_as_told(name: str, wanted, tmp_path: Path) -> None:
+    state = zoo.backbone(cifar=name != "solo-learn")
+    torch.save(zoo.ZOO[name][0](state, {}), tmp_path / "m.pth")
+
+    def used(*words: str) -> list[float]:
+        given = ["--weights", str(tmp_path / "m.pth"), "--protocol", "solo_knn@1", "--dataset", "cifar10"]
+        settings = parse("knn", [*given, "--data-dir", "d", "--output", "o", *words])
+        metadata = load_subject(settings).metadata
+        found = eval_transform(native_size=32, image_size=None, metadata=metadata)
+        return [*found.mean, *found.std]
+
+    assert used() == wanted
+    assert used("--mean", "[0.5, 0.6, 0.7]") == [0.5, 0.6, 0.7, *wanted[3:]]
+    assert used("--std=[1, 2, 3]") == [*wanted[:3], 1, 2, 3]
+    for wrong in ("--mean=[0.5]", "--std=[1, 2, 0]", "--mean=[.nan, 1, 1]"):
+        with pytest.raises(UserError, match="wanted three numbers"):
+            used(wrong)
+
+
+def test_another_normalisation_is_another_result(cifar_folder: Path, tmp_path: Path) -> None:
+    words = ["knn", "--weights", "raw-pixels", "--protocol", "solo_knn@1", "--dataset", "cifar10"]
+    words += ["--data-dir", str(cifar_folder), "--output", str(tmp_path)]
+    for more in ([], ["--mean", "[0.1, 0.2, 0.3]"], ["--mean", "[0.1, 0.2, 0.3]"]):
+        assert main([*words, *more]) == 0
+    assert [r.weights["mean"] for r in read(tmp_path)] == [[0.485, 0.456, 0.406], [0.1, 0.2, 0.3]]
 
 
 def test_folders_of_images_are_told_apart_by_what_is_in_them(cifar_folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pretrain.files import sha256_of
 from transfer.architecture import COUNTER, SAME_SHAPES, blocks, match_arch
 from transfer.formats import CMC, FOREIGN, OWN_BACKBONE, OWN_BACKBONE_EMA, OWN_RUN, Format, Place
 from transfer.safe_load import RawFile, load_file
+from transfer.transforms import CIFAR_MEAN, CIFAR_STD
 
 OWN_FORMAT = "intl-bench/"
 BRANCHES = ("online", "ema")
@@ -360,6 +361,11 @@ def notes_of(reading: Reading, readings: list[Reading], raw: RawFile, arch: str 
         notes.append(
             f"3x3 stem without pooling, effective padding {reading.format.cifar_padding or 1} assumed "
             f"({known or 'the usual one'}): the file cannot tell"
+        )
+        mean, std = (", ".join(f"{v:.4f}" for v in values) for values in (CIFAR_MEAN, CIFAR_STD))
+        notes.append(
+            f"CIFAR's mean ({mean}) and standard deviation ({std}) assumed where --mean and --std give none: "
+            "the file cannot tell"
         )
     twins = SAME_SHAPES.get(reading.arch or "", ())
     if twins and arch is None and "conv1.weight" not in reading.tensors:

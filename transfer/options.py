@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,11 @@ class EvaluationSettings:
     image_size: int | None = None
     """Side of the evaluated images in px; default: small images as the weights' file records, else their own
     size; others the protocol's."""
+    mean: list[float] | None = None
+    """Mean of the images' normalisation, three numbers; default: as the weights' file records, else CIFAR's
+    for another project's file with a CIFAR stem, else ImageNet's."""
+    std: list[float] | None = None
+    """Standard deviation of the same; default: likewise, or the protocol's in place of ImageNet's."""
     cache_dir: Path | None = None
     """Folder of cached features, to be shared between evaluators; default OUTPUT/features."""
     stage_to: Path | None = None
@@ -70,6 +76,11 @@ class EvaluationSettings:
         """Raises ValueError for numbers out of range."""
         if self.image_size is not None and self.image_size < 8:
             raise ValueError(f"--image-size {self.image_size}: wanted 8 px or more")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
+                raise ValueError(f"--{name} {values}: wanted three numbers, such as [0.5, 0.5, 0.5]")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"--std {self.std}: wanted three numbers above 0")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: wanted 1 or more")
         if self.workers is not None and self.workers < 0:

@@ -39,7 +39,7 @@ class Result:
     protocol: dict[str, Any]
     """name, version and hash of its content."""
     weights: dict[str, Any]
-    """path, sha256, format and branch (online or ema)."""
+    """path, sha256, format and branch (online or ema); mean and std that images were normalised with."""
     arch: str | None = None
     label: str | None = None
     """The row's name in the report."""
@@ -88,12 +88,12 @@ def read(path: str | Path) -> list[Result]:
 
 def find(output: str | Path, like: Result) -> list[Result]:
     """The results in `output` of the same evaluation: task, data, protocol, weights, seed, share of labels,
-    image size."""
+    image size and normalisation."""
     return [r for r in read(output) if _identity(r) == _identity(like)]
 
 
 def _identity(r: Result) -> tuple[Any, ...]:
-    weights = (r.weights.get("sha256"), r.weights.get("branch"))
+    weights = (r.weights.get(key) for key in ("sha256", "branch", "mean", "std"))
     return r.task, r.dataset, r.split, r.protocol, *weights, r.seed, r.label_percent, r.image_size, r.n
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from transfer import results
 from transfer.options import EvaluationSettings
 from transfer.protocol import Protocol
 from transfer.results import Clock, Result
-from transfer.transforms import EvalTransform
+from transfer.transforms import CIFAR_MEAN, CIFAR_STD, EvalTransform
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,19 @@ class Subject:
 
 
 def load_subject(settings: EvaluationSettings) -> Subject:
-    """The backbone named by --weights. Raises UserError where the file is none."""
+    """The backbone named by --weights; its metadata have the normalisation that --mean and --std ask for.
+
+    Raises UserError where the file is none.
+    """
+    given = {
+        name: _text(values) for name in ("mean", "std") if (values := getattr(settings, name)) is not None
+    }
     if settings.weights == RAW_PIXELS:
         digest = hashlib.sha256(RAW_PIXELS.encode()).hexdigest()
         pixels = {"path": RAW_PIXELS, "sha256": digest, "format": RAW_PIXELS, "branch": "online"}
-        return Subject(model=None, arch=None, weights=pixels, metadata={})
+        return Subject(model=None, arch=None, weights=pixels, metadata=given)
     from transfer.backbone import load_backbone
+    from transfer.formats import FOREIGN
 
     loaded = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
     for note in loaded.notes:
@@ -57,9 +65,15 @@ def load_subject(settings: EvaluationSettings) -> Subject:
         "path": str(loaded.path), "sha256": loaded.sha256, "format": loaded.format, "branch": loaded.branch,
         "stem": loaded.stem, "stem_padding": loaded.stem_padding,
     }  # fmt: skip
-    return Subject(
-        model=loaded.model.eval(), arch=loaded.arch, weights=weights, metadata=dict(loaded.metadata)
-    )
+    metadata = dict(loaded.metadata)
+    if loaded.stem == "cifar" and loaded.format in {f.name for f in FOREIGN}:
+        metadata |= {"mean": _text(CIFAR_MEAN), "std": _text(CIFAR_STD)}  # loaded.notes say so
+    return Subject(model=loaded.model.eval(), arch=loaded.arch, weights=weights, metadata=metadata | given)
+
+
+def _text(values: Sequence[float]) -> str:
+    """Numbers as metadata have them."""
+    return ",".join(map(str, values))
 
 
 def open_pair(settings: EvaluationSettings) -> tuple[ImageDataset, ImageDataset]:
@@ -120,6 +134,7 @@ class Evaluation:
         """A Result with everything that does not depend on the evaluator filled in."""
         ranks = {"world_size": world_size()} | ({"gpus": world_size()} if device.type == "cuda" else {})
         more["settings"] = {**more.get("settings", {}), **ranks}
+        normalised = {"mean": list(self.transform.mean), "std": list(self.transform.std)}
         said = dict.fromkeys([*self.train.notes, *self.test.notes])
         if self.test.name in ANY_IMAGES:  # the name does not say which
             both = hashlib.sha256(f"{self.train.contents} {self.test.contents}".encode()).hexdigest()
@@ -128,8 +143,8 @@ class Evaluation:
         return Result(
             task=self.task, dataset=self.test.name, split=split, n=len(self.test),
             metrics={k: round(v, 4) for k, v in metrics.items()}, protocol=self.protocol.reference,
-            weights=self.subject.weights, arch=self.subject.arch, label=self.settings.label, seed=self.seed,
-            label_percent=self.label_percent, image_size=self.transform.size,
+            weights=self.subject.weights | normalised, arch=self.subject.arch, label=self.settings.label,
+            seed=self.seed, label_percent=self.label_percent, image_size=self.transform.size,
             **(self.clock.stamp(device) | more),
         )  # fmt: skip
 

@@ -84,13 +84,15 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _features(cache: Path, record: Record, data: ImageDataset) -> np.ndarray:
     """The cached features of all images of `data` under the record's weights; see transfer/features.py."""
-    branch = (record["weights"] or {}).get("branch")
+    weights = record["weights"] or {}
+    branch = weights.get("branch")
     for file in sorted(cache.glob("*/meta.json")):
         meta = json.loads(file.read_text(encoding="utf-8"))
         if (
             meta["weights"].startswith(f"{record.sha256} {branch} ")
             and (meta["split"], meta["data"], meta["n"]) == (data.split, data.fingerprint, len(data))
             and record["image_size"] in (None, meta["transform"].get("size"))
+            and all(weights.get(k) in (None, meta["transform"].get(k)) for k in ("mean", "std"))
         ):
             return np.load(file.parent / "features.npy", mmap_mode="c")
     raise UserError(f"no features of today's {data.split} images under {cache}")
