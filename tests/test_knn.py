@@ -62,16 +62,33 @@ def test_equals_the_reference(monkeypatch, metric, vote, block_bytes) -> None:
     assert 20 < got["top1_k20"] < 99
 
 
-def test_equally_near_images_by_their_index(monkeypatch) -> None:
+@pytest.mark.parametrize("metric", ["dot", "euclidean"])
+def test_equally_near_images_by_their_index(monkeypatch, metric) -> None:
     # Whole numbers: every product is exact. 40 bank rows take 5 values, so each query has 8-fold ties.
     rng = np.random.default_rng(1)
     bank = torch.from_numpy(rng.integers(0, 5, (40, 1)).astype(np.float32))
     queries = torch.tensor([[1.0], [2.0]])
     for block in (1 << 27, 64):
         monkeypatch.setattr(transfer.knn, "BLOCK_BYTES", block)
-        _, index = nearest(bank, queries, 11, metric="dot", device=torch.device("cpu"))
-        wanted = np.argsort(-bank[:, 0].numpy(), kind="stable")[:11]
-        assert index.tolist() == [wanted.tolist()] * 2
+        _, index = nearest(bank, queries, 11, metric=metric, device=torch.device("cpu"))
+        far = [-bank if metric == "dot" else (bank - q).abs() for q in queries]
+        wanted = [np.argsort(f[:, 0].numpy(), kind="stable")[:11].tolist() for f in far]
+        assert index.tolist() == wanted
+
+
+@pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize("block_bytes", [1 << 27, 4000])
+def test_distances_are_exact_whatever_the_offset(monkeypatch, offset, block_bytes) -> None:
+    # At an offset of 100 the squares have 7 digits before the point where the distances have 2.
+    monkeypatch.setattr(transfer.knn, "BLOCK_BYTES", block_bytes)
+    bank, _, queries, _ = (torch.from_numpy(part) for part in data())
+    bank, queries = bank + offset, torch.cat([queries + offset, bank[:30] + offset])
+    near, index = nearest(bank, queries, 7, metric="euclidean", device=torch.device("cpu"))
+    exact = (bank.double()[None] - queries.double()[:, None]).square().sum(2)
+    wanted, order = exact.sort(dim=1, stable=True)
+    assert torch.equal(index, order[:, :7])
+    torch.testing.assert_close(-near.double(), wanted[:, :7], rtol=1e-5, atol=0)
+    assert index[-30:, 0].tolist() == list(range(30)) and not near[-30:, 0].any()
 
 
 def test_equal_votes_go_to_the_smallest_label() -> None:

@@ -5,6 +5,7 @@ N bank images, M queries, D features, K the largest k, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,7 @@ from transfer.transforms import IMAGENET_STD, eval_transform
 from transfer.voc07 import refuse_voc07
 
 BLOCK_BYTES = 1 << 27  # of one block of similarities, and of one block of the bank
+SPARE = 8  # candidates beyond k whose Euclidean distances are computed exactly
 EPSILON = 1e-5  # added to a distance before its inverse is a vote (solo-learn)
 
 
@@ -99,33 +101,62 @@ def nearest(
     """Similarity and bank index of the `k` nearest bank rows, nearest first: two M x k tensors.
 
     The similarity is the cosine, the dot product, or minus the squared Euclidean distance. The bank is read
-    once, block by block; extra memory is a few blocks and two M x k tensors. `told` is called with the number
-    of bank rows of each block that is done.
+    block by block; extra memory is a few blocks and two M x k tensors. `told` is called with the number of
+    bank rows of each block that is done.
+
+    Euclidean candidates are found by 2qb - b^2 - q^2, which loses the digits that an offset common to all
+    features takes up: from both a centre is subtracted first, and the distances of the k nearest and SPARE
+    more are then computed anew as differences.
     """
-    bank_block = min(len(bank), max(k, BLOCK_BYTES // (bank.shape[1] * bank.element_size())))
+    centre = _centre(bank, device) if metric == "euclidean" else None
+    wide = k if centre is None else min(k + SPARE, len(bank))
+    bank_block = min(len(bank), max(wide, BLOCK_BYTES // (bank.shape[1] * bank.element_size())))
     queries = _prepared(queries, metric, device)
-    best = queries.new_empty(len(queries), k)
-    index_of = torch.empty(len(queries), k, dtype=torch.long, device=device)
+    best = queries.new_empty(len(queries), wide)
+    index_of = torch.empty(len(queries), wide, dtype=torch.long, device=device)
     for start in range(0, len(bank), bank_block):
         block = _prepared(bank[start : start + bank_block], metric, device)
-        norms = block.square().sum(1) if metric == "euclidean" else None
+        if centre is not None:
+            block = block - centre
+            norms = block.square().sum(1)
         for rows in _blocks(len(queries), len(block) * block.element_size()):
             part = queries[rows]
-            if norms is None:
+            if centre is None:
                 near = part @ block.T
             else:
+                part = part - centre
                 near = torch.addmm(norms, part, block.T, beta=-1, alpha=2)
                 near -= part.square().sum(1, keepdim=True)
-            value, index = _top(near, min(k, len(block)))
+            value, index = _top(near, min(wide, len(block)))
             index += start
             if start > 0:
                 value, index = _in_order(
-                    torch.cat([best[rows], value], 1), torch.cat([index_of[rows], index], 1), k
+                    torch.cat([best[rows], value], 1), torch.cat([index_of[rows], index], 1), wide
                 )
             best[rows], index_of[rows] = value, index
         if told is not None:
             told(len(block))
-    return best, index_of
+    if centre is not None:
+        for rows in _blocks(len(queries), wide * bank.shape[1] * bank.element_size()):
+            difference = bank[index_of[rows].to(bank.device)].to(device).sub_(queries[rows, None])
+            best[rows], index_of[rows] = _in_order(-difference.square_().sum(2), index_of[rows], wide)
+    return best[:, :k], index_of[:, :k]
+
+
+def _centre(bank: Tensor, device: torch.device) -> Tensor:
+    """The bank's mean (D), rounded to a power of two of the order of its spread.
+
+    So rounded, values of few digits (whole numbers) keep few digits when it is subtracted, and their ties.
+    """
+    total, square = (torch.zeros(bank.shape[1], dtype=torch.float64, device=device) for _ in range(2))
+    for rows in _blocks(len(bank), bank.shape[1] * 8):
+        block = bank[rows].to(device, torch.float64)
+        total += block.sum(0)
+        square += block.square_().sum(0)
+    mean = total / len(bank)
+    spread = float((square / len(bank) - mean.square()).clamp_min(0).mean().sqrt())
+    grid = 2.0 ** math.floor(math.log2(spread)) if spread > 0 else 0.0
+    return ((mean / grid).round() * grid if grid else mean).to(bank.dtype)
 
 
 def _prepared(x: Tensor, metric: str, device: torch.device) -> Tensor:
