@@ -90,10 +90,11 @@ def interleave(
             _synchronise()
             if turn >= warm_up:
                 seconds[name].append(clock() - start)
-    return {name: _timing(values) for name, values in seconds.items()}
+    return {name: timing(values) for name, values in seconds.items()}
 
 
-def _timing(seconds: list[float]) -> Timing:
+def timing(seconds: list[float]) -> Timing:
+    """Median and quartiles."""
     quarters = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
     return Timing(median_s=quarters[1], lower_s=quarters[0], upper_s=quarters[2], repeats=len(seconds))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import deviation
+from benchmarks import deviation, loader
 from benchmarks import step as training_step
 from benchmarks.__main__ import measure
+from benchmarks.augment import six_views
 from benchmarks.features import agreement
 from benchmarks.growth import growth
 from benchmarks.harness import Table, as_markdown, as_record
+from benchmarks.images import natural_images
 from pretrain.augment import View, draw_colours, finish, uniforms
 from pretrain.data import ImageDataset
 from pretrain.loader import COLOUR_SLOTS
@@ -109,6 +112,16 @@ def test_agreement_of_steps_is_judged_by_its_precision() -> None:
     assert training_step.row("x", single, half, [0.0, 0.021])[-1] == "MISSED"
     assert training_step.row("x", half, half, [0.5, 0.019])[-1] == "met"
     assert training_step.row("x", single, single, [0.0, nan])[-1] == "MISSED"
+
+
+def test_loaders_take_turns_and_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "IMAGES", 16)
+    views = six_views(natural_images(tmp_path, 16), finish_here=True)
+    assert loader.seconds_of(views, 2, taken=1) > 0
+    assert not multiprocessing.active_children()
+    order = []
+    monkeypatch.setattr(loader, "seconds_of", lambda views, count, taken: order.append(count) or len(order))
+    assert loader.in_turns(views, 2, turns=3, taken=4) == {1: [1, 4, 5], 2: [2, 3, 6]}
 
 
 def test_tables_are_written() -> None:
