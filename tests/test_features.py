@@ -122,6 +122,39 @@ def test_a_stopped_run_goes_on(subject, images, tmp_path, monkeypatch) -> None:
     assert sum(seen) < 160 + 40  # the finished part was not made again
 
 
+def test_rank_0_says_whether_the_features_are_there(subject, images, tmp_path, monkeypatch) -> None:
+    extractor = Extractor(None, TRANSFORM, CPU, "float32")
+    wanted = np.array(extract(extractor, subject, images, cache=tmp_path))
+    # Another rank, whose view of the folder is behind: it takes rank 0's word and does not look itself.
+    told: list[bool] = []
+    monkeypatch.setattr(transfer.features, "is_main", lambda: False)
+    monkeypatch.setattr(transfer.features, "any_rank", lambda flag, *_: told.append(flag) or True)
+    monkeypatch.setattr(transfer.features, "_write_parts", lambda *_: pytest.fail("extracted again"))
+    (meta,) = tmp_path.glob("*/meta.json")
+    meta.unlink()
+    np.testing.assert_array_equal(extract(extractor, subject, images, cache=tmp_path), wanted)
+    assert told == [False]
+    (meta.parent / "features.npy").unlink()
+    with pytest.raises(UserError, match="a folder all ranks see"):
+        extract(extractor, subject, images, cache=tmp_path)
+
+
+def test_one_rank_against_bfloat16_is_enough(subject, images, monkeypatch) -> None:
+    monkeypatch.setattr(transfer.features, "computes_bfloat16", lambda _: True)
+    assert make_extractor(subject, images, TRANSFORM, CPU, "auto").precision == "bfloat16"
+    asked: list[bool] = []
+
+    def other_rank_disagrees(flag: bool, **_: object) -> bool:
+        asked.append(flag)
+        return len(asked) == 2  # both compute it natively; there it does not agree with float32
+
+    monkeypatch.setattr(transfer.features, "any_rank", other_rank_disagrees)
+    assert make_extractor(subject, images, TRANSFORM, CPU, "auto").precision == "float32"
+    assert asked == [False, False]
+    alone = make_extractor(subject, images, TRANSFORM, CPU, "auto", over_ranks=False)
+    assert alone.precision == "bfloat16" and len(asked) == 2
+
+
 def test_nan_features_name_the_image(subject, images, tmp_path) -> None:
     broken = build_backbone("resnet18")
     torch.nn.init.constant_(broken.conv1.weight, float("nan"))

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.cli import Progress, UserError
 from pretrain.data import BrokenImage, ImageDataset
-from pretrain.distributed import barrier, is_main, rank, world_size
+from pretrain.distributed import any_rank, barrier, is_main, rank, world_size
 from pretrain.files import atomic_path, write_json
 from pretrain.loader import set_up_worker
 from pretrain.machine import cores
@@ -116,13 +117,19 @@ def make_extractor(
     device: torch.device,
     precision: Literal["auto", "float32", "bfloat16"],
     stages: tuple[str, ...] = LAST,
+    *,
+    over_ranks: bool = True,
 ) -> Extractor:
-    """The extractor in the precision asked for; `auto` tries bfloat16 on 128 images and compares."""
+    """The extractor in the precision asked for; `auto` tries bfloat16 on 128 images and compares.
+
+    `auto` takes bfloat16 where it suits every rank: all must call, unless `over_ranks` is False.
+    """
     if subject.model is None:
         grey = data.pixels is not None and data.pixels.ndim == 3
         return Extractor(None, transform, device, "float32", grey=grey)
     exact = Extractor(subject.model, transform, device, "float32", stages=stages)
-    if precision == "float32" or (precision == "auto" and not computes_bfloat16(device)):
+    anywhere = partial(any_rank, device=device) if over_ranks else bool
+    if precision == "float32" or (precision == "auto" and anywhere(not computes_bfloat16(device))):
         return exact
     fast = Extractor(subject.model, transform, device, "bfloat16", stages=stages)
     if precision == "bfloat16":
@@ -132,7 +139,7 @@ def make_extractor(
     wanted, got = exact(pixels), fast(pixels)
     spread = (wanted - wanted.mean(0)).norm(dim=1).mean()
     error = (got - wanted).norm(dim=1).mean()
-    return fast if float(error) <= AGREEMENT * float(spread) else exact
+    return exact if anywhere(not float(error) <= AGREEMENT * float(spread)) else fast
 
 
 def extract(
@@ -148,8 +155,8 @@ def extract(
 ) -> np.ndarray:
     """Features of `data` (or of its images `indices`) in order, N x D float32, memory-mapped read-only.
 
-    All ranks must call. Raises UserError for features that are not finite, naming the image; Stopped after
-    SIGTERM with the finished parts kept.
+    All ranks must call. Raises UserError for features that are not finite, naming the image, and for a cache
+    that some ranks do not see; Stopped after SIGTERM with the finished parts kept.
     """
     indices = np.arange(len(data)) if indices is None else np.asarray(indices)
     meta = {
@@ -166,18 +173,17 @@ def extract(
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder) if is_main() else contextlib.nullcontext():
-        barrier()
-        if not (folder / "meta.json").exists():
-            barrier()  # every rank has looked before rank 0 may finish
+        if not any_rank(is_main() and (folder / "meta.json").exists()):  # rank 0, which has the lock, decides
             _write_parts(extractor, data, indices, folder, batch_size, workers, progress)
             barrier()
             if is_main():
                 _join(folder, done, len(indices))
                 write_json(folder / "meta.json", meta)
-        else:
-            barrier()
         barrier()
-    features = np.load(done, mmap_mode="r")
+    try:
+        features = np.load(done, mmap_mode="r")
+    except FileNotFoundError as error:
+        raise UserError(f"{done} is missing here; --cache-dir must be a folder all ranks see") from error
     assert features.shape[0] == len(indices)
     return features
 

@@ -61,7 +61,7 @@ def _knn(backbone: nn.Module, settings: Settings, device: torch.device) -> dict[
     model.load_state_dict(backbone.state_dict())
     subject = Subject(model=model.eval(), arch=settings.arch, weights={}, metadata={})
     precision: Literal["float32", "auto"] = "float32" if settings.precision == "float32" else "auto"
-    extractor = make_extractor(subject, train, transform, device, precision)
+    extractor = make_extractor(subject, train, transform, device, precision, over_ranks=False)
     workers = 0 if settings.workers == 0 else None
     parts = []
     for images, most in ((train, MOST_BANK), (test, MOST_QUERIES)):
