@@ -30,6 +30,7 @@ from transfer.heads import HeadGrids, Optimizer, Schedule, figures, rate_factor
 from transfer.options import LinearSettings, parse
 from transfer.protocol import load_protocol
 from transfer.results import Clock, Result
+from transfer.scaling import mean_and_std, standardise, to_unit_length
 from transfer.stages import LAST, columns, stages_of
 from transfer.subject import Evaluation, load_subject, open_pair
 from transfer.transforms import IMAGENET_STD, eval_transform
@@ -211,19 +212,14 @@ def cached_parts(
         held = labelled(np.array(features(train, aside)), train.labels_N[aside]) if len(aside) else None
         return None, held, labelled(test_ND, test.labels_N), fit
     all_ND = features(train, None)  # all of them: the same file that k-NN uses
-    fit_ND, aside_ND = np.array(all_ND[fit]), np.array(all_ND[aside])
+    fit_ND, aside_ND = all_ND[fit], all_ND[aside]  # copies, which the cached file is not
     if values.scaling == "standardise":
-        mean, std = fit_ND.mean(0, dtype=np.float64), fit_ND.std(0, dtype=np.float64)
-        # a feature that never changes says nothing: it becomes 0, whatever it is on other images
-        scale = np.where(std > 1e-6 * max(float(std.max()), 1e-12), 1 / np.maximum(std, 1e-30), 0.0)
-        fit_ND, aside_ND, test_ND = (
-            ((x - mean) * scale).astype(np.float32) for x in (fit_ND, aside_ND, test_ND)
-        )
+        mean_D, std_D = mean_and_std(fit_ND)
+        for x_ND in (fit_ND, aside_ND, test_ND):
+            standardise(x_ND, mean_D, std_D)
     elif values.scaling == "l2":
-        fit_ND, aside_ND, test_ND = (
-            x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-            for x in (fit_ND, aside_ND, test_ND)
-        )
+        for x_ND in (fit_ND, aside_ND, test_ND):
+            to_unit_length(x_ND, least=1e-12)
     held = labelled(aside_ND, train.labels_N[aside]) if len(aside) else None
     return labelled(fit_ND, train.labels_N[fit]), held, labelled(test_ND, test.labels_N), fit
 

@@ -33,6 +33,7 @@ from transfer.features import extract, make_extractor
 from transfer.options import EvaluationSettings, LinearSettings
 from transfer.protocol import Protocol
 from transfer.results import Clock, Result
+from transfer.scaling import to_unit_length
 from transfer.subject import Evaluation, load_subject, open_pair
 from transfer.transforms import eval_transform
 from transfer.voc07 import NAME, open_voc07
@@ -130,9 +131,10 @@ def _svm(cost: float, iterations: int, seed: int) -> Any:
 
 
 def unit_length(features_ND: np.ndarray) -> np.ndarray:
-    """Each row divided by its length (plus 1e-5, as VISSL), float64."""
-    x = np.asarray(features_ND, np.float64)
-    return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-5)
+    """A copy with each row divided by its length (plus 1e-5, as VISSL), float32 as there."""
+    x_ND = np.array(features_ND, np.float32)
+    to_unit_length(x_ND, plus=1e-5)
+    return x_ND
 
 
 def evaluate_voc(
