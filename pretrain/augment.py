@@ -224,7 +224,10 @@ def blend(x: Tensor, factor_N: Tensor, grey_share_N: Tensor, mean_share_N: Tenso
     """In place: x <- clamp(factor · x + (1 - factor) · base), base black, grey or mean grey, per image."""
     grey = greyscale(x)
     rest = (1 - factor_N)[:, None, None, None]
-    base = grey.mean((2, 3), keepdim=True).mul_(rest * mean_share_N[:, None, None, None])
+    # Row by row first: the sum of one whole image torch shares among its threads, and so in an order of their
+    # number, which a loader's worker has one of.
+    mean = grey.mean(3, keepdim=True).mean(2, keepdim=True)
+    base = mean.mul_(rest * mean_share_N[:, None, None, None])
     base = grey.mul_(rest * grey_share_N[:, None, None, None]).add_(base)
     x.mul_(factor_N[:, None, None, None]).add_(base).clamp_(0, 1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,11 +34,29 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         with atomic_path(path) as aside:
             torch.save({"format": FORMAT, **state}, aside)
     except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) in DISK_FULL
-        full = full or (not isinstance(error, OSError) and "write" in str(error))
-        reason = "the disk is full" if full else str(error).splitlines()[0]
         kept = "the last good one is kept" if path.exists() else "there is none before it"
+        reason = _why_not_written(error, path.parent, state)
         raise NotSaved(f"{path}: checkpoint not saved, {reason}; {kept}") from error
+
+
+def _why_not_written(error: Exception, folder: Path, state: Mapping[str, Any]) -> str:
+    """torch's writer says no more than that writing failed: whether there was room, the disk knows."""
+    said = str(error).splitlines()[0]
+    if isinstance(error, OSError):
+        return "the disk is full" if error.errno in DISK_FULL else said
+    free, wanted = shutil.disk_usage(folder).free, _bytes(state)
+    if "writ" in said and free < wanted:
+        return "the disk is full"
+    return f"{said} ({free / 1e9:.1f} GB are free for {wanted / 1e9:.1f}: is a quota used up?)"
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.itemsize
+    values = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    )
+    return sum(map(_bytes, values))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -45,6 +64,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek in a cut-off file gives
+            raise UserError(f"{path}: cannot be read ({error.strerror}); is the disk there?") from error
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); remove it") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path}: not a checkpoint of this project; choose another --output")
@@ -69,14 +90,21 @@ class CheckpointWriter:
         """Copy `state` now and write it soon, to a second file too where `also` names one."""
         self.wait()
         copied = to_host(state)
+        arrived = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if arrived is not None:
+            arrived.record()  # behind the copies, before the next step's kernels
 
         def write() -> None:
             try:
+                if arrived is not None:
+                    arrived.synchronize()
                 save_checkpoint(self.path, copied)
                 if also is not None:
                     save_checkpoint(also, copied)
             except NotSaved as error:
                 self._error = error
+            except Exception as error:
+                self._error = NotSaved(f"{self.path}: checkpoint not saved, {type(error).__name__}: {error}")
 
         self._thread = threading.Thread(target=write, name="checkpoint")
         self._thread.start()
@@ -94,8 +122,14 @@ class CheckpointWriter:
 
 
 def to_host(value: Any) -> Any:
-    """A copy of nested dicts, lists and tensors, on the CPU, that later steps cannot change."""
+    """A copy of nested dicts, lists and tensors, on the CPU, that later steps cannot change.
+
+    What lies on a GPU is on its way when this returns, ahead of all that its stream is given afterwards.
+    """
     if isinstance(value, Tensor):
+        if value.is_cuda:  # into pinned memory, so that the host need not wait
+            out = torch.empty_like(value, device="cpu", pin_memory=True)
+            return out.copy_(value.detach(), non_blocking=True)
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
         return {k: to_host(v) for k, v in value.items()}

@@ -248,6 +248,7 @@ class Progress:
         self._start, self._began = start, time.monotonic()
         self._every_s, self._shown, self._written = every_s, self._began, 0.0
         self._main = int(os.environ.get("RANK", 0)) == 0
+        self._values: dict[str, float | str] = {}
         self._bar: Any = None
         self._task: Any = None
 
@@ -270,8 +271,11 @@ class Progress:
         return self
 
     def update(self, count: int = 1, **values: float | str) -> None:
-        """Count `count` more units done; `values` (loss, images/s …) are shown beside the bar."""
+        """Count `count` more units done; `values` (loss, images/s …) are shown beside the bar until others of
+        the same names come."""
         self.done += count
+        self._values |= values
+        values = self._values
         if not self._main:
             return
         now = time.monotonic()

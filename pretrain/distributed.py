@@ -84,6 +84,15 @@ def any_rank(flag: bool, device: torch.device | None = None) -> bool:
     return bool(sum_over_ranks(torch.tensor(float(flag), device=device or local_device())) > 0)
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """What each rank holds, on all of them: small plain values. All ranks must call."""
+    if not is_on():
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 # Collectives with gradient. Convention: backward gives the gradient of the SUM of all ranks' losses with
 # respect to this rank's tensor. Where every rank computes the same global loss that is world_size times its
 # gradient, and DDP, which averages parameter gradients over ranks, turns it into exactly the loss's own.

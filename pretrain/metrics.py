@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -93,10 +94,13 @@ def _start_wandb(project: str, output: Path, config: Mapping[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise UserError("--wandb needs the wandb package: pip install 'intl-bench[wandb]'") from error
+    # Every suite's run lies in a folder named pretrain: the whole path tells them apart, and a continued run
+    # finds its own again.
+    place = output.resolve()
     return wandb.init(
         project=project,
-        name=output.name,
-        id=output.name,
+        name=f"{place.parent.name}/{place.name}",
+        id=hashlib.sha256(str(place).encode()).hexdigest()[:16],
         resume="allow",
         dir=str(output),
         config=dict(config),

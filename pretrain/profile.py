@@ -27,7 +27,7 @@ from pretrain.loader import (
 from pretrain.machine import cores
 from pretrain.model import momentum_update
 from pretrain.settings import GROUPS, RECIPES, Settings
-from pretrain.train import Learner, Plan, choose_dtype, loss_of, on_device, views_of
+from pretrain.train import Learner, Plan, choose_dtype, loss_of, on_device, parallel, views_of
 
 LOADER = ("--augment-on", "--workers", "--jpeg-draft")
 WORTH = 1.05
@@ -140,6 +140,7 @@ def time_parts(
     Plan.of(settings, len(images), 1)
     dtype = choose_dtype(settings.precision, device)
     learner = Learner.build(settings, device, dtype)
+    encoder = parallel(learner.encoder, device, compiled=settings.compile)
     views = Views(
         images, views_of(settings), seed=0, mean=settings.mean, std=settings.std,
         finish_here=finishes_in_workers(settings.augment_on, device), jpeg_draft=settings.jpeg_draft,
@@ -163,11 +164,11 @@ def time_parts(
         marks.append(_now(device))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             if learner.slow is None:
-                embeddings = learner.encoder(made)
+                embeddings = encoder(made)
             else:
                 with torch.no_grad():
                     target = learner.slow(made[:1])
-                embeddings = target + learner.encoder(made[1:])
+                embeddings = target + encoder(made[1:])
         marks.append(_now(device))
         loss = loss_of(settings, embeddings)
         marks.append(_now(device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 FREE_TO_CHANGE = frozenset({
     "data_dir", "output", "workers", "log_every", "save_every", "keep_every_epochs", "wandb", "on_collapse",
-    "max_broken_images", "hook", "hook_every_epochs", "compile", "augment_on",
+    "max_broken_images", "hook", "hook_every_epochs",
 })  # fmt: skip
 """Settings that a continued run may change: all others shape the result."""
 
@@ -122,7 +123,7 @@ class Settings:
     workers: int | None = None
     """Data loading processes of each rank; 0 loads in the training process; default: by cores."""
     max_broken_images: int = 50
-    """Unreadable image files that are skipped with a warning before the run stops."""
+    """Unreadable image files that are skipped with a warning before the run stops: in all, over all ranks."""
 
     log_every: int = 50
     """Steps between two lines of metrics.jsonl, with a diagnosis of the embedding's spectrum."""
@@ -131,7 +132,7 @@ class Settings:
     keep_every_epochs: int | None = None
     """Keep a copy of the checkpoint every so many epochs."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """What to do when the embedding collapses."""
+    """What to do when the embedding collapses; looked at every log_every steps from the end of warm-up on."""
     hook: str | None = None
     """MODULE:FUNCTION called with (backbone, settings) every hook_every_epochs; its numbers are logged.
     transfer.hooks:knn: k-NN accuracy on the data set's own test images."""
@@ -171,6 +172,10 @@ class Settings:
             raise UserError(f"--blur-sigma wants two numbers 0 < least <= largest, got {self.blur_sigma}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"--mean and --std want three numbers each, got {self.mean} and {self.std}")
+        if self.keep_every_epochs is not None and self.keep_every_epochs < 1:
+            raise UserError(f"--keep-every-epochs must be at least 1, got {self.keep_every_epochs}")
+        if self.trade_off is not None and not (math.isfinite(self.trade_off) and self.trade_off >= 0):
+            raise UserError(f"--trade-off must be a number of at least 0, got {self.trade_off}")
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(
                 f"--max-steps must be at least 1, got {self.max_steps}; for the control: --epochs 0"
@@ -185,10 +190,14 @@ class Settings:
                 f"--power {self.power:g} trains without IterNorm and penalty, so that "
                 f"{' and '.join(replaced)} would do nothing; leave one or the other out"
             )
-        if self.whitening == "channel" and self.trade_off is None and self.batch_global <= 8:
+        side, option = (
+            (self.batch_global, "--batch-global") if self.whitening == "channel"
+            else (self.projector_output, "--projector-output")
+        )  # fmt: skip
+        if self.power is None and self.trade_off is None and side <= 8:
             raise UserError(
-                f"the default trade-off is zero or negative at --batch-global {self.batch_global}: "
-                "take more than 8 images or set --trade-off"
+                f"the default trade-off is zero or negative at {option} {side}: take more than 8 or set "
+                "--trade-off"
             )
 
     def per_view(self, name: str) -> list[float]:

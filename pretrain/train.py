@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+import resource
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,16 +19,19 @@ from pretrain.augment import View, finish
 from pretrain.checkpoint import DISK_FULL, CheckpointWriter, load_checkpoint, remove_leftovers, save_backbone
 from pretrain.cli import Progress, RunFailed, UserError, save_settings, settings_as_dict
 from pretrain.control import estimate_bn
-from pretrain.data import ImageDataset, open_dataset
+from pretrain.data import BrokenImage, ImageDataset, open_dataset
 from pretrain.diagnostics import collapse, diagnose
 from pretrain.distributed import (
     any_rank,
     barrier,
     convert_sync_batchnorm,
+    gather_objects,
+    gather_rows,
     is_main,
     rank,
     world_size,
 )
+from pretrain.files import atomic_path, read_jsonl
 from pretrain.loader import (
     Batch,
     StepBatches,
@@ -90,8 +96,10 @@ class Learner:
     scaler: torch.amp.GradScaler
 
     @staticmethod
-    def build(settings: Settings, device: torch.device, dtype: torch.dtype) -> Learner:
-        """The same weights from the same seed on every rank, and for the control."""
+    def build(
+        settings: Settings, device: torch.device, dtype: torch.dtype, *, alone: bool = False
+    ) -> Learner:
+        """The same weights from the same seed on every rank, and for the control, which one makes alone."""
         torch.manual_seed(settings.seed)
         backbone = build_backbone(settings.arch, stem=settings.stem, zero_init_last=settings.zero_init_last)
         projector = build_projector(
@@ -100,7 +108,7 @@ class Learner:
         )  # fmt: skip
         encoder = Encoder(backbone, projector).to(device)
         encoder.to(memory_format=torch.channels_last)
-        if world_size() > 1:
+        if world_size() > 1 and not alone:
             encoder = cast(Encoder, convert_sync_batchnorm(encoder, device))
         slow = momentum_copy(encoder) if settings.ema else None
         optimizer = build_optimizer(
@@ -135,43 +143,48 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     images = open_dataset(settings.dataset, settings.data_dir, "train")
     plan = Plan.of(settings, len(images), world_size())
     dtype = choose_dtype(settings.precision, device)
-    start, saved, unlogged = 0, None, []
+    start, saved, unlogged, broken = 0, None, [], []
     if (output / "checkpoint.pt").exists():
         saved = load_checkpoint(output / "checkpoint.pt")
         start = _check_same_run(saved, settings, output)
         if start >= plan.steps and (output / "backbone.safetensors").exists():
             logger.info("%s is finished: %d of %d steps; nothing to do", output, start, plan.steps)
             return
-    learner = Learner.build(settings, device, dtype)
+    learner = Learner.build(settings, device, dtype, alone=plan.steps == 0)
     if saved is not None:
         learner.restore(saved)
         torch.set_rng_state(saved["rng"]["torch"])
-        unlogged = saved.get("unlogged", [])  # not in older checkpoints
+        unlogged, broken = (saved.get(key, []) for key in ("unlogged", "broken"))  # not in older checkpoints
         logger.info("going on from step %d of %d", start, plan.steps)
-    if is_main():
-        if 0 < plan.steps <= plan.warmup:
-            logger.warning(
-                "all %d steps lie inside the warm-up (--warmup-epochs %g, %d steps an epoch): the learning "
-                "rate only rises", plan.steps, settings.warmup_epochs, plan.steps_per_epoch,
-            )  # fmt: skip
-        remove_leftovers(output)
-        save_settings(settings, output / "config.yaml")
-    barrier()
-    if plan.steps == 0:
-        _write_control(settings, learner, images, device)
-        return
+    if is_main() and 0 < plan.steps <= plan.warmup:
+        logger.warning(
+            "all %d steps lie inside the warm-up (--warmup-epochs %g, %d steps an epoch): the learning rate "
+            "only rises", plan.steps, settings.warmup_epochs, plan.steps_per_epoch,
+        )  # fmt: skip
     try:
-        _loop(settings, plan, learner, images, device, dtype, start=start, unlogged=unlogged, hook=hook)
+        if is_main():
+            remove_leftovers(output)
+            save_settings(settings, output / "config.yaml")
+        barrier()
+        if plan.steps == 0:
+            _write_control(settings, learner, images, device)
+            return
+        _loop(
+            settings, plan, learner, images, device, dtype, start=start, unlogged=unlogged, broken=broken,
+            hook=hook,
+        )  # fmt: skip
+        if is_main():
+            method = "INTL" if settings.power is None else f"λ^-{settings.power:g}"
+            _write_backbones(settings, learner, step=plan.steps, source=f"{method} pretraining")
+            logger.info(
+                "wrote %s; peak memory %.1f GiB", output / "backbone.safetensors", peak_memory_gib(device)
+            )
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         raise RunFailed(
             f"{output}: the disk is full; the last good checkpoint is kept: free some space and run it again"
         ) from error
-    if is_main():
-        method = "INTL" if settings.power is None else f"λ^-{settings.power:g}"
-        _write_backbones(settings, learner, step=plan.steps, source=f"{method} pretraining")
-        logger.info("wrote %s", output / "backbone.safetensors")
     barrier()
 
 
@@ -185,6 +198,7 @@ def _loop(
     *,
     start: int,
     unlogged: list[list[float]],
+    broken: list[str],
     hook: Hook | None,
 ) -> None:
     output, total = Path(settings.output), plan.steps
@@ -199,7 +213,7 @@ def _loop(
     )  # fmt: skip
     workers = default_workers(world_size(), device) if settings.workers is None else settings.workers
     loader = batches(views, steps, workers=workers, pin_memory=device.type == "cuda")
-    encoder = _parallel(learner.encoder, device, compiled=settings.compile)
+    encoder = parallel(learner.encoder, device, compiled=settings.compile)
     learner.encoder.train()
     floor = 0.0 if settings.power is not None else loss_floor(
         settings.batch_global, settings.projector_output, iterations=settings.iterations,
@@ -210,9 +224,9 @@ def _loop(
         if is_main()
         else None
     )
-    losses = LossLog(unlogged)
+    losses, shown = LossLog(unlogged), {}
     writer = CheckpointWriter(output / "checkpoint.pt")
-    broken: set[str] = set()
+    skipped = Skipped(settings.max_broken_images, broken)
     logger.info(
         "training %s on %s: %d steps, %s, %d loader workers, colour and blur %s (--augment-on %s)",
         settings.arch, device, total, dtype, workers, where_finished(finish_here, workers, device),
@@ -220,10 +234,16 @@ def _loop(
     )  # fmt: skip
 
     progress = Progress(total, label="pretrain", start=start, file=output / "progress.json")
+    if start > 0 and is_main():
+        _catch_up(settings, plan, learner, metrics, start, hook)
+    barrier()
     with StopSignals() as stop, progress as bar:
         for step in range(start, total):
-            batch = next(loader)
-            _count_broken(batch, broken, settings.max_broken_images)
+            try:
+                batch = next(loader)
+            except BrokenImage as error:
+                raise RunFailed(str(error).rpartition("BrokenImage: ")[2].strip()) from None
+            skipped.note(batch.broken)
             lr = lr_at(
                 step, base=plan.lr, warmup=plan.warmup, total=total, final_ratio=settings.lr_final_ratio
             )
@@ -255,6 +275,7 @@ def _loop(
             log = done % settings.log_every == 0 or last
             save = done % settings.save_every == 0 or last or stopping or copy
             if log:
+                skipped.agree()
                 means = losses.take()
                 record = {
                     "step": done, "epoch": done / plan.steps_per_epoch, **means, "lr": lr,
@@ -262,22 +283,34 @@ def _loop(
                     "images_per_s": means.pop("steps_per_s") * settings.batch_global,
                 }  # fmt: skip
                 record.pop("steps_per_s")
-                record |= _diagnosis(settings, embeddings[-1], alarm=done > plan.warmup)
+                if device.type == "cuda":
+                    record["peak_memory_gib"] = peak_memory_gib(device)
+                diagnosis, collapsed = _diagnosis(embeddings[-1], alarm=done > plan.warmup or last)
                 if metrics is not None:
-                    metrics.write(record)
+                    metrics.write(record | diagnosis)
+                if settings.on_collapse == "stop" and any_rank(collapsed is not None, device):
+                    kept = (
+                        "the last checkpoint is kept"
+                        if writer.path.exists()
+                        else "no checkpoint was saved yet"
+                    )
+                    raise RunFailed(f"stopped: {collapsed or 'an embedding collapsed'}; {kept}")
+                shown = {"loss": means["loss"], "images/s": record["images_per_s"]}
             if save:
+                skipped.agree()
                 unlogged = losses.check()
                 _check_weights(learner, done)
             if save and is_main():
-                also = output / f"checkpoint_epoch{epoch}.pt" if copy else None
-                writer.save(_state(settings, learner, done, plan, unlogged), also=also)
+                also = _copy_of(output, epoch) if copy else None
+                writer.save(
+                    _state(settings, learner, done, plan, unlogged, sorted(skipped.images)), also=also
+                )
             if hook is not None and epoch_ends and epoch % settings.hook_every_epochs == 0:
                 if metrics is not None:
-                    learner.encoder.eval()
-                    metrics.write({"step": done, "epoch": epoch, **hook(learner.encoder.backbone, settings)})
-                    learner.encoder.train()
+                    _call(hook, settings, learner, metrics, done, epoch)
                 barrier()
-            bar.update(1, **({"loss": means["loss"]} if log else {}))
+            bar.update(1, **shown)
+            shown = {}
             if stopping and not last:
                 writer.wait(must_be_saved=True)
                 barrier()
@@ -319,10 +352,16 @@ def on_device(batch: Batch, views: Views, device: torch.device) -> list[Tensor]:
     moved = [v.to(device, non_blocking=True) for v in batch.views]
     if not batch.colours:
         return moved
-    mean, std = views.mean.to(device), views.std.to(device)
+    mean, std = (_on(device, tuple(x.tolist())) for x in (views.mean, views.std))
     return [
         finish(crops, colours.to(device), mean=mean, std=std) for crops, colours in zip(moved, batch.colours)
     ]
+
+
+@functools.cache
+def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
+    """Constants, moved once: a copy from pageable memory makes the host wait for what the GPU has to do."""
+    return torch.tensor(values, device=device)
 
 
 def _check_weights(learner: Learner, step: int) -> None:
@@ -336,28 +375,92 @@ def _check_weights(learner: Learner, step: int) -> None:
         )
 
 
-def _diagnosis(settings: Settings, z_ND: Tensor, *, alarm: bool) -> dict[str, float]:
-    """The spectrum of this rank's embeddings; an alarm when they have collapsed. All ranks must call."""
+def _diagnosis(z_nD: Tensor, *, alarm: bool) -> tuple[dict[str, float], str | None]:
+    """The spectrum of the global batch's embeddings and whether they have collapsed, on rank 0; elsewhere
+    nothing. All ranks must call."""
+    with torch.no_grad():
+        z_ND = gather_rows(z_nD)
+    if not is_main():
+        return {}, None
     diagnosis = diagnose(z_ND)
     problem = collapse(diagnosis, n=z_ND.shape[0], d=z_ND.shape[1]) if alarm else None
-    if problem is not None and is_main():
+    if problem is not None:
         logger.warning("%s", problem)
-    if settings.on_collapse == "stop" and any_rank(problem is not None, z_ND.device):
-        what = problem or "an embedding collapsed on another rank"
-        raise RunFailed(f"stopped: {what}; the last checkpoint is kept")
-    return diagnosis
+    return diagnosis, problem
 
 
-def _count_broken(batch: Batch, broken: set[str], limit: int) -> None:
-    for message in batch.broken:
-        if message not in broken:
-            broken.add(message)
-            logger.warning("skipped: %s", message)
-    if len(broken) > limit:
-        raise RunFailed(f"more than --max-broken-images {limit} images cannot be read; the last: {message}")
+class Skipped:
+    """The image files that could not be read, over all ranks and the whole run, and how many may be."""
+
+    def __init__(self, limit: int, before: Iterable[str] = ()) -> None:
+        self.limit, self.images = limit, set(before)
+        self._agreed = len(self.images)
+
+    def note(self, messages: Iterable[str]) -> None:
+        """What this rank could not read, told once each. Raises RunFailed beyond the limit."""
+        for message in messages:
+            if message not in self.images:
+                self.images.add(message)
+                logger.warning("skipped: %s", message)
+                self._check(message)
+
+    def agree(self) -> None:
+        """Join the ranks' images. Raises RunFailed beyond the limit. All ranks must call."""
+        if any_rank(len(self.images) > self._agreed):
+            self.images = set().union(*gather_objects(self.images))
+            self._agreed = len(self.images)
+            self._check(max(self.images))
+
+    def _check(self, last: str) -> None:
+        if len(self.images) > self.limit:
+            raise RunFailed(
+                f"more than --max-broken-images {self.limit} images cannot be read; the last: {last}"
+            )
 
 
-def _parallel(encoder: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that tensors took on the GPU so far, or this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _copy_of(output: Path, epoch: int) -> Path:
+    return output / f"checkpoint_epoch{epoch}.pt"
+
+
+def _call(
+    hook: Hook, settings: Settings, learner: Learner, metrics: MetricsWriter, step: int, epoch: int
+) -> None:
+    """Log what the hook finds. Rank 0 only."""
+    learner.encoder.eval()
+    metrics.write({"step": step, "epoch": epoch, **hook(learner.encoder.backbone, settings)})
+    learner.encoder.train()
+
+
+def _catch_up(
+    settings: Settings,
+    plan: Plan,
+    learner: Learner,
+    metrics: MetricsWriter | None,
+    start: int,
+    hook: Hook | None,
+) -> None:
+    """What follows an epoch's checkpoint and a kill may have cut off: its copy, and the hook. Rank 0 only."""
+    output, (epoch, place) = Path(settings.output), divmod(start, plan.steps_per_epoch)
+    if place != 0 or metrics is None:
+        return
+    keep = settings.keep_every_epochs
+    if keep is not None and epoch % keep == 0 and not _copy_of(output, epoch).exists():
+        with atomic_path(_copy_of(output, epoch)) as aside:
+            shutil.copyfile(output / "checkpoint.pt", aside)
+    lines = read_jsonl(output / "metrics.jsonl")
+    called = any(line.get("step") == start and "loss" not in line for line in lines)
+    if hook is not None and epoch % settings.hook_every_epochs == 0 and not called:
+        _call(hook, settings, learner, metrics, start, epoch)
+
+
+def parallel(encoder: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
     """The encoder as it is called: in DDP where there are several ranks, compiled on request."""
     if world_size() > 1:
         encoder = nn.parallel.DistributedDataParallel(
@@ -367,7 +470,12 @@ def _parallel(encoder: nn.Module, device: torch.device, *, compiled: bool) -> nn
 
 
 def _state(
-    settings: Settings, learner: Learner, step: int, plan: Plan, unlogged: list[list[float]]
+    settings: Settings,
+    learner: Learner,
+    step: int,
+    plan: Plan,
+    unlogged: list[list[float]],
+    broken: list[str],
 ) -> dict[str, Any]:
     epoch, place = divmod(step, plan.steps_per_epoch)
     return {
@@ -377,6 +485,7 @@ def _state(
         **learner.state(),
         "rng": {"torch": torch.get_rng_state()},
         "unlogged": unlogged,
+        "broken": broken,
         "data": {"seed": settings.seed, "epoch": epoch, "step_in_epoch": place},
     }
 
@@ -417,7 +526,7 @@ def _write_control(settings: Settings, learner: Learner, images: ImageDataset, d
         )  # fmt: skip
         plan = Plan(images=len(images), steps_per_epoch=1, steps=0, warmup=0, batch_per_rank=1, lr=0.0)
         writer = CheckpointWriter(Path(settings.output) / "checkpoint.pt")
-        writer.save(_state(settings, learner, 0, plan, []))
+        writer.save(_state(settings, learner, 0, plan, [], []))
         writer.wait(must_be_saved=True)
         _write_backbones(settings, learner, step=0, source="random initialisation")
         logger.info("wrote the random control %s", Path(settings.output) / "backbone.safetensors")

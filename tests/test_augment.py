@@ -210,6 +210,21 @@ def test_workers_and_placement_change_nothing(cifar_folder: Path) -> None:
         assert all(torch.equal(x, y) for x, y in zip(a.views, finished))
 
 
+@pytest.mark.parametrize("side", [224, 192])
+def test_the_number_of_threads_changes_nothing(side: int) -> None:
+    """A loader's worker has one, the training process several; one such image fills a block alone."""
+    pixels = torch.randint(0, 256, (5, side, side, 3), dtype=torch.uint8)
+    view = View(size=side, min_scale=0.2, jitter_p=1.0, blur_p=1.0, solarise_p=0.5)
+    numbers = uniforms(0, 0, np.arange(5), 0)
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(finish(pixels, draw_colours(numbers[:, COLOUR_SLOTS:], view), mean=mean, std=std))
+    torch.set_num_threads(1)
+    assert torch.equal(*found)
+
+
 def test_a_small_decoding_leaves_the_crops_nearly_alone(coco_mini: Path, tmp_path: Path) -> None:
     """JPEGs of 640 px and views of 48: decoded at 1/2 or 1/4 where every crop allows it."""
     (tmp_path / "train").mkdir()

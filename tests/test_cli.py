@@ -244,3 +244,11 @@ def test_progress_tells_other_processes(tmp_path: Path) -> None:
         assert seen["eta_s"] >= 0
         bar.update(3)
     assert json.loads((tmp_path / "progress.json").read_text())["done"] == 10
+
+
+def test_progress_keeps_its_values_between_two_of_them(tmp_path: Path) -> None:
+    with Progress(4, label="work", file=tmp_path / "p.json") as bar:
+        bar.update(1, loss=0.5)
+        bar.update(1, rate=2.0)
+        bar.update(2)
+    assert json.loads((tmp_path / "p.json").read_text())["values"] == {"loss": 0.5, "rate": 2.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from pretrain.cli import RunFailed, UserError, save_settings
 from pretrain.files import read_jsonl
 from pretrain.settings import Settings
 from pretrain.signals import Stopped
-from pretrain.train import Plan, train
+from pretrain.train import Plan, Skipped, train
 
 CPU = torch.device("cpu")
 TINY = {
@@ -247,6 +248,16 @@ def test_broken_images_are_skipped_up_to_a_limit(
         train(tiny(data, tmp_path / "other", epochs=1, max_broken_images=2), CPU)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_readable_image_at_all_is_one_clear_line(workers: int, cifar_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(cifar_folder / "train", data / "train")
+    for file in (data / "train").rglob("*.jpg"):
+        file.write_bytes(b"not an image")
+    with pytest.raises(RunFailed, match=r"^100 images in a row cannot be read, the last: .*\.jpg: not a"):
+        train(tiny(data, tmp_path / "run", epochs=1, workers=workers), CPU)
+
+
 @pytest.mark.parametrize("on_collapse", ["warn", "stop"])
 def test_a_collapsed_embedding_raises_the_alarm(
     on_collapse: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -306,11 +317,18 @@ def test_plan_by_hand() -> None:
         ({"std": [0.0, 1.0, 1.0]}, "--std want"),
         ({"power": 0.5, "iterations": 7, "trade_off": 1.0}, r"--iterations 7 and --trade-off 1.0 would do"),
         ({"epochs": -1}, "--epochs must be at least 0"),
+        ({"keep_every_epochs": 0}, "--keep-every-epochs must be at least 1"),
+        ({"trade_off": -1.0}, "--trade-off must be a number of at least 0"),
+        ({"whitening": "batch", "projector_output": 8}, "negative at --projector-output 8"),
     ],
 )
 def test_settings_that_make_no_sense_are_explained(changes: dict, said: str) -> None:
     with pytest.raises(UserError, match=said):
         tiny(Path("d"), Path("o"), **changes)
+
+
+def test_a_power_has_no_trade_off_to_set() -> None:
+    assert tiny(Path("d"), Path("o"), power=0.5, batch_global=8).trade_off is None
 
 
 def test_float16_is_refused_on_a_cpu(cifar_folder: Path, tmp_path: Path) -> None:
@@ -354,6 +372,54 @@ def test_two_ranks_step_as_one(cifar_folder: Path, tmp_path: Path) -> None:
     for name in (k for k in one if one[k].is_floating_point()):
         error = (one[name] - two[name]).norm() / one[name].norm().clamp_min(1e-3)
         assert error < 0.01, (name, float(error))
+    (alone,), (joined,) = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for key in ("rankme", "row_entropy_rank", "spread"):  # of the whole batch, not of a rank's share
+        assert joined[key] == pytest.approx(alone[key], rel=1e-3), key
+
+
+def test_two_ranks_make_the_control_of_one(cifar_folder: Path, tmp_path: Path) -> None:
+    train(tiny(cifar_folder, tmp_path / "one", epochs=0), CPU)
+    wait_ranks(start_ranks(tiny(cifar_folder, tmp_path / "two", epochs=0)), 0)
+    assert differing(tmp_path / "one", tmp_path / "two") == []
+
+
+def test_images_that_ranks_skip_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    skipped = Skipped(3, before=["a"])
+    skipped.note(["a", "b"])
+    monkeypatch.setattr("pretrain.train.gather_objects", lambda own: [own, {"c"}])
+    skipped.agree()
+    assert skipped.images == {"a", "b", "c"}
+    skipped.note(["d"][:0])
+    skipped.agree()  # nothing is new: nothing is gathered
+    with pytest.raises(RunFailed, match="more than --max-broken-images 3 images cannot be read"):
+        skipped.note(["d", "e"])
+
+
+def test_what_a_kill_cut_off_behind_a_checkpoint_is_caught_up(cifar_folder: Path, tmp_path: Path) -> None:
+    """Killed between an epoch's checkpoint, its copy and the hook's line."""
+    called: list[int] = []
+
+    def hook(backbone: torch.nn.Module, settings: Settings) -> dict[str, float]:
+        called.append(1)
+        return {"knn_top1": 50.0}
+
+    settings = tiny(cifar_folder, tmp_path, epochs=2, keep_every_epochs=1, hook_every_epochs=1)
+    train(settings, CPU, hook=hook)
+    kept = (tmp_path / "checkpoint_epoch1.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(kept)
+    (tmp_path / "checkpoint_epoch1.pt").unlink()
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    first = next(i for i, line in enumerate(lines) if "knn_top1" in line)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines[:first]))
+    before = weights(tmp_path)
+    called.clear()
+    train(settings, CPU, hook=hook)
+    assert len(called) == 2 and (tmp_path / "checkpoint_epoch1.pt").read_bytes() == kept
+    strip = [
+        {k: v for k, v in x.items() if k != "images_per_s"} for x in read_jsonl(tmp_path / "metrics.jsonl")
+    ]
+    assert strip == [{k: v for k, v in x.items() if k != "images_per_s"} for x in lines]
+    assert before.keys() == weights(tmp_path).keys()
 
 
 def test_two_ranks_resume_to_the_bit(cifar_folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train import differing, tiny, weights
+from test_train import differing, start_ranks, tiny, wait_ranks, weights
 
 from pretrain.checkpoint import load_checkpoint
 from pretrain.cli import save_settings
@@ -54,6 +54,7 @@ def test_a_signal_to_the_whole_group_saves_and_exits_with_75(cifar_folder: Path,
         deadline = time.monotonic() + 120
         while len(read_jsonl(tmp_path / "run" / "metrics.jsonl")) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
+        family = [run.pid, *children(run.pid)]
         os.killpg(run.pid, signal.SIGUSR2)
         err = run.communicate(timeout=60)[1]
     finally:
@@ -61,8 +62,40 @@ def test_a_signal_to_the_whole_group_saves_and_exits_with_75(cifar_folder: Path,
     assert run.returncode == 75, err
     assert "run the same command again" in err and "Traceback" not in err
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] >= 4
-    time.sleep(1)
-    assert not Path(f"/proc/{run.pid}").exists()
+    assert len(family) > 2  # the loader's workers
+    deadline = time.monotonic() + 30
+    while (left := [pid for pid in family if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+def children(pid: int) -> list[int]:
+    """Process ids."""
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_two_killed_ranks_go_on_to_the_same_bits(cifar_folder: Path, tmp_path: Path) -> None:
+    settings = {"save_every": 2, "log_every": 2, "ema": True}
+    wait_ranks(start_ranks(tiny(cifar_folder, tmp_path / "whole", **settings)), 0)
+    cut = tiny(cifar_folder, tmp_path / "cut", **settings)
+    for least in (2, 4):
+        ranks = start_ranks(cut)
+        deadline = time.monotonic() + 120
+        while not saved_step(tmp_path / "cut") >= least and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for rank in reversed(ranks):
+            rank.kill()
+        for rank in ranks:
+            rank.communicate()
+    assert saved_step(tmp_path / "cut") >= 4
+    wait_ranks(start_ranks(cut, "--workers", "1"), 0)
+    assert differing(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def saved_step(output: Path) -> int:
+    """The step of the checkpoint in a folder, 0 without one."""
+    path = output / "checkpoint.pt"
+    return int(load_checkpoint(path)["step"]) if path.exists() else 0
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(cifar_folder: Path, tmp_path: Path) -> None:
