@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 KILL_WAIT_S = 20 * 60
 LOCK_WAIT_S = 60
+WAIT_MIN = {"knn": 24 * 60, "linear": 24 * 60}
+"""How long ranks may wait for each other, by kind of step (else 30 minutes): rank 0 may be waiting for the
+features that another job extracts, or fit alone."""
 
 
 class StepFailed(RuntimeError):
@@ -79,7 +82,8 @@ class Job:
                     if self.record.is_done(self.key, self.step.makes):
                         return "done before"
                     self._start(env, began, restarts)
-                    with joined(env, self.record.folder / f"meeting-{attempt}.json"):
+                    meeting = self.record.folder / f"meeting-{attempt}.json"
+                    with joined(env, meeting, timeout_min=WAIT_MIN.get(self.step.kind, 30)):
                         self._run()
                     self._check_made()
             except Stopped as stop:

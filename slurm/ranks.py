@@ -58,10 +58,11 @@ def address(env: Any) -> str:
 
 
 @contextlib.contextmanager
-def joined(env: Any, meeting: Path, backend: str | None = None) -> Iterator[None]:
+def joined(env: Any, meeting: Path, backend: str | None = None, *, timeout_min: float = 30) -> Iterator[None]:
     """One process group of all the job's tasks for as long as the block lasts; nothing to do for one task.
 
-    `meeting` is the file, unique to this attempt of the job, in which rank 0 says where it listens.
+    `meeting` is the file, unique to this attempt of the job, in which rank 0 says where it listens. A rank
+    waits `timeout_min` for the others in any one place.
     All ranks must call.
     """
     if env.num_tasks == 1:
@@ -82,7 +83,7 @@ def joined(env: Any, meeting: Path, backend: str | None = None) -> Iterator[None
             store=store,
             rank=env.global_rank,
             world_size=env.num_tasks,
-            timeout=timedelta(minutes=30),
+            timeout=timedelta(minutes=timeout_min),
         )
         yield
         dist.barrier()
