@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import deviation, loader
+from benchmarks import deviation, features, knn, loader
 from benchmarks import step as training_step
 from benchmarks.__main__ import measure
 from benchmarks.augment import six_views
@@ -23,6 +23,7 @@ from benchmarks.images import natural_images
 from pretrain.augment import View, draw_colours, finish, uniforms
 from pretrain.data import ImageDataset
 from pretrain.loader import COLOUR_SLOTS
+from transfer.transforms import EvalTransform
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,41 @@ def test_loaders_take_turns_and_are_closed(tmp_path: Path, monkeypatch: pytest.M
     order = []
     monkeypatch.setattr(loader, "seconds_of", lambda views, count, taken: order.append(count) or len(order))
     assert loader.in_turns(views, 2, turns=3, taken=4) == {1: [1, 4, 5], 2: [2, 3, 6]}
+
+
+def test_a_bank_in_a_file_is_read_and_its_memory_reckoned(tmp_path: Path) -> None:
+    """1,000 bytes with 10 queries and 1,100 with 12 are 50 a query: 18 more make 900 more."""
+    path = f"{tmp_path / 'bank'}"
+    knn.write_bank(path, 300, 8)
+    step = knn.make_filed(path, 250, 10, 8)
+    bank = step.args[0]  # type: ignore[attr-defined]
+    assert bank.shape == (250, 8) and np.array_equal(
+        bank, np.fromfile(path, np.float32).reshape(300, 8)[:250]
+    )
+    assert step().keys() >= {"top1_k10", "top5_k200"}  # type: ignore[attr-defined]
+    assert knn.reckoned([(50, 1), (5, 10), (5, 12)], [7, 1000, 1100], 30) == 2000
+    assert knn.memory_row(5, 10, 8, 10**9, "x") == ["5 x 8", "10", "1000", "x", "1000", "met"]
+    assert knn.memory_row(5, 10, 8, 10**9 + 1, "x")[-1] == "MISSED"
+
+
+def test_features_from_decoded_pixels_are_those_from_files(photographs: ImageDataset) -> None:
+    """What a GPU is timed on, both ways: eight images, then the first two again."""
+    case = features.Case(
+        arch="resnet18", images=photographs, indices=np.arange(8),
+        transform=EvalTransform(size=32, resize=36), batch=4, workers=0,
+    )  # fmt: skip
+    subject, cpu = case.subject(), torch.device("cpu")
+    assert subject.model is not None
+    wanted = features.plain_loop(case, subject.model, cpu)
+    batches = features.decoded(case, 10)
+    assert [len(b) for b in batches] == [4, 4, 2] and batches[0].dtype == torch.uint8
+    by = features.extractor(case, subject, cpu, "float32")
+    for found in (
+        features.plain_from_pixels(batches, subject.model, cpu),
+        features.ours_from_pixels(batches, by),
+    ):
+        assert torch.allclose(found, torch.cat([wanted, wanted[:2]]), atol=1e-4)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-3
 
 
 def test_tables_are_written() -> None:
