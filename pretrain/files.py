@@ -48,17 +48,17 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
-    """Append one JSON object as one line, in one write, starting a new line after a torn one."""
+def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
+    """Append JSON objects, a line each, all in one write, starting a new line after a torn one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(record, allow_nan=False) + "\n"
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     with open(path, "ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
+                lines = "\n" + lines
+        file.write(lines.encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -40,7 +40,7 @@ def test_a_line_comes_back(tmp_path: Path) -> None:
     [
         {"seed": 1}, {"label_percent": 10}, {"image_size": 48}, {"n": 10},
         {"protocol": RESULT.protocol | {"hash": "1"}}, {"weights": RESULT.weights | {"branch": "ema"}},
-        {"weights": RESULT.weights | {"mean": [0.5, 0.5, 0.5]}},
+        {"arch": "resnet50"}, {"weights": RESULT.weights | {"mean": [0.5, 0.5, 0.5]}},
         {"weights": RESULT.weights | {"std": [0.2, 0.2, 0.2]}},
     ],
     ids=str,
@@ -49,6 +49,32 @@ def test_another_evaluation_is_not_taken_for_this_one(tmp_path: Path, change) ->
     append(tmp_path, RESULT)
     assert find(tmp_path, dataclasses.replace(RESULT, metrics={}, device="other"))
     assert not find(tmp_path, dataclasses.replace(RESULT, **change))
+
+
+def test_auto_takes_any_precision_and_a_named_one_itself_alone(tmp_path: Path) -> None:
+    append(tmp_path, dataclasses.replace(RESULT, settings={"precision": "bfloat16"}))
+    found = {p: len(find(tmp_path, RESULT, precision=p)) for p in ("auto", "bfloat16", "float32")}
+    assert found == {"auto": 1, "bfloat16": 1, "float32": 0}
+
+
+def test_a_command_evaluates_anew_in_another_precision_or_architecture(
+    cifar_folder: Path, tmp_path: Path
+) -> None:
+    torch.save(zoo.backbone(), tmp_path / "m.pth")
+    words = ["knn", "--weights", str(tmp_path / "m.pth"), "--protocol", "solo_knn@1", "--dataset", "cifar10"]
+    words += ["--data-dir", str(cifar_folder), "--output", str(tmp_path)]
+    for more in (["--precision", "float32"], ["--precision", "bfloat16"], [], ["--arch", "resnetblur18"]):
+        assert main([*words, *more]) == 0
+    found = [(r.arch, r.settings["precision"]) for r in read(tmp_path)]
+    assert found[:2] == [("resnet18", "float32"), ("resnet18", "bfloat16")]
+    assert [arch for arch, _ in found[2:]] == ["resnetblur18"]  # auto was finished with either
+
+
+def test_the_lines_of_an_evaluation_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs: list[int] = []
+    monkeypatch.setattr("os.fsync", syncs.append)
+    append(tmp_path, RESULT, dataclasses.replace(RESULT, selection="best"))
+    assert [r.selection for r in read(tmp_path)] == ["last", "best"] and len(syncs) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), 100.1, float("inf")])

@@ -72,9 +72,9 @@ class Result:
             raise ValueError("a result over no image")
 
 
-def append(output: str | Path, result: Result) -> None:
-    """Append `result` as one line to `output`/results.jsonl."""
-    append_jsonl(Path(output) / FILE, dataclasses.asdict(result))
+def append(output: str | Path, *results: Result) -> None:
+    """Append `results`, a line each, to `output`/results.jsonl: all of them or, where a kill comes, none."""
+    append_jsonl(Path(output) / FILE, *map(dataclasses.asdict, results))
 
 
 def read(path: str | Path) -> list[Result]:
@@ -86,15 +86,27 @@ def read(path: str | Path) -> list[Result]:
     return [Result(**{k: v for k, v in r.items() if k in known}) for r in records if needed <= set(r)]
 
 
-def find(output: str | Path, like: Result) -> list[Result]:
-    """The results in `output` of the same evaluation: task, data, protocol, weights, seed, share of labels,
-    image size and normalisation."""
-    return [r for r in read(output) if _identity(r) == _identity(like)]
+def find(output: str | Path, like: Result, *, precision: str = "auto") -> list[Result]:
+    """The results in `output` of the same evaluation: task, data, protocol, weights and architecture, seed,
+    share of labels, image size and normalisation, and `precision` unless it is "auto"."""
+    found = [r for r in read(output) if _identity(r) == _identity(like)]
+    return [r for r in found if precision in ("auto", r.settings.get("precision"))]
 
 
 def _identity(r: Result) -> tuple[Any, ...]:
     weights = (r.weights.get(key) for key in ("sha256", "branch", "mean", "std"))
-    return r.task, r.dataset, r.split, r.protocol, *weights, r.seed, r.label_percent, r.image_size, r.n
+    return (
+        r.task,
+        r.dataset,
+        r.split,
+        r.protocol,
+        *weights,
+        r.arch,
+        r.seed,
+        r.label_percent,
+        r.image_size,
+        r.n,
+    )
 
 
 class Clock:

@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int | None:
 def _written(evaluation: Evaluation, subset: LabelSubset) -> list[Result]:
     """The lines in OUTPUT of this very evaluation, on the same labelled images."""
     like = evaluation.result({}, torch.device("cpu"))
-    found = results.find(evaluation.settings.output, like)
+    found = results.find(evaluation.settings.output, like, precision=evaluation.precision)
     return [r for r in found if r.settings.get("labels_sha256") == subset.sha256]
 
 

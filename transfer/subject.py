@@ -148,12 +148,17 @@ class Evaluation:
             **(self.clock.stamp(device) | more),
         )  # fmt: skip
 
+    @property
+    def precision(self) -> str:
+        """The one that results must have to be this evaluation's; auto: any. Raw pixels know none."""
+        return self.settings.precision if self.subject.model is not None else "auto"
+
     def finished(self) -> bool:
         """Whether OUTPUT holds this result already; says so. False with --force."""
         if self.settings.force:
             return False
         like = self.result({}, torch.device("cpu"))
-        found = results.find(self.settings.output, like)
+        found = results.find(self.settings.output, like, precision=self.precision)
         if found and is_main():
             for r in found:
                 print(f"finished already: {spell(r)}")
@@ -169,9 +174,9 @@ class Evaluation:
     def write(self, found: list[Result]) -> None:
         """Append and print the results. Rank 0 only."""
         if is_main():
+            seconds = self.clock.stamp(torch.device("cpu"))["seconds"]
+            results.append(self.settings.output, *(replace(r, seconds=seconds) for r in found))
             for r in found:
-                r = replace(r, seconds=self.clock.stamp(torch.device("cpu"))["seconds"])
-                results.append(self.settings.output, r)
                 print(spell(r))
 
 
