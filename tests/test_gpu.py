@@ -1,0 +1,94 @@
+"""What a GPU alone can show: the same numbers as on a CPU, half precision, copies that nothing waits for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import tiny, weights
+
+from pretrain.augment import View, draw_colours, finish, uniforms
+from pretrain.checkpoint import to_host
+from pretrain.data import open_dataset
+from pretrain.files import read_jsonl
+from pretrain.loader import COLOUR_SLOTS
+from pretrain.loss import intl_loss
+from pretrain.model import build_backbone
+from pretrain.train import train
+from transfer.features import Extractor
+from transfer.knn import knn_evaluate
+from transfer.transforms import EvalTransform
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    return torch.device("cuda")
+
+
+@pytest.mark.parametrize("whitening", ["channel", "batch"])
+def test_the_loss_is_the_cpus(whitening, gpu: torch.device) -> None:
+    g = torch.Generator().manual_seed(0)
+    views = [torch.randn(32, 96, generator=g, dtype=torch.float64) for _ in range(2)]
+    found = []
+    for device in (torch.device("cpu"), gpu):
+        moved = [z.to(device).requires_grad_() for z in views]
+        loss = intl_loss(moved, whitening=whitening, trade_off=0.02).total
+        found.append([loss.cpu(), *(x.cpu() for x in torch.autograd.grad(loss, moved))])
+    for cpu, cuda in zip(*found):
+        torch.testing.assert_close(cuda, cpu, rtol=1e-8, atol=1e-10)
+
+
+def test_colours_are_the_cpus(gpu: torch.device) -> None:
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8, generator=g)
+    colours = draw_colours(
+        uniforms(0, 0, np.arange(16), 0)[:, COLOUR_SLOTS:], View(size=64, blur_p=1.0, solarise_p=0.0)
+    )
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    here = finish(pixels, colours, mean=mean, std=std)
+    there = finish(pixels.to(gpu), colours.to(gpu), mean=mean.to(gpu), std=std.to(gpu))
+    torch.testing.assert_close(there.cpu(), here, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_run_in_each_precision_goes_on_where_it_was(
+    precision: str, gpu: torch.device, cifar_folder: Path, tmp_path: Path
+) -> None:
+    settings = tiny(cifar_folder, tmp_path, precision=precision, ema=True, max_steps=4, save_every=2)
+    train(settings, gpu)
+    assert all(torch.isfinite(v.float()).all() for v in weights(tmp_path).values())
+    assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["peak_memory_gib"] > 0
+    train(tiny(cifar_folder, tmp_path, precision=precision, ema=True, max_steps=4, save_every=2), gpu)
+
+
+def test_copies_hold_what_was_there_when_they_were_asked_for(gpu: torch.device) -> None:
+    big = torch.ones(1 << 24, device=gpu)
+    copied = to_host({"w": big})
+    big.zero_()  # behind the copy on the same stream
+    torch.cuda.synchronize()
+    assert copied["w"].is_pinned() and bool((copied["w"] == 1).all())
+
+
+def test_bfloat16_features_find_the_neighbours_of_float32(gpu: torch.device, cifar_folder: Path) -> None:
+    torch.manual_seed(0)
+    model = build_backbone("resnet18").eval()
+    train_part, test_part = (open_dataset("cifar10", cifar_folder, s) for s in ("train", "test"))
+    transform = EvalTransform(size=32)
+    found = []
+    for precision in ("float32", "bfloat16"):
+        extractor = Extractor(model, transform, gpu, precision)
+        bank, queries = (
+            extractor(transform.square([transform.decode(part.image(i)) for i in range(len(part))])).cpu()
+            for part in (train_part, test_part)
+        )
+        found.append(
+            knn_evaluate(bank, train_part.labels_N, queries, test_part.labels_N, ks=[20], device=gpu)
+        )
+    assert abs(found[0]["top1_k20"] - found[1]["top1_k20"]) < 5
