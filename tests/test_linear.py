@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +213,27 @@ def test_augmented_heads_stop_and_go_on_to_the_bit(cifar_folder, weights, tmp_pa
     assert first[0].epoch == 3 and first[0].settings["augmentation"] is True
 
 
+def test_a_probe_goes_on_from_its_own_precision_and_test_images_alone(
+    cifar_folder, weights, tmp_path, monkeypatch
+) -> None:
+    seen: list[str] = []
+
+    def resume(path: Path, heads: object, identity: str) -> None:
+        seen.append(identity)
+        raise Stopped("seen")
+
+    monkeypatch.setattr(linear, "_resume", resume)
+    monkeypatch.setattr(linear, "cached_parts", lambda *_: (None, None, None, np.arange(64)))
+    other = tmp_path / "other"
+    shutil.copytree(cifar_folder, other)
+    os.utime(next((other / "test").rglob("*.jpg")), ns=(1, 1))
+    for folder, precision in ((cifar_folder, "float32"), (cifar_folder, "bfloat16"), (other, "float32")):
+        with pytest.raises(Stopped):
+            words = argv(weights, folder, tmp_path / "out", "moco_linear@1")
+            linear.main([*words, "--precision", precision])
+    assert len(set(seen)) == 3
+
+
 def test_logistic_regression_by_command(cifar_folder: Path, tmp_path: Path) -> None:
     protocol = own(
         tmp_path, method="logreg", augmentation=False, scaling="l2", costs=[1e-6, 1.0, 100.0], iterations=50,
@@ -222,8 +245,6 @@ def test_logistic_regression_by_command(cifar_folder: Path, tmp_path: Path) -> N
 
 
 def test_bad_input_before_the_work(cifar_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     with pytest.raises(UserError, match="raw-pixels"):
         linear.main(argv("raw-pixels", cifar_folder, tmp_path / "o", "moco_linear@1"))
     copy = tmp_path / "copy"

@@ -250,8 +250,8 @@ def run_heads(
     )  # fmt: skip
     steps = values.steps_per_epoch or math.ceil(len(fit) / values.batch)
     identity = (
-        f"heads/2 {evaluation.subject.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
-        f"{len(fit)} {evaluation.transform}"
+        f"heads/3 {evaluation.subject.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
+        f"{evaluation.test.fingerprint} {len(fit)} {evaluation.transform} {extractor.precision}"
     )
     path = settings.output / CHECKPOINT
     done, history = _resume(path, heads, identity)
