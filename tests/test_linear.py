@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ from transfer import linear, results
 from transfer.augment import crop_box
 from transfer.heads import HeadGrid, accuracies, rate_factor
 from transfer.logreg import fit_logreg
+from transfer.protocol import load_protocol
+from transfer.transforms import EvalTransform
 
 
 def batches(n: int = 12, b: int = 16, d: int = 6, classes: int = 3):
@@ -232,6 +235,26 @@ def test_a_probe_goes_on_from_its_own_precision_and_test_images_alone(
             words = argv(weights, folder, tmp_path / "out", "moco_linear@1")
             linear.main([*words, "--precision", precision])
     assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize(
+    ("protocol", "wanted"),
+    [  # DINOv2's make_classification_train_transform is bicubic, DINO's and all others' default to bilinear
+        ("dinov2_sweep@1", "bicubic"), ("dinov2_sweep@2", "bicubic"), ("dinov2_sweep_on_val@1", "bicubic"),
+        ("dino_linear@1", "bilinear"), ("moco_linear@1", "bilinear"),
+    ],
+)  # fmt: skip
+def test_crops_are_trained_on_in_the_published_interpolation(
+    protocol: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(linear, "Augmented", lambda *_, interpolation, **__: seen.append(interpolation))
+    values = load_protocol(protocol).settings(linear.LinearProtocol)
+    evaluation = SimpleNamespace(
+        settings=SimpleNamespace(workers=0), train=None, seed=0, transform=EvalTransform(size=224)
+    )
+    batches = linear._augmented(evaluation, None, values, np.arange(0), [], 0, torch.device("cpu"))
+    assert list(batches) == [] and seen == [wanted]
 
 
 def test_logistic_regression_by_command(cifar_folder: Path, tmp_path: Path) -> None:

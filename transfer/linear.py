@@ -87,6 +87,8 @@ class LinearProtocol:
     resize: int = 256
     crop: int = 224
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    train_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of the crops that heads are trained on; `interpolation` is of the images judged."""
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
@@ -344,7 +346,7 @@ def _augmented(
     settings, train = evaluation.settings, evaluation.train
     images = Augmented(
         train, size=evaluation.transform.size, seed=evaluation.seed or 0, epoch=epoch,
-        interpolation="bilinear",  # as every published linear protocol here has it in training
+        interpolation=values.train_interpolation,
     )  # fmt: skip
     shares = [fit[b] for b in batches]
     stream = image_batches(images, [s for s in shares if len(s)], evaluation.transform, settings.workers)
