@@ -79,6 +79,21 @@ def test_schedules_by_hand() -> None:
     assert at("constant", 39) == 1
 
 
+def test_the_rate_of_lightlys_benchmark_is_lightlys() -> None:
+    # Its LinearClassifier: one CosineWarmupScheduler over all steps, without warm-up.
+    from lightly.utils.scheduler import CosineWarmupScheduler
+
+    values = load_protocol("lightly_linear@1").settings(linear.LinearProtocol)
+    total = 20 * values.epochs
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = CosineWarmupScheduler(optimizer, warmup_epochs=0, max_epochs=total)
+    for step in (0, 1, 19, 20, total // 3, total // 2 + 7, total - 1):
+        ours = rate_factor(
+            values.schedule, step=step, steps_per_epoch=20, epochs=values.epochs, final=values.final
+        )
+        assert ours == pytest.approx(theirs.scale_lr(step), abs=2 / total)  # they end one step earlier
+
+
 def test_accuracies_by_hand() -> None:
     # Classes 0, 0, 1: right, wrong, tie that the smaller label 0 wins. Top-1 1/3; per class (1/2 + 0) / 2.
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
