@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,23 @@ def test_rank_0_says_whether_the_features_are_there(subject, images, tmp_path, m
     (meta.parent / "features.npy").unlink()
     with pytest.raises(UserError, match="a folder all ranks see"):
         extract(extractor, subject, images, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "protocol"), [("knn", "solo_knn@1"), ("linear", "logreg@1"), ("linear", "voc07_svm@1")]
+)
+def test_ranks_wait_for_hours_for_features_and_fits(
+    command: str, protocol: str, cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def group(timeout_min: float = 30) -> None:
+        raise Stopped(f"{timeout_min / 60} h")
+
+    for module in ("knn", "linear", "svm"):
+        monkeypatch.setattr(f"transfer.{module}.process_group", group)
+    words = [command, "--weights", "raw-pixels", "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
+    words += ["--protocol", protocol, "--output", str(tmp_path)]
+    with pytest.raises(Stopped, match=r"24\.0 h"):
+        importlib.import_module(f"transfer.{command}").main(words[1:])
 
 
 def test_one_rank_against_bfloat16_is_enough(subject, images, monkeypatch) -> None:

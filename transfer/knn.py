@@ -281,7 +281,7 @@ def main(argv: list[str]) -> int | None:
     if evaluation.finished():
         return 0
     evaluation.begin()
-    with process_group() as device:
+    with process_group(timeout_min=24 * 60) as device:  # another job may be extracting the same features
         extractor = make_extractor(subject, train, transform, device, settings.precision)
         bank, queries = (
             extract(

@@ -152,7 +152,8 @@ def main(argv: list[str]) -> int | None:
     if evaluation.finished():
         return 0
     evaluation.begin()
-    with process_group() as device:
+    # logreg's ranks wait while rank 0 fits, and all while another job extracts the same features
+    with process_group(timeout_min=24 * 60) as device:
         extractor = make_extractor(
             subject, train, transform, device, settings.precision, stages_of(values.features)
         )
