@@ -294,3 +294,19 @@ def test_bad_input_before_the_work(cifar_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="only in train"):
         linear.main([*words, "--dataset", "imagefolder"])
     assert not (tmp_path / "o" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("protocol", ["cached_linear@1", "logreg@1"])
+def test_a_choice_needs_held_out_images(protocol: str, cifar_folder: Path, tmp_path: Path) -> None:
+    for image in (i for c in (cifar_folder / "train").iterdir() for i in sorted(c.iterdir())[:1]):
+        (tmp_path / "train" / image.parent.name).mkdir(parents=True)
+        shutil.copy(image, tmp_path / "train" / image.parent.name)
+    shutil.copytree(cifar_folder / "test", tmp_path / "test")
+    with pytest.raises(
+        UserError, match=r"one training image a class, .* 10 % of each class's held out; want"
+    ):
+        linear.main(argv("raw-pixels", tmp_path, tmp_path / "o", protocol))
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(UserError, match="logreg needs costs, and held_out_percent above 0"):
+        mine = own(tmp_path, method="logreg", augmentation=False, costs=[1.0])
+        linear.main(argv("raw-pixels", tmp_path, tmp_path / "o", mine))

@@ -102,6 +102,8 @@ class LinearProtocol:
             raise ValueError("scaling l2 is of an image's whole features: it wants a single set of them")
         if self.grid_size > 1 and self.choose_on == "held-out" and not self.held_out_percent:
             raise ValueError("a grid of heads needs held_out_percent above 0, or choose_on: reported")
+        if self.method == "logreg" and not (self.costs and self.held_out_percent):
+            raise ValueError("logreg needs costs, and held_out_percent above 0 to choose among them on")
         if not 0 <= self.held_out_percent < 100:
             raise ValueError(f"held_out_percent {self.held_out_percent}: wanted 0 to below 100")
 
@@ -136,6 +138,12 @@ def main(argv: list[str]) -> int | None:
     train, test = open_pair(settings)
     if values.method == "heads" and len(train) * (1 - values.held_out_percent / 100) < 1:
         raise UserError(f"{train.root}: no training image is left beside the held-out part")
+    if values.held_out_percent and not len(held_out_split(train.labels_N, values.held_out_percent, 0)[1]):
+        raise UserError(
+            f"{train.root}: one training image a class, and {protocol} chooses on "
+            f"{values.held_out_percent:g} % of each class's held out; wanted two or more of at least one "
+            "class, or a protocol of one head, which holds out none"
+        )
     subject = load_subject(settings)
     if subject.model is None and values.augmentation:
         raise UserError(f"{protocol} augments images for a backbone; judge raw-pixels with cached_linear@1")
