@@ -2,7 +2,8 @@
 
 Conversions: every image becomes 8-bit RGB as `PIL.Image.convert("RGB")` makes it (an alpha channel is
 dropped, CMYK and palettes are converted, EXIF rotation is not applied, as in the published pipelines); 16-bit
-grey keeps its upper eight bits.
+grey keeps its upper eight bits. Images of 32-bit integers or floats, of which nobody can tell what is white,
+are refused.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test", "validation")}
+SIXTEEN_BIT_AS_I = ("PNG", "PPM")  # formats that have 16 bits at most, which PIL may open as mode I
 SMALL_SIDE = 64  # px: an image set whose images all are at most this large is evaluated without cropping
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
@@ -142,8 +144,12 @@ def _decode(
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB, see the module's first lines."""
-    if image.mode.startswith("I"):
+    """A PIL image as 8-bit RGB, see the module's first lines. Raises ValueError for 32 bits a channel."""
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT_AS_I)
+    if image.mode in ("I", "F") and not deep:
+        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
+        raise ValueError(f"its pixels are {kind}, PIL's mode {image.mode}; wanted 8 or 16 bits a channel")
+    if deep:
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 

@@ -85,6 +85,21 @@ def test_images_become_rgb(tmp_path: Path) -> None:
     assert np.asarray(read_image(tmp_path / "alpha.png"))[0, 0].tolist() == [1, 2, 3]
 
 
+def test_sixteen_bits_keep_the_upper_eight_and_more_are_refused(tmp_path: Path) -> None:
+    deep = np.array([[0, 256 * 7, 65535]], np.uint16)
+    (tmp_path / "deep.pgm").write_bytes(b"P5 3 1 65535\n" + deep.astype(">u2").tobytes())
+    Image.fromarray(deep).save(tmp_path / "deep.tif")
+    for name in ("deep.pgm", "deep.tif"):
+        assert np.asarray(read_image(tmp_path / name))[0, :, 0].tolist() == [0, 7, 255], name
+    with Image.open(tmp_path / "deep.pgm") as image:
+        assert image.mode == "I"  # as older versions of PIL open a PNG
+    Image.fromarray(np.full((2, 2), 200, np.int32)).save(tmp_path / "whole.tif")
+    Image.fromarray(np.full((2, 2), 0.7, np.float32)).save(tmp_path / "float.tif")
+    for name, kind in (("whole.tif", "32-bit or signed integers"), ("float.tif", "floats")):
+        with pytest.raises(BrokenImage, match=rf"{name}: .*its pixels are {kind}.*wanted 8 or 16 bits"):
+            read_image(tmp_path / name)
+
+
 def test_a_broken_image_is_named(cifar_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(cifar_folder / "test", tmp_path / "test")
     data = open_dataset("cifar10", tmp_path, "test")
