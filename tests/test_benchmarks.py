@@ -125,8 +125,7 @@ def test_loaders_take_turns_and_are_closed(tmp_path: Path, monkeypatch: pytest.M
     assert loader.in_turns(views, 2, turns=3, taken=4) == {1: [1, 4, 5], 2: [2, 3, 6]}
 
 
-def test_a_bank_in_a_file_is_read_and_its_memory_reckoned(tmp_path: Path) -> None:
-    """1,000 bytes with 10 queries and 1,100 with 12 are 50 a query: 18 more make 900 more."""
+def test_a_bank_in_a_file_is_read_and_its_memory_judged(tmp_path: Path) -> None:
     path = f"{tmp_path / 'bank'}"
     knn.write_bank(path, 300, 8)
     step = knn.make_filed(path, 250, 10, 8)
@@ -135,9 +134,8 @@ def test_a_bank_in_a_file_is_read_and_its_memory_reckoned(tmp_path: Path) -> Non
         bank, np.fromfile(path, np.float32).reshape(300, 8)[:250]
     )
     assert step().keys() >= {"top1_k10", "top5_k200"}  # type: ignore[attr-defined]
-    assert knn.reckoned([(50, 1), (5, 10), (5, 12)], [7, 1000, 1100], 30) == 2000
-    assert knn.memory_row(5, 10, 8, 10**9, "x") == ["5 x 8", "10", "1000", "x", "1000", "met"]
-    assert knn.memory_row(5, 10, 8, 10**9 + 1, "x")[-1] == "MISSED"
+    assert knn.memory_row(5, 10, 8, 10**9) == ["5 x 8", "10", "1000", "1000", "met"]
+    assert knn.memory_row(5, 10, 8, 10**9 + 1)[-1] == "MISSED"
 
 
 def test_features_from_decoded_pixels_are_those_from_files(photographs: ImageDataset) -> None:
