@@ -25,8 +25,8 @@ from benchmarks.knn import data, ours
 from benchmarks.loss import ours as our_loss
 from benchmarks.loss import step as loss_step
 from benchmarks.step import build, make_views, our_step
+from pretrain.learner import choose_dtype
 from pretrain.loss import intl_loss
-from pretrain.train import choose_dtype
 
 TITLE = "How cost grows with batch, embedding, bank and world"
 SPARE = 0.35  # of an exponent: what caches, start-up and other processes may add to one doubling

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from benchmarks.harness import Comparison, Step, Table, interleave, peak_extra_bytes
 from benchmarks.loss import plain_loss
+from pretrain.learner import choose_dtype
 from pretrain.loss import intl_loss
 from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy, momentum_update
 from pretrain.optim import build_optimizer
-from pretrain.train import choose_dtype
 
 TITLE = "One INTL step with a momentum encoder: forward, loss, backward, optimizer, average"
 LR, MOMENTUM, EMA = 0.002, 0.9, 0.99

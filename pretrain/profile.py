@@ -16,6 +16,7 @@ import torch
 
 from pretrain.cli import Progress, UserError, parse_settings, run
 from pretrain.data import ImageDataset, open_dataset
+from pretrain.learner import Learner, choose_dtype, parallel
 from pretrain.loader import (
     StepBatches,
     Views,
@@ -27,7 +28,7 @@ from pretrain.loader import (
 from pretrain.machine import cores
 from pretrain.model import momentum_update
 from pretrain.settings import GROUPS, RECIPES, Settings
-from pretrain.train import Learner, Plan, choose_dtype, loss_of, on_device, parallel, views_of
+from pretrain.train import Plan, loss_of, on_device, views_of
 
 LOADER = ("--augment-on", "--workers", "--jpeg-draft")
 WORTH = 1.05

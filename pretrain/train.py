@@ -7,7 +7,7 @@ import importlib
 import logging
 import resource
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,14 +24,13 @@ from pretrain.diagnostics import collapse, diagnose
 from pretrain.distributed import (
     any_rank,
     barrier,
-    convert_sync_batchnorm,
-    gather_objects,
     gather_rows,
     is_main,
     rank,
     world_size,
 )
 from pretrain.files import atomic_path, read_jsonl
+from pretrain.learner import Learner, choose_dtype, parallel
 from pretrain.loader import (
     Batch,
     StepBatches,
@@ -43,16 +42,16 @@ from pretrain.loader import (
 )
 from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
 from pretrain.metrics import LossLog, MetricsWriter
-from pretrain.model import SHALLOW, Encoder, build_backbone, build_projector, momentum_copy, momentum_update
-from pretrain.optim import build_optimizer, ema_momentum_at, lr_at
+from pretrain.model import SHALLOW, momentum_update
+from pretrain.optim import ema_momentum_at, lr_at
 from pretrain.settings import FREE_TO_CHANGE, Settings
 from pretrain.signals import StopSignals
+from pretrain.skipped import Skipped
 from pretrain.spectral import power
 
 logger = logging.getLogger(__name__)
 
 ASK_RANKS_EVERY = {"cpu": 1, "cuda": 10}  # steps between two questions to all ranks: was one told to stop?
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Hook = Callable[[nn.Module, Settings], Mapping[str, float]]
 
@@ -84,54 +83,6 @@ class Plan:
             warmup=min(round(settings.warmup_epochs * per_epoch), steps),
             batch_per_rank=settings.batch_global // world, lr=settings.lr * settings.batch_global / 256,
         )  # fmt: skip
-
-
-@dataclass
-class Learner:
-    """Everything that learns, and so everything that a checkpoint holds."""
-
-    encoder: Encoder
-    slow: Encoder | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-
-    @staticmethod
-    def build(
-        settings: Settings, device: torch.device, dtype: torch.dtype, *, alone: bool = False
-    ) -> Learner:
-        """The same weights from the same seed on every rank, and for the control, which one makes alone."""
-        torch.manual_seed(settings.seed)
-        backbone = build_backbone(settings.arch, stem=settings.stem, zero_init_last=settings.zero_init_last)
-        projector = build_projector(
-            backbone.num_features, hidden=settings.projector_hidden, output=settings.projector_output,
-            layers=settings.projector_layers,
-        )  # fmt: skip
-        encoder = Encoder(backbone, projector).to(device)
-        encoder.to(memory_format=torch.channels_last)
-        if world_size() > 1 and not alone:
-            encoder = cast(Encoder, convert_sync_batchnorm(encoder, device))
-        slow = momentum_copy(encoder) if settings.ema else None
-        optimizer = build_optimizer(
-            encoder, name=settings.optimizer, momentum=settings.momentum,
-            weight_decay=settings.weight_decay, decay_1d=settings.decay_1d,
-        )  # fmt: skip
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        return Learner(encoder=encoder, slow=slow, optimizer=optimizer, scaler=scaler)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "model": self.encoder.state_dict(),
-            "ema": self.slow.state_dict() if self.slow is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.encoder.load_state_dict(state["model"])
-        if self.slow is not None:
-            self.slow.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
 
 
 def train(settings: Settings, device: torch.device, *, hook: Hook | None = None) -> None:
@@ -299,7 +250,7 @@ def _loop(
             if save:
                 skipped.agree()
                 unlogged = losses.check()
-                _check_weights(learner, done)
+                learner.check_weights(done)
             if save and is_main():
                 also = _copy_of(output, epoch) if copy else None
                 writer.save(
@@ -364,17 +315,6 @@ def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def _check_weights(learner: Learner, step: int) -> None:
-    """Raises RunFailed before weights that are not finite replace a good checkpoint."""
-    norms = torch.stack(torch._foreach_norm([p.detach() for p in learner.encoder.parameters()]))
-    if not torch.isfinite(norms).all():
-        lr = learner.optimizer.param_groups[0]["lr"]
-        raise RunFailed(
-            f"weights are not finite after step {step} (learning rate {lr:.4g}), though its loss was; the "
-            "last good checkpoint is kept. Lower --lr or take --precision float32"
-        )
-
-
 def _diagnosis(z_nD: Tensor, *, alarm: bool) -> tuple[dict[str, float], str | None]:
     """The spectrum of the global batch's embeddings and whether they have collapsed, on rank 0; elsewhere
     nothing. All ranks must call."""
@@ -387,35 +327,6 @@ def _diagnosis(z_nD: Tensor, *, alarm: bool) -> tuple[dict[str, float], str | No
     if problem is not None:
         logger.warning("%s", problem)
     return diagnosis, problem
-
-
-class Skipped:
-    """The image files that could not be read, over all ranks and the whole run, and how many may be."""
-
-    def __init__(self, limit: int, before: Iterable[str] = ()) -> None:
-        self.limit, self.images = limit, set(before)
-        self._agreed = len(self.images)
-
-    def note(self, messages: Iterable[str]) -> None:
-        """What this rank could not read, told once each. Raises RunFailed beyond the limit."""
-        for message in messages:
-            if message not in self.images:
-                self.images.add(message)
-                logger.warning("skipped: %s", message)
-                self._check(message)
-
-    def agree(self) -> None:
-        """Join the ranks' images. Raises RunFailed beyond the limit. All ranks must call."""
-        if any_rank(len(self.images) > self._agreed):
-            self.images = set().union(*gather_objects(self.images))
-            self._agreed = len(self.images)
-            self._check(max(self.images))
-
-    def _check(self, last: str) -> None:
-        if len(self.images) > self.limit:
-            raise RunFailed(
-                f"more than --max-broken-images {self.limit} images cannot be read; the last: {last}"
-            )
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -458,15 +369,6 @@ def _catch_up(
     called = any(line.get("step") == start and "loss" not in line for line in lines)
     if hook is not None and epoch % settings.hook_every_epochs == 0 and not called:
         _call(hook, settings, learner, metrics, start, epoch)
-
-
-def parallel(encoder: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
-    """The encoder as it is called: in DDP where there are several ranks, compiled on request."""
-    if world_size() > 1:
-        encoder = nn.parallel.DistributedDataParallel(
-            encoder, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
-    return torch.compile(encoder) if compiled else encoder  # type: ignore[return-value]
 
 
 def _state(
@@ -548,19 +450,6 @@ def views_of(settings: Settings) -> list[View]:
         )
         for size, low, high, jitter_p, grey_p, blur_p, solarise_p, flip_p in per_view
     ]  # fmt: skip
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of backbone and projector; "auto" is bfloat16 where the device computes in it natively."""
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
-    if precision == "float16" and device.type == "cpu":
-        raise UserError("--precision float16 needs a GPU; take bfloat16 or float32 on a CPU")
-    return DTYPES[precision]
 
 
 def load_hook(name: str | None) -> Hook | None:

@@ -24,7 +24,8 @@ from pretrain.cli import RunFailed, UserError, save_settings
 from pretrain.files import read_jsonl
 from pretrain.settings import Settings
 from pretrain.signals import Stopped
-from pretrain.train import Plan, Skipped, train
+from pretrain.skipped import Skipped
+from pretrain.train import Plan, train
 
 CPU = torch.device("cpu")
 TINY = {
@@ -386,7 +387,7 @@ def test_two_ranks_make_the_control_of_one(cifar_folder: Path, tmp_path: Path) -
 def test_images_that_ranks_skip_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
     skipped = Skipped(3, before=["a"])
     skipped.note(["a", "b"])
-    monkeypatch.setattr("pretrain.train.gather_objects", lambda own: [own, {"c"}])
+    monkeypatch.setattr("pretrain.skipped.gather_objects", lambda own: [own, {"c"}])
     skipped.agree()
     assert skipped.images == {"a", "b", "c"}
     skipped.note(["d"][:0])

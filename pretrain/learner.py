@@ -1,0 +1,98 @@
+"""Settings enter; encoder, slow average, optimizer and scaler leave as one thing that learns and is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from pretrain.cli import RunFailed, UserError
+from pretrain.distributed import convert_sync_batchnorm, world_size
+from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy
+from pretrain.optim import build_optimizer
+from pretrain.settings import Settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Learner:
+    """Everything that learns, and so everything that a checkpoint holds."""
+
+    encoder: Encoder
+    slow: Encoder | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    @staticmethod
+    def build(
+        settings: Settings, device: torch.device, dtype: torch.dtype, *, alone: bool = False
+    ) -> Learner:
+        """The same weights from the same seed on every rank, and for the control, which one makes alone."""
+        torch.manual_seed(settings.seed)
+        backbone = build_backbone(settings.arch, stem=settings.stem, zero_init_last=settings.zero_init_last)
+        projector = build_projector(
+            backbone.num_features, hidden=settings.projector_hidden, output=settings.projector_output,
+            layers=settings.projector_layers,
+        )  # fmt: skip
+        encoder = Encoder(backbone, projector).to(device)
+        encoder.to(memory_format=torch.channels_last)
+        if world_size() > 1 and not alone:
+            encoder = cast(Encoder, convert_sync_batchnorm(encoder, device))
+        slow = momentum_copy(encoder) if settings.ema else None
+        optimizer = build_optimizer(
+            encoder, name=settings.optimizer, momentum=settings.momentum,
+            weight_decay=settings.weight_decay, decay_1d=settings.decay_1d,
+        )  # fmt: skip
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        return Learner(encoder=encoder, slow=slow, optimizer=optimizer, scaler=scaler)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.encoder.state_dict(),
+            "ema": self.slow.state_dict() if self.slow is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.encoder.load_state_dict(state["model"])
+        if self.slow is not None:
+            self.slow.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+    def check_weights(self, step: int) -> None:
+        """Raises RunFailed before weights that are not finite replace a good checkpoint."""
+        norms = torch.stack(torch._foreach_norm([p.detach() for p in self.encoder.parameters()]))
+        if not torch.isfinite(norms).all():
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise RunFailed(
+                f"weights are not finite after step {step} (learning rate {lr:.4g}), though its loss was; "
+                "the last good checkpoint is kept. Lower --lr or take --precision float32"
+            )
+
+
+def parallel(encoder: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
+    """The encoder as it is called: in DDP where there are several ranks, compiled on request."""
+    if world_size() > 1:
+        encoder = nn.parallel.DistributedDataParallel(
+            encoder, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    return torch.compile(encoder) if compiled else encoder  # type: ignore[return-value]
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of backbone and projector; "auto" is bfloat16 where the device computes in it natively."""
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    if precision == "float16" and device.type == "cpu":
+        raise UserError("--precision float16 needs a GPU; take bfloat16 or float32 on a CPU")
+    return DTYPES[precision]
