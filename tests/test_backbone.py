@@ -283,6 +283,42 @@ def test_own_training_run_says_what_its_images_are(tmp_path: Path):
     assert set(load_state(tmp_path / "checkpoint.pt")) >= {"model", "ema", "config"}
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("stem_padding", "two"), ("stem_padding", "-1"), ("image_size", "32.5"), ("image_size", "0"),
+        ("mean", "0.5"), ("mean", "0.5,x,0.5"), ("std", "1,0,1"), ("std", "nan,1,1"),
+    ],
+)  # fmt: skip
+def test_metadata_that_cannot_be_gone_by_are_named(name: str, text: str, tmp_path: Path):
+    metadata = {"format": "intl-bench/1", "arch": "resnet18", "stem": "cifar", "branch": "online"}
+    state = build_backbone("resnet18", stem="cifar").state_dict()
+    save_file(state, tmp_path / "b.safetensors", metadata | {name: text})
+    with pytest.raises(
+        UserError, match=rf"b\.safetensors: its metadata say {name}: '{text}'; wanted .* write"
+    ):
+        load_backbone(tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([1], "pt: its config is a list, wanted the run's settings"),
+        ({"mean": 0.5}, "metadata say mean: '0.5'"),
+    ],
+)
+def test_a_run_whose_config_is_odd_is_named(config: Any, message: str, tmp_path: Path):
+    value = zoo.ZOO["this project, training run"][0](A, B) | {"config": config}
+    with pytest.raises(UserError, match=message):
+        load_backbone(save(value, tmp_path / "checkpoint.pt"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_parameters_are_taken_as_tensors_are(tmp_path: Path):
+    value = {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in A.items()}
+    assert same(load_backbone(save(value, tmp_path / "m.pth")).model, A)
+
+
 def stirred(model: nn.Module) -> nn.Module:
     """BatchNorm statistics other than 0 and 1, so that a buffer in a wrong place changes the output."""
     for module in model.modules():

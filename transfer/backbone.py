@@ -130,7 +130,8 @@ def load_reading(
         raise UserError(
             f"{path}: its backbone is a {found}, not a {arch}: leave out --arch {arch}"
         ) from error
-    metadata = own_metadata(raw, branch)
+    metadata = own_metadata(raw, branch, path)
+    check_metadata(metadata, path)
     model = _build(reading, metadata)
     assert reading.arch is not None
     return Loaded(
@@ -382,7 +383,7 @@ def notes_of(reading: Reading, readings: list[Reading], raw: RawFile, arch: str 
     return notes
 
 
-def own_metadata(raw: RawFile, branch: str) -> dict[str, str]:
+def own_metadata(raw: RawFile, branch: str, path: str | Path) -> dict[str, str]:
     """What this project's own files say about themselves; empty for others."""
     if raw.metadata.get("format", "").startswith(OWN_FORMAT):
         return raw.metadata
@@ -390,15 +391,44 @@ def own_metadata(raw: RawFile, branch: str) -> dict[str, str]:
     if not isinstance(value, dict) or not str(value.get("format", "")).startswith(OWN_FORMAT):
         return {}
     config = value.get("config") or {}
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{path}: its config is a {type(config).__name__}, wanted the run's settings by name: the file "
+            "is damaged or another program's; take the run's backbone.safetensors"
+        )
     trained = bool(value.get("step"))
     found: dict[str, Any] = {
         k: config[k] for k in ("arch", "stem", "dataset", "epochs", "seed") if k in config
     }
-    found |= {k: ",".join(map(str, config[k])) for k in ("mean", "std") if k in config}
-    sizes = config.get("view_sizes") or [None]
+    found |= {k: ",".join(map(str, _listed(config[k]))) for k in ("mean", "std") if k in config}
+    sizes = _listed(config.get("view_sizes") or None)
     found |= {"image_size": config.get("eval_size") or sizes[0], "step": value.get("step")}
     found |= {"source": "INTL pretraining" if trained else "random initialisation", "branch": branch}
     return {"format": str(value["format"]), **{k: str(v) for k, v in found.items() if v is not None}}
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def check_metadata(metadata: dict[str, str], path: str | Path) -> None:
+    """Raises UserError for metadata that an evaluation cannot go by."""
+    whole, three = "a whole number of px", "three numbers, such as 0.5,0.5,0.5"
+    for name, wanted in (("stem_padding", whole), ("image_size", whole), ("mean", three), ("std", three)):
+        text = metadata.get(name)
+        if text and not _fits(name, text):
+            said = f"its metadata say {name}: {text[:80]!r}; wanted {wanted}: write the file anew"
+            raise UserError(printable(f"{path}: {said}"))
+
+
+def _fits(name: str, text: str) -> bool:
+    try:
+        numbers = [float(x) for x in text.split(",")]
+    except ValueError:
+        return False
+    if name in ("mean", "std"):
+        return len(numbers) == 3 and all(map(math.isfinite, numbers)) and (name == "mean" or min(numbers) > 0)
+    return text.isdigit() and (name == "stem_padding" or numbers[0] > 0)
 
 
 def _build(reading: Reading, metadata: dict[str, str]) -> nn.Module:
@@ -407,7 +437,7 @@ def _build(reading: Reading, metadata: dict[str, str]) -> nn.Module:
 
     assert reading.arch is not None
     for key, value in reading.tensors.items():
-        if value.is_floating_point() and not math.isfinite(value.sum(dtype=torch.float64)):
+        if value.is_floating_point() and not math.isfinite(value.detach().sum(dtype=torch.float64)):
             raise UserError(
                 f"{key} of the {reading.branch} branch holds NaN or infinity; take an earlier checkpoint"
             )
