@@ -111,7 +111,7 @@ def nearest(
     centre = _centre(bank, device) if metric == "euclidean" else None
     wide = k if centre is None else min(k + SPARE, len(bank))
     bank_block = min(len(bank), max(wide, BLOCK_BYTES // (bank.shape[1] * bank.element_size())))
-    queries = _prepared(queries, metric, device)
+    queries = queries.to(device)
     best = queries.new_empty(len(queries), wide)
     index_of = torch.empty(len(queries), wide, dtype=torch.long, device=device)
     for start in range(0, len(bank), bank_block):
@@ -119,8 +119,9 @@ def nearest(
         if centre is not None:
             block = block - centre
             norms = block.square().sum(1)
-        for rows in _blocks(len(queries), len(block) * block.element_size()):
-            part = queries[rows]
+        merged = 6 * wide * (block.element_size() + index_of.element_size())  # what _in_order holds of a row
+        for rows in _blocks(len(queries), max(len(block) * block.element_size(), merged)):
+            part = _prepared(queries[rows], metric, device)
             if centre is None:
                 near = part @ block.T
             else:
@@ -136,6 +137,7 @@ def nearest(
             best[rows], index_of[rows] = value, index
         if told is not None:
             told(len(block))
+        del block, near  # before the next are made
     if centre is not None:
         for rows in _blocks(len(queries), wide * bank.shape[1] * bank.element_size()):
             difference = bank[index_of[rows].to(bank.device)].to(device).sub_(queries[rows, None])
