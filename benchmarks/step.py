@@ -99,12 +99,15 @@ Case = tuple[str, int, int, int]
 
 
 def cases(quick: bool) -> list[Case]:
-    """A GPU: ResNet-50, 2 x 224, batch 256. A CPU: ResNet-18, 2 x 48, batch 64 to 256."""
+    """A GPU: ResNet-50, 2 x 224, batch 256, as published. A CPU: ResNet-18, 2 x 48, that batch and its half.
+
+    At smaller ones BN magnifies float32's rounding within 20 steps beyond any use (6e-4 at 64 images).
+    """
     if quick:
         return [("resnet18", 32, 32, 128)]
     if torch.cuda.is_available():
         return [("resnet50", 224, 256, 8192)]
-    return [("resnet18", 48, batch, 1024) for batch in (64, 128, 256)]
+    return [("resnet18", 48, batch, 1024) for batch in (128, 256)]
 
 
 def _device() -> torch.device:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -61,6 +62,12 @@ def process_group(timeout_min: float = 30) -> Iterator[torch.device]:
     finally:
         if own:
             dist.destroy_process_group()
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """A small array as a tensor on `device`, or on its way there: the host does not wait for the GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def barrier() -> None:

@@ -102,7 +102,7 @@ class HeadGrid:
         """
         weight, _ = self.parameters
         heads = weight.shape[1]
-        count = sum_over_ranks(torch.tensor(float(len(labels_B)), device=x_BD.device))
+        count = sum_over_ranks(torch.full((), float(len(labels_B)), device=x_BD.device))
         log_p = self.logits(x_BD).log_softmax(2)
         target = labels_B[:, None, None].expand(-1, heads, 1)
         loss = -log_p.gather(2, target).sum((0, 2))

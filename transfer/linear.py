@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pretrain.cli import Progress, RunFailed, UserError
-from pretrain.distributed import any_rank, barrier, is_main, process_group, rank, world_size
+from pretrain.distributed import any_rank, barrier, is_main, process_group, rank, sent, world_size
 from pretrain.files import atomic_path
 from pretrain.signals import StopSignals
 from pretrain.transfer_sets import metric_of
@@ -339,7 +339,7 @@ def _leave(stop: StopSignals) -> None:
 
 def _cached(train: Labelled, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
     for b in batches:
-        index = torch.from_numpy(b).to(train.features_ND.device)
+        index = sent(b, train.features_ND.device)
         yield train.features_ND[index], train.labels_N[index]
 
 
@@ -360,7 +360,7 @@ def _augmented(
     shares = [fit[b] for b in batches]
     stream = image_batches(images, [s for s in shares if len(s)], evaluation.transform, settings.workers)
     for share in shares:
-        labels_B = torch.from_numpy(train.labels_N[share]).to(device)
+        labels_B = sent(train.labels_N[share], device)
         if len(share):
             yield extractor(next(stream)[0]), labels_B
         else:  # the last batch had fewer images than there are ranks

@@ -19,10 +19,19 @@ from torch import Tensor
 
 from pretrain.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
 from pretrain.cli import Progress, RunFailed, UserError
-from pretrain.distributed import any_rank, barrier, is_main, process_group, rank, sum_over_ranks, world_size
+from pretrain.distributed import (
+    any_rank,
+    barrier,
+    is_main,
+    process_group,
+    rank,
+    sent,
+    sum_over_ranks,
+    world_size,
+)
 from pretrain.files import write_json
+from pretrain.learner import choose_dtype
 from pretrain.signals import StopSignals
-from pretrain.train import choose_dtype
 from pretrain.transfer_sets import metric_of
 from transfer import results
 from transfer.augment import Augmented
@@ -238,7 +247,7 @@ class Run:
         mine = [b[rank() :: world_size()] for b in cut]
         stream = image_batches(images, mine, self.evaluation.transform, self.settings.workers)
         for (pixels, positions), whole in zip(stream, cut):
-            labels = torch.from_numpy(train.labels_N[positions]).to(self.device)
+            labels = sent(train.labels_N[positions], self.device)
             yield self._input(pixels), labels, len(whole)
 
     def _input(self, pixels_B3HW: Tensor) -> Tensor:
@@ -257,7 +266,7 @@ class Run:
         for pixels, positions in image_batches(
             Decoded(test, transform), batches, transform, self.settings.workers
         ):
-            labels = torch.from_numpy(test.labels_N[positions]).to(self.device)
+            labels = sent(test.labels_N[positions], self.device)
             logits = self.learner.logits(self._input(pixels))
             finite = finite and bool(logits.isfinite().all())
             place_N[torch.from_numpy(positions)] = places(logits, labels).cpu()

@@ -8,6 +8,7 @@ PIL's resize of each image but for rounding: one grey level, two where bicubic.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,13 +61,18 @@ class EvalTransform:
 
     def normalise(self, pixels_B3HW: Tensor) -> Tensor:
         """8-bit pixels to float32 with the mean and standard deviation taken out."""
-        mean = torch.tensor(self.mean, device=pixels_B3HW.device)[:, None, None] * 255
-        std = torch.tensor(self.std, device=pixels_B3HW.device)[:, None, None] * 255
+        mean, std = (_levels(values, pixels_B3HW.device) for values in (self.mean, self.std))
         return (pixels_B3HW.float() - mean) / std
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values: part of the key of cached features."""
         return dataclasses.asdict(self)
+
+
+@functools.cache
+def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Of a channel each, in grey levels; made once, for a GPU would be waited for."""
+    return torch.tensor(values, device=device)[:, None, None] * 255
 
 
 def resize_shorter(image: Image.Image, side: int, interpolation: str) -> Image.Image:
