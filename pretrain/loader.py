@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -38,6 +39,7 @@ from pretrain.machine import cores
 logger = logging.getLogger(__name__)
 
 MOST_BROKEN_IN_A_ROW = 100
+PARENT_LOOK_S = 5.0  # between two looks of a worker at the process it works for
 COLOUR_SLOTS = 22  # the first 22 uniform numbers place the crop
 
 
@@ -192,8 +194,13 @@ def set_up_worker(_: int) -> None:
 
 
 def _heed_parent() -> None:
-    """End this worker when the process it works for terminates it; it would wait for that for ever otherwise,
-    where an error kept the loader from closing in order."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+    """End this worker when the process it works for terminates it or is gone. Otherwise it would wait for ever
+    where an error kept the loader from closing in order, or where that process was killed before torch's own
+    watch over it had begun."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while os.getppid() == parent.pid:
+        heard = signal.sigtimedwait({signal.SIGTERM}, PARENT_LOOK_S)
+        if heard is not None and heard.si_pid == parent.pid:
+            break
     os._exit(0)

@@ -100,6 +100,24 @@ def test_a_command_stopped_after_saving_exits_with_75_and_says_how_to_go_on() ->
     assert "Traceback" not in done.stderr
 
 
+def test_a_worker_that_starts_when_its_process_is_gone_already_ends() -> None:
+    """Killed right after the fork, before torch's watch: such a worker would stay for ever."""
+    program = (
+        "import multiprocessing, os, signal, time\n"
+        "from pretrain.loader import set_up_worker\n"
+        "def work():\n"
+        "    time.sleep(1)\n"
+        "    set_up_worker(0)\n"
+        "    time.sleep(600)\n"
+        "worker = multiprocessing.get_context('fork').Process(target=work)\n"
+        "worker.start()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # The pipe ends when the last process that holds it does: the worker.
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+
+
 def test_a_loaders_worker_heeds_the_process_it_works_for_alone() -> None:
     """A signal from elsewhere, as SLURM sends it to all processes of a job, must not take it from a step."""
     loader = iter(DataLoader(list(range(8)), num_workers=1, worker_init_fn=set_up_worker))  # type: ignore[arg-type]
