@@ -196,8 +196,8 @@ def set_up_worker(_: int) -> None:
 def _heed_parent() -> None:
     """End this worker when the process it works for terminates it or is gone.
 
-    Otherwise it would wait for ever where an error kept the loader from closing in order, or where that process
-    was killed before torch's own watch over it had begun.
+    Otherwise it would wait for ever where an error kept the loader from closing in order, or where that
+    process was killed before torch's own watch over it had begun.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
