@@ -125,7 +125,8 @@ def main(argv: list[str]) -> int | None:
             print("\n".join(f"finished already: {spell(r)}" for r in written))
             print(f"{settings.output / results.FILE} holds it; --force evaluates again")
         return 0
-    with process_group() as device:
+    # A node that had its copy of the data already waits for one that still makes it.
+    with process_group(timeout_min=24 * 60 if settings.stage_to else 30) as device:
         if values.batch < 2 * world_size():
             raise UserError(f"{protocol}: a batch of {values.batch} is too small for {world_size()} ranks")
         run = Run(evaluation, values, subset, settings, device)

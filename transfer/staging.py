@@ -39,7 +39,10 @@ SPARE = 0.02  # share of the disk that is left free
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """Files under a folder, relative to it, with (size, modification time in ns)."""
+    """Files under a folder, relative to it, with (size, modification time).
+
+    In whole seconds: a local file system may keep coarser times than the source's.
+    """
 
     files: dict[str, tuple[int, int]]
 
@@ -120,7 +123,7 @@ def listing(folder: Path) -> Listing:
                 stat = os.stat(path)
             except FileNotFoundError as error:
                 raise UserError(f"{path}: a link to nothing; repair it or take it away") from error
-            found[relative] = (stat.st_size, stat.st_mtime_ns)
+            found[relative] = (stat.st_size, stat.st_mtime_ns // 10**9)
     return Listing(files=found)
 
 
