@@ -34,7 +34,7 @@ LOCK = ".staging.lock"
 PART = ".staging-part"
 BLOCK = 1 << 20
 THREADS = 16  # copies at the same time: small files on a network disk wait far more than they work
-SPARE = 0.02  # share of the disk that is left free
+SPARE_BYTES = 10**9  # of the disk that are left free, but no more than a fiftieth of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +147,11 @@ def _copy(source: Path, target: Path, wanted: Listing) -> None:
     missing = [name for name, stat in wanted.files.items() if there.get(name) != stat]
     size = sum(wanted.files[name][0] for name in missing)
     disk = shutil.disk_usage(target)
-    if size > disk.free - SPARE * disk.total:
+    spare = min(SPARE_BYTES, disk.total // 50)
+    if size > disk.free - spare:
         raise UserError(
-            f"--stage-to {target.parent}: {size / 1e9:.1f} GB to copy and {disk.free / 1e9:.1f} GB free; "
-            "name a larger disk or leave --stage-to out"
+            f"--stage-to {target.parent}: {size / 1e9:.1f} GB to copy and {disk.free / 1e9:.1f} GB free, of "
+            f"which {spare / 1e9:.1f} are to stay so; name a larger disk or leave --stage-to out"
         )
     for folder in {os.path.dirname(name) for name in missing}:
         (target / folder).mkdir(parents=True, exist_ok=True)
