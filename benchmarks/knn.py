@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from benchmarks.harness import Comparison, Step, Table, interleave, peak_extra_bytes
+from pretrain.distributed import local_device
 from transfer.knn import knn_evaluate
 
 TITLE = "k-NN, k = 10, 20, 100, 200, cosine, weighted vote, float32"
@@ -39,12 +40,8 @@ def data(n: int, m: int, d: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     centres = torch.randn(CLASSES, d, generator=g)
     labels = torch.randint(0, CLASSES, (n + m,), generator=g)
     x = centres[labels] + 2 * torch.randn(n + m, d, generator=g)
-    x, labels = x.to(_device()), labels.to(_device())
+    x, labels = x.to(local_device()), labels.to(local_device())
     return x[:n], labels[:n], x[n:], labels[n:]
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def one_pass_per_k(
@@ -74,7 +71,7 @@ def bare(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tenso
 
 def ours(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor) -> dict[str, float]:
     """Ours."""
-    return knn_evaluate(bank, bank_labels, queries, query_labels, ks=KS, device=_device())
+    return knn_evaluate(bank, bank_labels, queries, query_labels, ks=KS, device=local_device())
 
 
 def make(n: int, m: int, d: int) -> Step:
@@ -115,7 +112,7 @@ def measure(quick: bool) -> list[Comparison]:
         times = interleave(steps, repeats=3, warm_up=0 if not quick else 1)
         target = number == 0 and not quick
         memory = peak_extra_bytes(make, n, m, d, warm_up=warm_up)
-        where = _device().type
+        where = local_device().type
         comparisons += [
             Comparison(
                 case=f"{n} x {d}, {m} queries, {where}: one pass per k, one-hot vote",
@@ -142,7 +139,7 @@ def tables(quick: bool) -> list[Table]:
         ]
     return [
         Table(
-            title=f"Extra memory with the bank in a memory-mapped file, {_device().type}",
+            title=f"Extra memory with the bank in a memory-mapped file, {local_device().type}",
             columns=("bank", "queries", "MB beyond what was held", "limit", "verdict"),
             rows=rows,
             missed=sum(r[-1] != "met" for r in rows),

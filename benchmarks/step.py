@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import Comparison, Step, Table, interleave, peak_extra_bytes
 from benchmarks.loss import plain_loss
+from pretrain.distributed import local_device
 from pretrain.learner import choose_dtype
 from pretrain.loss import intl_loss
 from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy, momentum_update
@@ -110,20 +111,16 @@ def cases(quick: bool) -> list[Case]:
     return [("resnet18", 48, batch, 1024) for batch in (128, 256)]
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def plain_case(arch: str, side: int, batch: int, width: int) -> Step:
     """The published step of a case."""
-    device = _device()
+    device = local_device()
     encoder, views = build(arch, hidden=width, output=width), make_views(batch, side, device)
     return plain_step(encoder, views, published_dtype(device))
 
 
 def our_case(arch: str, side: int, batch: int, width: int) -> Step:
     """Our step of a case."""
-    device = _device()
+    device = local_device()
     encoder, views = build(arch, hidden=width, output=width), make_views(batch, side, device)
     return our_step(encoder, views, choose_dtype("auto", device))
 
@@ -135,7 +132,7 @@ def warm_up() -> Step:
 
 def measure(quick: bool) -> list[Comparison]:
     """Times in turns; memory that the first step takes, momentum's included, beyond weights and views."""
-    device = _device()
+    device = local_device()
     comparisons = []
     for case in cases(quick):
         times = interleave({"plain": plain_case(*case), "ours": our_case(*case)}, repeats=2 if quick else 7)
@@ -162,7 +159,7 @@ def _word(dtype: torch.dtype) -> str:
 
 def tables(quick: bool) -> list[Table]:
     """Whether the losses of both are equal, step by step."""
-    device = _device()
+    device = local_device()
     rows: list[list[str | float]] = []
     for arch, side, batch, width in cases(quick):
         encoder = build(arch, hidden=width, output=width)

@@ -53,10 +53,9 @@ def _why_not_written(error: Exception, folder: Path, state: Mapping[str, Any]) -
 def _bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.itemsize
-    values = (
-        value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-    )
-    return sum(map(_bytes, values))
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

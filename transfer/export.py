@@ -20,12 +20,11 @@ from pretrain.cli import UserError
 from pretrain.files import set_usual_mode, sha256_of, write_json, write_text
 from transfer.backbone import Loaded, load_backbone
 from transfer.options import ExportSettings, parse
+from transfer.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 RECORD = "export.json"
 TOLERANCE = 1e-5
 """Largest difference of features, relative to the largest feature; the same kernels run in the same order."""
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def export(settings: ExportSettings) -> dict[str, Any]:
