@@ -19,10 +19,11 @@ from benchmarks.harness import Comparison, Step, Table, interleave
 from benchmarks.images import photographs, small_labelled
 from pretrain.data import ImageDataset
 from pretrain.model import build_backbone
+from pretrain.settings import IMAGENET_MEAN, IMAGENET_STD
 from transfer.features import Extractor, extract, make_extractor
 from transfer.knn import knn_evaluate, nearest
 from transfer.subject import Subject
-from transfer.transforms import IMAGENET_MEAN, IMAGENET_STD, EvalTransform
+from transfer.transforms import EvalTransform
 
 TITLE = (
     "Feature extraction beside a plain float32 loop: from image files to features on disk, on a GPU from "

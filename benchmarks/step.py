@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks.harness import Comparison, Step, Table, interleave, peak_extra_bytes
 from benchmarks.loss import plain_loss
 from pretrain.distributed import local_device
-from pretrain.learner import choose_dtype
+from pretrain.learner import Learner, choose_dtype
 from pretrain.loss import intl_loss
-from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy, momentum_update
+from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy
 from pretrain.optim import build_optimizer
 
 TITLE = "One INTL step with a momentum encoder: forward, loss, backward, optimizer, average"
@@ -66,25 +66,20 @@ def plain_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Ste
 def our_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Step:
     """As `pretrain.train` does it."""
     device = views[0].device
-    encoder = copy.deepcopy(encoder).to(device)
-    encoder.to(memory_format=torch.channels_last)
-    slow = momentum_copy(encoder)
+    encoder = copy.deepcopy(encoder).to(device, memory_format=torch.channels_last)
+    learner = Learner(
+        encoder=encoder,
+        slow=momentum_copy(encoder),
+        optimizer=build_optimizer(encoder, name="sgd", momentum=MOMENTUM, weight_decay=0.0),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
     views = [v.contiguous(memory_format=torch.channels_last) for v in views]
-    optimizer = build_optimizer(encoder, name="sgd", momentum=MOMENTUM, weight_decay=0.0)
-    for group in optimizer.param_groups:
-        group["lr"] = LR
 
     def step() -> Tensor:
-        momentum_update(slow, encoder, EMA)
-        with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):
-            with torch.no_grad():
-                target = slow(views[:1])
-            embeddings = target + encoder(views[1:])
+        learner.follow(EMA)
         # The plain loss penalises both views; the target's term is a constant to the gradient.
-        loss = intl_loss(embeddings).total
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        loss = intl_loss(learner.embed(encoder, views, dtype)).total
+        learner.descend(loss, lr=LR)
         return loss.detach()
 
     return step

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.cli import RunFailed, UserError
 from pretrain.distributed import convert_sync_batchnorm, world_size
-from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy
+from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy, momentum_update
 from pretrain.optim import build_optimizer
 from pretrain.settings import Settings
 
@@ -49,6 +49,32 @@ class Learner:
         )  # fmt: skip
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         return Learner(encoder=encoder, slow=slow, optimizer=optimizer, scaler=scaler)
+
+    def follow(self, momentum: float) -> None:
+        """The slow average, where there is one, moves towards the encoder."""
+        if self.slow is not None:
+            momentum_update(self.slow, self.encoder, momentum)
+
+    def embed(self, encoder: nn.Module, views: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Embeddings of all views, the first by the slow average where there is one.
+
+        `encoder` is the learner's as `parallel` gives it.
+        """
+        with torch.autocast(views[0].device.type, dtype, enabled=dtype.itemsize < 4):
+            if self.slow is None:
+                return encoder(views)
+            with torch.no_grad():
+                target = self.slow(views[:1])
+            return target + encoder(views[1:])
+
+    def descend(self, loss: Tensor, *, lr: float) -> None:
+        """Backward and one step of the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def state(self) -> dict[str, Any]:
         return {

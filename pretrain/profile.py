@@ -26,7 +26,6 @@ from pretrain.loader import (
     where_finished,
 )
 from pretrain.machine import cores
-from pretrain.model import momentum_update
 from pretrain.settings import GROUPS, RECIPES, Settings
 from pretrain.train import Plan, loss_of, on_device, views_of
 
@@ -163,13 +162,7 @@ def time_parts(
         marks.append(_now(device))
         made = on_device(batch, views, device)
         marks.append(_now(device))
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if learner.slow is None:
-                embeddings = encoder(made)
-            else:
-                with torch.no_grad():
-                    target = learner.slow(made[:1])
-                embeddings = target + encoder(made[1:])
+        embeddings = learner.embed(encoder, made, dtype)
         marks.append(_now(device))
         loss = loss_of(settings, embeddings)
         marks.append(_now(device))
@@ -178,8 +171,7 @@ def time_parts(
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.optimizer.zero_grad(set_to_none=True)
-        if learner.slow is not None:
-            momentum_update(learner.slow, learner.encoder, settings.ema_momentum)
+        learner.follow(settings.ema_momentum)
         marks.append(_now(device))
         if step >= WARM_UP:
             for part, a, b in zip(PARTS, marks, marks[1:]):

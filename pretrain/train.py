@@ -42,7 +42,7 @@ from pretrain.loader import (
 )
 from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
 from pretrain.metrics import LossLog, MetricsWriter
-from pretrain.model import SHALLOW, momentum_update
+from pretrain.model import SHALLOW
 from pretrain.optim import ema_momentum_at, lr_at
 from pretrain.settings import FREE_TO_CHANGE, Settings
 from pretrain.signals import StopSignals
@@ -82,6 +82,31 @@ class Plan:
             images=images, steps_per_epoch=per_epoch, steps=steps,
             warmup=min(round(settings.warmup_epochs * per_epoch), steps),
             batch_per_rank=settings.batch_global // world, lr=settings.lr * settings.batch_global / 256,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """What the settings want once so many steps are done."""
+
+    epoch: int
+    last: bool
+    log: bool
+    save: bool
+    copy: bool
+    hook: bool
+
+    @staticmethod
+    def after(done: int, plan: Plan, settings: Settings) -> Due:
+        epoch, place = divmod(done, plan.steps_per_epoch)
+        last, epoch_ends = done == plan.steps, place == 0
+        keep = settings.keep_every_epochs
+        copy = epoch_ends and keep is not None and epoch % keep == 0
+        return Due(
+            epoch=epoch, last=last, copy=copy,
+            log=done % settings.log_every == 0 or last,
+            save=done % settings.save_every == 0 or last or copy,
+            hook=epoch_ends and epoch % settings.hook_every_epochs == 0,
         )  # fmt: skip
 
 
@@ -198,45 +223,20 @@ def _loop(
             lr = lr_at(
                 step, base=plan.lr, warmup=plan.warmup, total=total, final_ratio=settings.lr_final_ratio
             )
-            for group in learner.optimizer.param_groups:
-                group["lr"] = lr
-            if learner.slow is not None:
-                momentum_update(
-                    learner.slow,
-                    learner.encoder,
-                    ema_momentum_at(step, base=settings.ema_momentum, total=total),
-                )
-            loss, embeddings = _forward(
-                settings, encoder, learner.slow, on_device(batch, views, device), dtype
-            )
-            learner.optimizer.zero_grad(set_to_none=True)
-            learner.scaler.scale(loss.total).backward()
-            learner.scaler.step(learner.optimizer)
-            learner.scaler.update()
+            learner.follow(ema_momentum_at(step, base=settings.ema_momentum, total=total))
+            embeddings = learner.embed(encoder, on_device(batch, views, device), dtype)
+            loss = loss_of(settings, embeddings)
+            learner.descend(loss.total, lr=lr)
             losses.note(step, (loss.total, loss.alignment, loss.trace), lr)
 
-            done, last = step + 1, step + 1 == total
-            epoch_ends = done % plan.steps_per_epoch == 0
-            epoch = done // plan.steps_per_epoch
+            done, due = step + 1, Due.after(step + 1, plan, settings)
             stopping = stop.requested
             if world_size() > 1:
                 stopping = done % ASK_RANKS_EVERY[device.type] == 0 and any_rank(stop.requested, device)
-            keep = settings.keep_every_epochs
-            copy = epoch_ends and keep is not None and epoch % keep == 0
-            log = done % settings.log_every == 0 or last
-            save = done % settings.save_every == 0 or last or stopping or copy
-            if log:
+            if due.log:
                 skipped.agree()
-                means = losses.take()
-                record = {
-                    "step": done, "epoch": done / plan.steps_per_epoch, **means, "lr": lr,
-                    "loss_minus_floor": means["loss"] - floor,
-                    "images_per_s": means.pop("steps_per_s") * settings.batch_global,
-                }  # fmt: skip
-                record.pop("steps_per_s")
-                if device.type == "cuda":
-                    record["peak_memory_gib"] = peak_memory_gib(device)
-                diagnosis, collapsed = _diagnosis(embeddings[-1], alarm=done > plan.warmup or last)
+                record = _record(settings, plan, done, losses.take(), lr, floor, device)
+                diagnosis, collapsed = _diagnosis(embeddings[-1], alarm=done > plan.warmup or due.last)
                 if metrics is not None:
                     metrics.write(record | diagnosis)
                 if settings.on_collapse == "stop" and any_rank(collapsed is not None, device):
@@ -246,23 +246,21 @@ def _loop(
                         else "no checkpoint was saved yet"
                     )
                     raise RunFailed(f"stopped: {collapsed or 'an embedding collapsed'}; {kept}")
-                shown = {"loss": means["loss"], "images/s": record["images_per_s"]}
-            if save:
+                shown = {"loss": record["loss"], "images/s": record["images_per_s"]}
+            if due.save or stopping:
                 skipped.agree()
                 unlogged = losses.check()
                 learner.check_weights(done)
-            if save and is_main():
-                also = _copy_of(output, epoch) if copy else None
-                writer.save(
-                    _state(settings, learner, done, plan, unlogged, sorted(skipped.images)), also=also
-                )
-            if hook is not None and epoch_ends and epoch % settings.hook_every_epochs == 0:
+                if is_main():
+                    state = _state(settings, learner, done, plan, unlogged, sorted(skipped.images))
+                    writer.save(state, also=_copy_of(output, due.epoch) if due.copy else None)
+            if hook is not None and due.hook:
                 if metrics is not None:
-                    _call(hook, settings, learner, metrics, done, epoch)
+                    _call(hook, settings, learner, metrics, done, due.epoch)
                 barrier()
             bar.update(1, **shown)
             shown = {}
-            if stopping and not last:
+            if stopping and not due.last:
                 writer.wait(must_be_saved=True)
                 barrier()
                 stop.hand_over()
@@ -271,18 +269,24 @@ def _loop(
         metrics.close()
 
 
-def _forward(
-    settings: Settings, encoder: nn.Module, slow: nn.Module | None, views: list[Tensor], dtype: torch.dtype
-) -> tuple[INTLLoss, list[Tensor]]:
-    """Embeddings of all views and their loss, the same number on all ranks."""
-    with torch.autocast(views[0].device.type, dtype, enabled=dtype != torch.float32):
-        if slow is None:
-            embeddings = encoder(views)
-        else:
-            with torch.no_grad():
-                target = slow(views[:1])
-            embeddings = target + encoder(views[1:])
-    return loss_of(settings, embeddings), embeddings
+def _record(
+    settings: Settings,
+    plan: Plan,
+    done: int,
+    means: dict[str, float],
+    lr: float,
+    floor: float,
+    device: torch.device,
+) -> dict[str, float]:
+    """A line of metrics.jsonl: the losses' means since the last line, `floor` the least the loss can be."""
+    steps_per_s = means.pop("steps_per_s")
+    record = {
+        "step": done, "epoch": done / plan.steps_per_epoch, **means, "lr": lr,
+        "loss_minus_floor": means["loss"] - floor, "images_per_s": steps_per_s * settings.batch_global,
+    }  # fmt: skip
+    if device.type == "cuda":
+        record["peak_memory_gib"] = peak_memory_gib(device)
+    return record
 
 
 def loss_of(settings: Settings, embeddings: list[Tensor]) -> INTLLoss:
@@ -358,17 +362,16 @@ def _catch_up(
     hook: Hook | None,
 ) -> None:
     """What follows an epoch's checkpoint and a kill may have cut off: its copy, and the hook. Rank 0 only."""
-    output, (epoch, place) = Path(settings.output), divmod(start, plan.steps_per_epoch)
-    if place != 0 or metrics is None:
+    if metrics is None:
         return
-    keep = settings.keep_every_epochs
-    if keep is not None and epoch % keep == 0 and not _copy_of(output, epoch).exists():
-        with atomic_path(_copy_of(output, epoch)) as aside:
+    output, due = Path(settings.output), Due.after(start, plan, settings)
+    if due.copy and not _copy_of(output, due.epoch).exists():
+        with atomic_path(_copy_of(output, due.epoch)) as aside:
             shutil.copyfile(output / "checkpoint.pt", aside)
     lines = read_jsonl(output / "metrics.jsonl")
     called = any(line.get("step") == start and "loss" not in line for line in lines)
-    if hook is not None and epoch % settings.hook_every_epochs == 0 and not called:
-        _call(hook, settings, learner, metrics, start, epoch)
+    if hook is not None and due.hook and not called:
+        _call(hook, settings, learner, metrics, start, due.epoch)
 
 
 def _state(

@@ -19,6 +19,7 @@ from scipy import stats
 
 from pretrain.cli import UserError
 from pretrain.data import open_dataset
+from pretrain.settings import IMAGENET_MEAN, IMAGENET_STD
 from transfer import report
 from transfer.__main__ import main as transfer_main
 from transfer.protocol import load_protocol
@@ -30,7 +31,6 @@ from transfer.reporting.inventory import RECIPES, judged, pretraining_of
 from transfer.reporting.methods import group
 from transfer.reporting.published import load_published, same_protocol
 from transfer.study_pictures import write_study
-from transfer.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture(scope="module")

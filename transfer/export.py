@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from pretrain.checkpoint import write_safetensors
 from pretrain.cli import UserError
 from pretrain.files import set_usual_mode, sha256_of, write_json, write_text
+from pretrain.settings import IMAGENET_MEAN, IMAGENET_STD
 from transfer.backbone import Loaded, load_backbone
 from transfer.options import ExportSettings, parse
-from transfer.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 RECORD = "export.json"
 TOLERANCE = 1e-5

@@ -17,13 +17,14 @@ from torch.nn.functional import normalize
 
 from pretrain.cli import Progress, UserError
 from pretrain.distributed import local_device, process_group, rank, sum_over_ranks, world_size
+from pretrain.settings import IMAGENET_STD
 from pretrain.transfer_sets import metric_of
 from transfer.features import extract, make_extractor
 from transfer.options import KnnSettings, parse
 from transfer.protocol import load_protocol
 from transfer.results import Clock
 from transfer.subject import Evaluation, load_subject, open_pair
-from transfer.transforms import IMAGENET_STD, eval_transform
+from transfer.transforms import eval_transform
 from transfer.voc07 import refuse_voc07
 
 BLOCK_BYTES = 1 << 27  # of one block of similarities, and of one block of the bank

@@ -21,6 +21,7 @@ from torch import Tensor
 from pretrain.cli import Progress, RunFailed, UserError
 from pretrain.distributed import any_rank, barrier, is_main, process_group, rank, sent, world_size
 from pretrain.files import atomic_path
+from pretrain.settings import IMAGENET_STD
 from pretrain.signals import StopSignals
 from pretrain.transfer_sets import metric_of
 from transfer.augment import Augmented
@@ -33,7 +34,7 @@ from transfer.results import Clock, Result
 from transfer.scaling import mean_and_std, standardise, to_unit_length
 from transfer.stages import LAST, columns, stages_of
 from transfer.subject import Evaluation, load_subject, open_pair
-from transfer.transforms import IMAGENET_STD, eval_transform
+from transfer.transforms import eval_transform
 from transfer.voc07 import refuse_voc07
 
 logger = logging.getLogger(__name__)

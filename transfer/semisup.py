@@ -31,6 +31,7 @@ from pretrain.distributed import (
 )
 from pretrain.files import write_json
 from pretrain.learner import choose_dtype
+from pretrain.settings import IMAGENET_STD
 from pretrain.signals import StopSignals
 from pretrain.transfer_sets import metric_of
 from transfer import results
@@ -43,7 +44,7 @@ from transfer.protocol import load_protocol
 from transfer.results import Clock, Result
 from transfer.subject import RAW_PIXELS, Evaluation, load_subject, open_pair, spell
 from transfer.subsets import LabelSubset, choose_subset
-from transfer.transforms import IMAGENET_STD, eval_transform
+from transfer.transforms import eval_transform
 from transfer.voc07 import refuse_voc07
 
 logger = logging.getLogger(__name__)
