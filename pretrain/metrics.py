@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.cli import RunFailed, UserError
+from pretrain.cli import RunFailed
 from pretrain.files import append_jsonl, read_jsonl, write_text
 
 
@@ -70,7 +70,7 @@ class MetricsWriter:
         if len(kept) < len(earlier):
             write_text(self._file, "".join(json.dumps(r) + "\n" for r in kept))
         self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
-        self._wandb = _start_wandb(wandb, output, config) if wandb else None
+        self._wandb = _start_wandb(wandb, output, start, config) if wandb else None
 
     def write(self, record: Mapping[str, float]) -> None:
         """One line; numbers that are not finite are left out of it."""
@@ -83,24 +83,27 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(finite, step=int(record["step"]))
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=0 if error is None else 1)
 
 
-def _start_wandb(project: str, output: Path, config: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--wandb needs the wandb package: pip install 'intl-bench[wandb]'") from error
-    # Every suite's run lies in a folder named pretrain: the whole path tells them apart, and a continued run
-    # finds its own again.
+def _start_wandb(project: str, output: Path, start: int, config: Mapping[str, Any]) -> Any:
+    import wandb
+
+    # A continued run finds its own again; one begun anew is another, for W&B drops steps below the last.
+    kept = output / "wandb_id"
+    if start == 0 or not kept.exists():
+        write_text(kept, uuid.uuid4().hex[:16] + "\n")
     place = output.resolve()
     return wandb.init(
         project=project,
-        name=f"{place.parent.name}/{place.name}",
-        id=hashlib.sha256(str(place).encode()).hexdigest()[:16],
+        name=f"{place.parent.name}/{place.name}",  # every suite's run lies in a folder named pretrain
+        id=kept.read_text().strip(),
         resume="allow",
         dir=str(output),
         config=dict(config),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
+import importlib.util
 import logging
 import resource
 import shutil
@@ -116,6 +117,8 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     `hook(backbone, settings)` is called by rank 0 every `hook_every_epochs`, the backbone in eval mode.
     """
     output = Path(settings.output)
+    if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb needs the wandb package: pip install 'intl-bench[wandb]'")
     images = open_dataset(settings.dataset, settings.data_dir, "train")
     plan = Plan.of(settings, len(images), world_size())
     dtype = choose_dtype(settings.precision, device)
@@ -195,11 +198,6 @@ def _loop(
         settings.batch_global, settings.projector_output, iterations=settings.iterations,
         trade_off=settings.trade_off, whitening=settings.whitening, momentum_target=settings.ema,
     )  # fmt: skip
-    metrics = (
-        MetricsWriter(output, start=start, wandb=settings.wandb, config=settings_as_dict(settings))
-        if is_main()
-        else None
-    )
     losses, shown = LossLog(unlogged), {}
     writer = CheckpointWriter(output / "checkpoint.pt")
     skipped = Skipped(settings.max_broken_images, broken)
@@ -210,10 +208,12 @@ def _loop(
     )  # fmt: skip
 
     progress = Progress(total, label="pretrain", start=start, file=output / "progress.json")
-    if start > 0 and is_main():
-        _catch_up(settings, plan, learner, metrics, start, hook)
-    barrier()
-    with StopSignals() as stop, progress as bar:
+    with contextlib.ExitStack() as stack:
+        metrics = stack.enter_context(_metrics_writer(settings, start)) if is_main() else None
+        if start > 0 and metrics is not None:
+            _catch_up(settings, plan, learner, metrics, start, hook)
+        barrier()
+        stop, bar = stack.enter_context(StopSignals()), stack.enter_context(progress)
         for step in range(start, total):
             try:
                 batch = next(loader)
@@ -264,9 +264,13 @@ def _loop(
                 writer.wait(must_be_saved=True)
                 barrier()
                 stop.hand_over()
-    writer.wait(must_be_saved=True)
-    if metrics is not None:
-        metrics.close()
+        writer.wait(must_be_saved=True)
+
+
+def _metrics_writer(settings: Settings, start: int) -> MetricsWriter:
+    return MetricsWriter(
+        Path(settings.output), start=start, wandb=settings.wandb, config=settings_as_dict(settings)
+    )
 
 
 def _record(
@@ -357,13 +361,11 @@ def _catch_up(
     settings: Settings,
     plan: Plan,
     learner: Learner,
-    metrics: MetricsWriter | None,
+    metrics: MetricsWriter,
     start: int,
     hook: Hook | None,
 ) -> None:
     """What follows an epoch's checkpoint and a kill may have cut off: its copy, and the hook. Rank 0 only."""
-    if metrics is None:
-        return
     output, due = Path(settings.output), Due.after(start, plan, settings)
     if due.copy and not _copy_of(output, due.epoch).exists():
         with atomic_path(_copy_of(output, due.epoch)) as aside:

@@ -97,6 +97,35 @@ def test_a_run_leaves_what_the_next_steps_read(finished: Path) -> None:
     assert not list(finished.glob(".*"))
 
 
+def test_weights_and_biases_goes_on_with_a_resumed_run_and_begins_another_for_a_new_one(
+    cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    seen: list[tuple[str, float]] = []
+
+    def look(*_: object) -> dict[str, float]:
+        seen.append((wandb.run.id, wandb.run.summary["loss"]))
+        if len(seen) == 1:
+            stop_after_epoch_one()
+        return {}
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    output = tmp_path / "run"
+    settings = tiny(cifar_folder, output, wandb="intl", hook_every_epochs=1)
+    with pytest.raises(Stopped):
+        train(settings, CPU, hook=look)
+    assert wandb.run is None, "a run that was stopped is finished"
+    train(settings, CPU, hook=look)
+    losses = {r["step"]: r["loss"] for r in read_jsonl(output / "metrics.jsonl") if "loss" in r}
+    ours = (output / "wandb_id").read_text().strip()
+    assert seen == [(ours, losses[2]), (ours, losses[6])], "W&B takes a step in when it is given the next"
+    assert len(list((output / "wandb").glob(f"offline-run-*-{ours}/run-{ours}.wandb"))) == 2
+    (output / "checkpoint.pt").unlink()
+    train(tiny(cifar_folder, output, wandb="intl", epochs=1), CPU)
+    assert (output / "wandb_id").read_text().strip() != ours
+
+
 def test_hard_whitening_trains_in_place_of_intl(cifar_folder: Path, tmp_path: Path) -> None:
     train(tiny(cifar_folder, tmp_path / "run", power=0.5, epochs=1), CPU)
     line = read_jsonl(tmp_path / "run" / "metrics.jsonl")[-1]
