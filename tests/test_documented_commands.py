@@ -112,6 +112,17 @@ WAYS: dict[str, Way] = {
     "python -m pretrain --recipe cifar10_ep1000": Way(
         runs=(f"{STEPS} {TWO_VIEWS}",), leaves=tuple(f"out/cifar10/{f}" for f in PRETRAINED)
     ),
+    "python -m pretrain --recipe cifar10_two_cores": Way(
+        runs=(f"{STEPS} {TWO_VIEWS}",), leaves=tuple(f"out/small/{f}" for f in PRETRAINED)
+    ),
+    "python -m transfer knn --weights out/small/backbone.safetensors": Way(
+        leaves=("out/small/knn/results.jsonl",)
+    ),
+    # The protocol's epochs, as published, of twenty images.
+    "python -m transfer linear --weights out/small/backbone.safetensors": Way(
+        runs=("--dataset imagefolder --data-dir {few} --workers 0",),
+        leaves=("out/small/linear/results.jsonl",),
+    ),
     "torchrun": Way(
         runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18 --dataset imagefolder",),
         change={"8": "2"},
