@@ -370,9 +370,10 @@ def _catch_up(
     if due.copy and not _copy_of(output, due.epoch).exists():
         with atomic_path(_copy_of(output, due.epoch)) as aside:
             shutil.copyfile(output / "checkpoint.pt", aside)
+    if hook is None or not due.hook:
+        return
     lines = read_jsonl(output / "metrics.jsonl")
-    called = any(line.get("step") == start and "loss" not in line for line in lines)
-    if hook is not None and due.hook and not called:
+    if not any(line.get("step") == start and "loss" not in line for line in lines):
         _call(hook, settings, learner, metrics, start, due.epoch)
 
 
