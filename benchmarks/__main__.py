@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 from benchmarks import BENCHMARKS
-from pretrain.cli import Parser, UserError, run
-from pretrain.files import write_json, write_text
+from pretrain.common.cli import Parser, run
+from pretrain.common.errors import UserError
+from pretrain.common.files import write_json, write_text
 
 SUMMARY = "summary.md"
 

@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.harness import Comparison, Step, interleave
-from transfer.detection_eval import coco_stats
+from transfer.detection.evaluation import coco_stats
 
 TITLE = "COCO average precision: pycocotools (reference) beside faster-coco-eval as this project calls it"
 Task = Literal["bbox", "segm"]

@@ -19,7 +19,7 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks.harness import Table
 from benchmarks.images import photographs
-from pretrain.augment import (
+from pretrain.data.augment import (
     Colours,
     View,
     blend,
@@ -34,8 +34,8 @@ from pretrain.augment import (
     solarise,
     uniforms,
 )
-from pretrain.data import ImageDataset
-from pretrain.loader import COLOUR_SLOTS
+from pretrain.data.datasets import ImageDataset
+from pretrain.data.loader import COLOUR_SLOTS
 
 SIZE, SMALL_SIZE = 224, 48  # px of a crop; of one whose image is decoded at 1/2 and 1/4
 JITTER = (0.4, 0.4, 0.2, 0.1)

@@ -17,13 +17,14 @@ from torchvision import transforms
 
 from benchmarks.harness import Comparison, Step, Table, interleave
 from benchmarks.images import photographs, small_labelled
-from pretrain.data import ImageDataset
+from pretrain.data.datasets import ImageDataset
+from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.model import build_backbone
-from pretrain.settings import IMAGENET_MEAN, IMAGENET_STD
-from transfer.features import Extractor, extract, make_extractor
-from transfer.knn import knn_evaluate, nearest
-from transfer.subject import Subject
-from transfer.transforms import EvalTransform
+from transfer.evaluation.context import Subject
+from transfer.evaluation.features import Extractor, extract, make_extractor
+from transfer.evaluation.transforms import EvalTransform
+from transfer.evaluators.knn import knn_evaluate
+from transfer.evaluators.nearest import nearest
 
 TITLE = (
     "Feature extraction beside a plain float32 loop: from image files to features on disk, on a GPU from "
@@ -107,7 +108,7 @@ def plain_from_pixels(batches: list[Tensor], model: nn.Module, device: torch.dev
 
 
 def ours_from_pixels(batches: list[Tensor], by: Extractor) -> Tensor:
-    """As `transfer.features` does once the images are decoded."""
+    """As `transfer.evaluation.features` does once the images are decoded."""
     return torch.cat([by(b).cpu() for b in batches])
 
 

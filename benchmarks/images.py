@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pretrain.cli import UserError
-from pretrain.data import ImageDataset, open_dataset
-from pretrain.fashion_mnist import find_or_fetch
+from pretrain.common.errors import UserError
+from pretrain.data.datasets import ImageDataset, open_dataset
+from pretrain.data.fashion_mnist import find_or_fetch
 
 
 def _archive(name: str) -> Path | None:

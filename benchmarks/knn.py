@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from benchmarks.harness import Comparison, Step, Table, interleave, peak_extra_bytes
-from pretrain.distributed import local_device
-from transfer.knn import knn_evaluate
+from pretrain.common.process_group import local_device
+from transfer.evaluators.knn import knn_evaluate
 
 TITLE = "k-NN, k = 10, 20, 100, 200, cosine, weighted vote, float32"
 KS = (10, 20, 100, 200)

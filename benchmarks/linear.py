@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.harness import Comparison, interleave
 from pretrain.model import build_backbone
-from transfer.features import Extractor
-from transfer.heads import HeadGrid
-from transfer.transforms import EvalTransform
+from transfer.evaluation.features import Extractor
+from transfer.evaluation.transforms import EvalTransform
+from transfer.evaluators.heads import HeadGrid
 
 TITLE = "Linear probe, float32: a step of 13 learning rates beside a step of one"
 RATES = (*(m * 10.0**e for e in (-5, -4, -3, -2) for m in (1, 2, 5)), 0.1)

@@ -9,8 +9,8 @@ from pathlib import Path
 from benchmarks.augment import six_views
 from benchmarks.harness import Comparison, timing
 from benchmarks.images import natural_images
-from pretrain.loader import StepBatches, Views, batches
-from pretrain.machine import cores
+from pretrain.common.machine import cores
+from pretrain.data.loader import StepBatches, Views, batches
 
 TITLE = "The data loader: W workers beside one, six crops, everything on the CPU"
 IMAGES, BATCH = 64, 16

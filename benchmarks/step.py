@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.harness import Comparison, Step, Table, interleave, peak_extra_bytes
 from benchmarks.loss import plain_loss
-from pretrain.distributed import local_device
+from pretrain.common.process_group import local_device
 from pretrain.learner import Learner, choose_dtype
 from pretrain.loss import intl_loss
 from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy

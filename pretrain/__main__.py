@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pretrain.cli import run
+from pretrain.common.cli import run
 from pretrain.settings import parse_recipe
 
 
@@ -14,7 +14,7 @@ def pretrain(argv: list[str]) -> None:
         argv, description="Pretrain a timm ResNet with INTL. Run again with the same --output to go on."
     )
     # here, as PyTorch takes seconds to load: --help and a wrong option are answered at once
-    from pretrain.distributed import process_group
+    from pretrain.common.process_group import process_group
     from pretrain.train import load_hook, train
 
     with process_group() as device:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain.cli import RunFailed, UserError
-from pretrain.files import atomic_path, set_usual_mode
+from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.files import atomic_path, set_usual_mode
 
 logger = logging.getLogger(__name__)
 

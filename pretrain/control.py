@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pretrain.data import ImageDataset
-from pretrain.loader import epoch_order
+from pretrain.data.datasets import ImageDataset
+from pretrain.data.loader import epoch_order
 
 STATISTICS_IMAGES = 8192
 

@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pretrain.cli import RunFailed, UserError
-from pretrain.distributed import convert_sync_batchnorm, world_size
+from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.process_group import world_size
+from pretrain.common.sync_batchnorm import convert_sync_batchnorm
 from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy, momentum_update
 from pretrain.optim import build_optimizer
 from pretrain.settings import Settings

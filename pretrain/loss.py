@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cosine_similarity
 
-from pretrain.distributed import all_reduce, gather_rows, split_features, world_size
+from pretrain.common.collectives import all_reduce, gather_rows, split_features
+from pretrain.common.process_group import world_size
 from pretrain.spectral import (
     SpectralFunction,
     Whitening,
@@ -59,8 +60,8 @@ def intl_loss(
 
     With several ranks, each holding the same number of images, the loss is that of the joined batch on every
     rank, and backward gives each rank world_size times its gradient, which DDP's mean over ranks makes the
-    joined batch's (see `pretrain.distributed`). Not whole embeddings travel but each rank's share of the
-    features (one all-to-all) and N x N matrices; embeddings are gathered where D does not divide.
+    joined batch's (see `pretrain.common.collectives`). Ranks exchange a share of the features each (one
+    all-to-all) and N x N matrices, not whole embeddings; those are gathered where D does not divide.
     All ranks must call, forward and backward.
 
     Raises ValueError for fewer than two views, shapes that differ, or a default trade-off at n <= 8.

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.cli import RunFailed
-from pretrain.files import append_jsonl, read_jsonl, write_text
+from pretrain.common.errors import RunFailed
+from pretrain.common.files import append_jsonl, read_jsonl, write_text
 
 
 class LossLog:

@@ -14,7 +14,7 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from pretrain.cli import UserError
+from pretrain.common.errors import UserError
 
 STEMS = ("imagenet", "cifar")
 SHALLOW = ("resnet18", "resnet34")  # the published runs leave their residual branches' last BN at 1

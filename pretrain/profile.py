@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
-from pretrain.cli import Progress, UserError, parse_settings, run
-from pretrain.data import ImageDataset, open_dataset
-from pretrain.learner import Learner, choose_dtype, parallel
-from pretrain.loader import (
+from pretrain.common.cli import parse_settings, run
+from pretrain.common.errors import UserError
+from pretrain.common.machine import cores
+from pretrain.common.progress import Progress
+from pretrain.data.datasets import ImageDataset, open_dataset
+from pretrain.data.loader import (
     StepBatches,
     Views,
     batches,
@@ -25,7 +27,7 @@ from pretrain.loader import (
     finishes_in_workers,
     where_finished,
 )
-from pretrain.machine import cores
+from pretrain.learner import Learner, choose_dtype, parallel
 from pretrain.settings import GROUPS, RECIPES, Settings
 from pretrain.train import Plan, loss_of, on_device, views_of
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pretrain.cli import UserError, parse_settings
+from pretrain.common.cli import parse_settings
+from pretrain.common.errors import UserError
+from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 
 RECIPES = Path(__file__).parent / "recipes"
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 FREE_TO_CHANGE = frozenset({
     "data_dir", "output", "workers", "log_every", "save_every", "keep_every_epochs", "wandb", "on_collapse",
     "max_broken_images", "hook", "hook_every_epochs",

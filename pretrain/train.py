@@ -16,23 +16,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pretrain.augment import View, finish
 from pretrain.checkpoint import DISK_FULL, CheckpointWriter, load_checkpoint, remove_leftovers, save_backbone
-from pretrain.cli import Progress, RunFailed, UserError, save_settings, settings_as_dict
+from pretrain.common.cli import save_settings, settings_as_dict
+from pretrain.common.collectives import any_rank, gather_rows
+from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.files import atomic_path, read_jsonl
+from pretrain.common.process_group import barrier, is_main, rank, world_size
+from pretrain.common.progress import Progress
+from pretrain.common.signals import StopSignals
 from pretrain.control import estimate_bn
-from pretrain.data import BrokenImage, ImageDataset, open_dataset
-from pretrain.diagnostics import collapse, diagnose
-from pretrain.distributed import (
-    any_rank,
-    barrier,
-    gather_rows,
-    is_main,
-    rank,
-    world_size,
-)
-from pretrain.files import atomic_path, read_jsonl
-from pretrain.learner import Learner, choose_dtype, parallel
-from pretrain.loader import (
+from pretrain.corrupt_images import Skipped
+from pretrain.data.augment import View, finish
+from pretrain.data.datasets import BrokenImage, ImageDataset, open_dataset
+from pretrain.data.loader import (
     Batch,
     StepBatches,
     Views,
@@ -41,13 +37,13 @@ from pretrain.loader import (
     finishes_in_workers,
     where_finished,
 )
+from pretrain.diagnostics import collapse, diagnose
+from pretrain.learner import Learner, choose_dtype, parallel
 from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
 from pretrain.metrics import LossLog, MetricsWriter
 from pretrain.model import SHALLOW
 from pretrain.optim import ema_momentum_at, lr_at
 from pretrain.settings import FREE_TO_CHANGE, Settings
-from pretrain.signals import StopSignals
-from pretrain.skipped import Skipped
 from pretrain.spectral import power
 
 logger = logging.getLogger(__name__)

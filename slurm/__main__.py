@@ -6,16 +6,17 @@ import difflib
 import importlib
 import sys
 
-from pretrain.cli import UserError, run
-from pretrain.usage import EXIT_CODES, wrapped
+from pretrain.common.cli import run
+from pretrain.common.errors import UserError
+from pretrain.common.help_formatter import EXIT_CODES, wrapped
 
 # command: (module with `main(argv)`, one line of help). Modules are imported only when they are called.
 COMMANDS = {
-    "suite": ("slurm.suite", "pretrain or take weights, judge, report: on SLURM or here"),
-    "status": ("slurm.status", "how every job of a suite stands"),
-    "cancel": ("slurm.cancel", "stop a suite's jobs; submit again to go on"),
-    "logs": ("slurm.logs", "print the log of one step"),
-    "demo": ("slurm.demo", "the whole suite, small, on this machine"),
+    "suite": ("slurm.commands.suite", "pretrain or take weights, judge, report: on SLURM or here"),
+    "status": ("slurm.commands.status", "how every job of a suite stands"),
+    "cancel": ("slurm.commands.cancel", "stop a suite's jobs; submit again to go on"),
+    "logs": ("slurm.commands.logs", "print the log of one step"),
+    "demo": ("slurm.commands.demo", "the whole suite, small, on this machine"),
 }
 
 

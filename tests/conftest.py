@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.signals import StopSignals
+from pretrain.common.signals import StopSignals
 
 TRAIN_PER_CLASS, TEST_PER_CLASS = 64, 16
 
@@ -64,8 +64,8 @@ def _archive(name: str) -> Path | None:
 @pytest.fixture(scope="session")
 def fashion_mnist_dir() -> Path:
     """The four Fashion-MNIST files, wherever `make demo` would find or put them."""
-    from pretrain.cli import UserError
-    from pretrain.fashion_mnist import find_or_fetch
+    from pretrain.common.errors import UserError
+    from pretrain.data.fashion_mnist import find_or_fetch
 
     try:
         return find_or_fetch()
@@ -107,7 +107,7 @@ def _unpack_some_cifar(archive: Path, folder: Path) -> None:
 
 
 def _write_some_fashion_mnist(source: Path, folder: Path) -> None:
-    from pretrain.data import open_dataset
+    from pretrain.data.datasets import open_dataset
 
     for split, limit in (("train", TRAIN_PER_CLASS), ("test", TEST_PER_CLASS)):
         data = open_dataset("fashion_mnist", source, split)
@@ -131,7 +131,7 @@ def coco_mini(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
             (inner / "images").rename(folder / "images")
             (inner / "instances.json").rename(folder / "instances.json")
         else:
-            from transfer.scenes import compose
+            from transfer.detection.scenes import compose
 
             compose(request.getfixturevalue("fashion_mnist_dir"), folder, train=0, test=64, size=160, seed=0)
             (folder / "test").rename(folder / "images")

@@ -20,10 +20,10 @@ from benchmarks.features import agreement
 from benchmarks.growth import growth
 from benchmarks.harness import Table, as_markdown, as_record
 from benchmarks.images import natural_images
-from pretrain.augment import View, draw_colours, finish, uniforms
-from pretrain.data import ImageDataset
-from pretrain.loader import COLOUR_SLOTS
-from transfer.transforms import EvalTransform
+from pretrain.data.augment import View, draw_colours, finish, uniforms
+from pretrain.data.datasets import ImageDataset
+from pretrain.data.loader import COLOUR_SLOTS
+from transfer.evaluation.transforms import EvalTransform
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import pytest
 
-from pretrain import transfer_sets
-from pretrain.data import DATASETS
-from transfer import formats, protocol
+from pretrain.data import transfer_sets
+from pretrain.data.datasets import DATASETS
+from transfer.checkpoints import formats
+from transfer.evaluation import protocol
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(p for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
@@ -29,8 +30,8 @@ hashes are never ranked against each other. Your own protocol is a file of the s
 """,
     "formats.md": """# Checkpoint formats
 
-Written from `transfer/formats.py` (CONTRIBUTING says how). `python -m transfer inspect FILE` says which of
-them a file has, what would be used and what dropped. Prefixes `module.` (DDP) and `_orig_mod.`
+Written from `transfer/checkpoints/formats.py` (CONTRIBUTING says how). `python -m transfer inspect FILE` says
+which of them a file has, what would be used and what dropped. Prefixes `module.` (DDP) and `_orig_mod.`
 (torch.compile) may stand anywhere.
 """,
     "datasets.md": """# Data sets
@@ -55,7 +56,7 @@ project's file with a CIFAR stem, else with ImageNet's; `--mean` and `--std` say
 `split` says which split of several it is, and of how many images where some are missing. A split made here
 trains on the images of each class whose SHA-256 of `0 CLASS/FILE` comes first (`0` is its seed).
 
-Written from `pretrain/transfer_sets.py` (CONTRIBUTING says how).
+Written from `pretrain/data/transfer_sets.py` (CONTRIBUTING says how).
 """,
 }
 

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import checkpoint_zoo as zoo
 import pytest
 import timm
 import torch
 
+from tests.helpers import checkpoint_zoo as zoo
 from tests.test_docs import ROOT, Command, commands
 
 STAND_FOR = {
@@ -50,7 +50,7 @@ class Way:
 
 
 def _make(says: str) -> Way:
-    """`make -n`: what would be done, in a checkout without environment. tests/test_demo.py runs the demo."""
+    """`make -n`: what would be done in a checkout without environment (test_demo.py runs it)."""
     return Way(change={"make": "make -n"}, says=says)
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import tiny, weights
 
-from pretrain.augment import View, draw_colours, finish, uniforms
 from pretrain.checkpoint import to_host
-from pretrain.data import open_dataset
-from pretrain.files import read_jsonl
-from pretrain.loader import COLOUR_SLOTS
+from pretrain.common.files import read_jsonl
+from pretrain.data.augment import View, draw_colours, finish, uniforms
+from pretrain.data.datasets import open_dataset
+from pretrain.data.loader import COLOUR_SLOTS
 from pretrain.loss import intl_loss
 from pretrain.model import build_backbone
 from pretrain.train import train
-from transfer.features import Extractor
-from transfer.knn import knn_evaluate
-from transfer.transforms import EvalTransform
+from tests.helpers.training import tiny, weights
+from transfer.evaluation.features import Extractor
+from transfer.evaluation.transforms import EvalTransform
+from transfer.evaluators.knn import knn_evaluate
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from slurm.__main__ import COMMANDS as SLURM
-from slurm.graph import Step
-from slurm.record import Record
+from slurm.state.step_files import Record
+from slurm.steps.graph import Step
 from transfer.options import SETTINGS
 
 ROOT = Path(__file__).parents[1]
@@ -53,8 +53,10 @@ def name_of(path: Path) -> str:
 
 
 def test_there_is_something_to_check():
-    assert {name_of(path) for path in FILES} >= {"pretrain/cli.py", "transfer/backbone.py"}
-    assert uses(ROOT / "transfer/backbone.py", "pretrain") and uses(ROOT / "transfer/backbone.py", "torch")
+    assert {name_of(path) for path in FILES} >= {"pretrain/common/cli.py", "transfer/checkpoints/backbone.py"}
+    assert uses(ROOT / "transfer/checkpoints/backbone.py", "pretrain") and uses(
+        ROOT / "transfer/checkpoints/backbone.py", "torch"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -98,7 +100,7 @@ def test_the_foundation_needs_no_heavy_library():
 )
 def test_the_front_door_opens_without_torch(command: str, code: int, tmp_path: Path):
     """Help, status and a wrong option are answered at once: a heavy module slows nobody but its users."""
-    step = Step(name="a", kind="knn", module="m", argv=(), output=tmp_path)
+    step = Step(name="a", kind="knn", command="m", argv=(), output=tmp_path)
     Record(tmp_path, "a").describe(step, "key", 0)
     module, *words = command.replace("SUITE", str(tmp_path)).split()
     entry = module if "." in module else f"{module}.__main__"

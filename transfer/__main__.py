@@ -6,24 +6,25 @@ import difflib
 import importlib
 import sys
 
-from pretrain.cli import UserError, run
-from pretrain.usage import EXIT_CODES, wrapped
+from pretrain.common.cli import run
+from pretrain.common.errors import UserError
+from pretrain.common.help_formatter import EXIT_CODES, wrapped
 from transfer.options import SETTINGS, parse
 
 # command: (module with `main(argv)`, one line of help). Modules are imported only when they are called.
 COMMANDS = {
-    "inspect": ("transfer.inspection", "say what a checkpoint holds and whether its backbone loads"),
-    "formats": ("transfer.formats", "list the checkpoint formats that can be read"),
-    "protocols": ("transfer.protocol", "list the evaluation protocols"),
-    "knn": ("transfer.knn", "classify by nearest neighbours in feature space"),
-    "linear": ("transfer.linear", "train linear heads on the frozen backbone"),
-    "semisup": ("transfer.semisup", "fine-tune with 1 %, 10 % or all of the labels"),
-    "convert": ("transfer.convert", "turn a checkpoint into detectron2 weights, proved equal"),
-    "plan": ("transfer.plan", "say what a detection run will cost before it starts"),
+    "inspect": ("transfer.checkpoints.inspect", "say what a checkpoint holds and whether its backbone loads"),
+    "formats": ("transfer.checkpoints.formats", "list the checkpoint formats that can be read"),
+    "protocols": ("transfer.evaluation.protocol", "list the evaluation protocols"),
+    "knn": ("transfer.evaluators.knn", "classify by nearest neighbours in feature space"),
+    "linear": ("transfer.evaluators.linear", "train linear heads on the frozen backbone"),
+    "semisup": ("transfer.evaluators.semisup", "fine-tune with 1 %, 10 % or all of the labels"),
+    "convert": ("transfer.detection.convert", "turn a checkpoint into detectron2 weights, proved equal"),
+    "plan": ("transfer.detection.schedule", "say what a detection run will cost before it starts"),
     "export": ("transfer.export", "write the backbone as another library's files, loaded there"),
-    "report": ("transfer.report", "tables and plots of all results, beside published numbers"),
-    "scenes": ("transfer.scenes", "compose a small detection data set from labelled images"),
-    "spectrum-study": ("transfer.spectrum_study", "which g(λ) avoid collapse: train, judge, draw"),
+    "report": ("transfer.report.command", "tables and plots of all results, beside published numbers"),
+    "scenes": ("transfer.detection.scenes", "compose a small detection data set from labelled images"),
+    "spectrum-study": ("transfer.spectrum.study", "which g(λ) avoid collapse: train, judge, draw"),
 }
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint import write_safetensors
-from pretrain.cli import UserError
-from pretrain.files import set_usual_mode, sha256_of, write_json, write_text
-from pretrain.settings import IMAGENET_MEAN, IMAGENET_STD
-from transfer.backbone import Loaded, load_backbone
+from pretrain.common.errors import UserError
+from pretrain.common.files import set_usual_mode, sha256_of, write_json, write_text
+from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
+from transfer.checkpoints.backbone import Loaded, load_backbone
 from transfer.options import ExportSettings, parse
 
 RECORD = "export.json"
@@ -108,7 +108,7 @@ def _torchvision(loaded: Loaded, settings: ExportSettings, folder: Path) -> tupl
 
 
 def _detectron2(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
-    from transfer.convert import ConvertSettings, convert
+    from transfer.detection.convert import ConvertSettings, convert
 
     path = folder / "backbone.pkl"
     origin = convert(
@@ -225,10 +225,10 @@ def _results(loaded: Loaded, folder: Path | None) -> str:
     """The report's table of the results of exactly these weights."""
     if folder is None:
         return "None recorded here; `python -m transfer knn` and `linear` measure them."
-    from transfer.reporting.collect import collect
-    from transfer.reporting.content import verdict
-    from transfer.reporting.methods import group
-    from transfer.reporting.tables import to_markdown
+    from transfer.report.evidence.collect import collect
+    from transfer.report.evidence.grouping import group
+    from transfer.report.pages.statements import verdict
+    from transfer.report.pages.tables import to_markdown
 
     def of_these(weights: dict[str, Any]) -> bool:
         return (weights.get("sha256"), weights.get("branch", "online")) == (loaded.sha256, loaded.branch)

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.cli import UserError
-from pretrain.data import BrokenImage, ImageDataset, open_dataset
+from pretrain.common.errors import UserError
+from pretrain.common.signals import StopSignals
+from pretrain.data.datasets import BrokenImage, ImageDataset, open_dataset
 from pretrain.model import build_backbone
 from pretrain.settings import Settings
-from pretrain.signals import StopSignals
-from transfer.features import Decoded, Extractor, image_batches, make_extractor
-from transfer.knn import knn_evaluate
-from transfer.subject import Subject, check_pair
-from transfer.transforms import eval_transform
+from transfer.evaluation.context import Subject, check_pair
+from transfer.evaluation.features import Decoded, Extractor, image_batches, make_extractor
+from transfer.evaluation.transforms import eval_transform
+from transfer.evaluators.knn import knn_evaluate
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.cli import parse_settings
+from pretrain.common.cli import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 
-from pretrain.cli import Parser, UserError, run
-from transfer.detection_needs import need_detectron2
+from pretrain.common.cli import Parser, run
+from pretrain.common.errors import UserError
+from transfer.detection.availability import need_detectron2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int | None:
     if args.show and (args.eval_only or args.resume):
         raise UserError("--show DIR only draws predictions into DIR: leave out --eval-only and --resume")
     need_detectron2()
-    from transfer.detection_run import start
+    from transfer.detection.run import start
 
     return start(args)
 

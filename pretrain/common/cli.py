@@ -1,0 +1,219 @@
+"""argv enters; frozen settings, progress and an exit code leave: the look and feel of every command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
+
+from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.files import write_text
+from pretrain.common.help_formatter import EXIT_CODES, Formatter, help_text
+from pretrain.common.signals import Stopped
+
+logger = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75  # stopped by a signal, everything saved; the same command goes on (EX_TEMPFAIL of sysexits)
+EXIT_INTERRUPTED = 130
+
+TRUTH = ("true", "false", "yes", "no")
+
+Settings = TypeVar("Settings")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with this project's help, and one line for a mistake."""
+
+    def __init__(self, *, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog, description=description, epilog=EXIT_CODES, formatter_class=Formatter,
+            allow_abbrev=False, add_help=False,
+        )  # fmt: skip
+        self.add_argument("-h", "--help", action="help", help="Print this text.")
+
+    def error(self, message: str) -> NoReturn:
+        raise _mistake(message, self._option_string_actions)
+
+
+class _SettingsParser(ArgumentParser):
+    """jsonargparse with options spelt the usual way: --data-dir (for data_dir), --dry-run, --no-verify."""
+
+    help_text = ""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("type") is bool:
+            del kwargs["type"]
+            kwargs |= {"action": ActionYesNo(yes_prefix="", no_prefix="no-"), "nargs": "?"}
+        dashed = [a.replace("_", "-") if isinstance(a, str) and a.startswith("--") else a for a in args]
+        return super().add_argument(*dashed, **kwargs)
+
+    def format_help(self, *_: Any) -> str:
+        return self.help_text
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        raise _mistake(message, self._option_string_actions) from ex
+
+
+def _mistake(message: str, options: Collection[str]) -> UserError:
+    """One line in the user's words instead of the parser's several."""
+    line = " ".join(message.split()).replace("<class 'int'>", "whole number")
+    line = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: "one of " + m[1].replace("'", ""), line)
+    line = line.replace("Expected a one of", "Expected one of")
+    line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
+    line = re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{m[1].replace('_', '-')}:", line)
+    required = "the following arguments are required: "
+    if line.startswith(required):
+        missing = line.removeprefix(required).split(", ")
+        known = [f"--{name.replace('_', '-')}" for name in missing]
+        line = required + ", ".join(n if n in options else m for n, m in zip(known, missing))
+    unknown = re.match(r"unrecognized arguments: (--[\w-]+)", line, re.IGNORECASE)
+    near = difflib.get_close_matches(unknown[1], options, n=1) if unknown else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"{line}{hint} (--help lists all options)")
+
+
+def parse_settings(
+    cls: type[Settings],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    config_flag: str = "--config",
+    presets: Path | None = None,
+    positional: Sequence[str] = (),
+    groups: Mapping[str, str] | None = None,
+) -> Settings:
+    """Parse `argv` into the frozen dataclass `cls`: a YAML file's values, overridden by options.
+
+    `config_flag FILE` may be given several times, later ones winning; where `presets` names a folder, FILE
+    may also be the name of a YAML file in it. Words that belong to no option are the values of `positional`
+    in order, the last of which may be a list. `groups` are those of the help text, as `usage.help_text` has
+    it. ValueErrors of `cls.__post_init__` become UserErrors.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _SettingsParser(prog=prog, allow_abbrev=False)
+    known = sorted(p.stem for p in presets.glob("*.yaml")) if presets else []
+    parser.add_argument(config_flag, action="config")
+    parser.add_class_arguments(cls)
+    takes = "YAML file with any of these options" + (f", or one of: {', '.join(known)}" if known else "")
+    parser.help_text = help_text(
+        cls, {a.dest: a.help or "" for a in parser._actions}, prog=prog, description=description,
+        config=(config_flag, f"{takes}."), positional=positional, groups=groups,
+    )  # fmt: skip
+    words = _with_presets(_with_names(cls, argv, positional), config_flag, presets, known)
+    namespace = parser.parse_args(words)
+    values = {f.name: namespace[f.name] for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    try:
+        return cls(**values)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _with_names(cls: type, argv: Sequence[str], positional: Sequence[str]) -> list[str]:
+    """`--watch DIR` becomes `--watch --dir=DIR` where `dir` is positional."""
+    hints = typing.get_type_hints(cls)
+    dashed = [f"--{name.replace('_', '-')}" for name, hint in hints.items() if hint is bool]
+    bare = {"-h", "--help", "--print-config", *dashed, *(f"--no-{flag[2:]}" for flag in dashed)}
+    options: list[str] = []
+    words: list[str] = []
+    takes_value = False
+    for word in argv:
+        if takes_value or word.startswith("-") or (options[-1:] and options[-1] in bare and word in TRUTH):
+            takes_value = not takes_value and word.startswith("-") and "=" not in word and word not in bare
+            options.append(word)
+        else:
+            words.append(word)
+    for name in positional[: len(words)]:
+        many = typing.get_origin(hints[name]) is list
+        value, words = (json.dumps(words), []) if many else (words[0], words[1:])
+        options.append(f"--{name.replace('_', '-')}={value}")
+    return options + words
+
+
+def _with_presets(argv: list[str], flag: str, presets: Path | None, known: list[str]) -> list[str]:
+    """Replace the name after `flag` by its path; say what exists when there is no such file."""
+    out: list[str] = []
+    expect_value = False
+    for word in argv:
+        name, joined, value = word.partition("=")
+        if expect_value or (joined and name == flag):
+            value = word if expect_value else value
+            path = Path(value)
+            if presets and value in known:
+                path = presets / f"{value}.yaml"
+            if not path.is_file():
+                choice = f"; known names: {', '.join(known)}" if known else ""
+                raise UserError(f"{flag} {value}: no such file{choice}")
+            out.append(str(path) if expect_value else f"{flag}={path}")
+            expect_value = False
+        else:
+            out.append(word)
+            expect_value = word == flag
+    return out
+
+
+def settings_as_dict(settings: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON / YAML values."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+
+
+def save_settings(settings: Any, path: str | Path) -> None:
+    """Write the settings really used as YAML, so that `--config` of that file repeats the run."""
+    write_text(path, yaml.safe_dump(settings_as_dict(settings), sort_keys=False))
+
+
+def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call `main` and turn what it raises into one clear line and an exit code."""
+    logging.basicConfig(
+        level=os.environ.get("LOG_LEVEL", "INFO"),
+        format="%(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    logging.getLogger("timm").setLevel(logging.WARNING)  # it tells of every file it loads
+    earlier_hook, threading.excepthook = threading.excepthook, _note_thread_error
+    try:
+        return main(list(sys.argv[1:] if argv is None else argv)) or EXIT_OK
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except Stopped as stop:
+        print(f"{stop}; run the same command again to go on", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]
+        return EXIT_OK
+    finally:
+        threading.excepthook = earlier_hook
+
+
+def _note_thread_error(failed: threading.ExceptHookArgs) -> None:
+    """One line for what a library's thread met in the outside world (TensorBoard's: a full disk)."""
+    if isinstance(failed.exc_value, OSError):
+        logger.warning("in the background: %s", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)

@@ -1,0 +1,78 @@
+"""Process groups: every helper answers with one process too.
+
+Ranks come from the environment that torchrun, a job of this project or a test sets (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT); NCCL on GPUs, gloo on CPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_on() -> bool:
+    """Whether a process group is there."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_on() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_on() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def local_device() -> torch.device:
+    """This process's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def process_group(timeout_min: float = 30) -> Iterator[torch.device]:
+    """Join the group that the environment names, if any, and leave it at the end; yields the device.
+
+    A group that is already there (a job made it) is used and left in place.
+    """
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    own = not is_on() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if own:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_min))
+    try:
+        yield device
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def sent(array: np.ndarray, device: torch.device) -> Tensor:
+    """A small array as a tensor on `device`, or on its way there: the host does not wait for the GPU."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def barrier() -> None:
+    """Wait for every rank. All ranks must call."""
+    if is_on():
+        dist.barrier()
+
+
+# Collectives with gradient. Convention: backward gives the gradient of the SUM of all ranks' losses with
+# respect to this rank's tensor. Where every rank computes the same global loss that is world_size times its
+# gradient, and DDP, which averages parameter gradients over ranks, turns it into exactly the loss's own.

@@ -1,0 +1,1 @@
+"""Images from disk to augmented batches: data sets, shards, decoding, augmentation, loading."""

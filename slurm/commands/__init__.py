@@ -1,0 +1,1 @@
+"""One command a module: suite, status, cancel, logs, demo."""

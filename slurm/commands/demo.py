@@ -1,0 +1,200 @@
+"""Images enter; a report of INTL against its controls leaves: the whole suite, small, on this machine.
+
+pretrain and its untrained control; k-NN and linear probe of both and of raw pixels; conversion; Mask R-CNN
+from the INTL weights and from random initialisation, on the same budget; the report.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pretrain.common.cli import EXIT_FAILED, parse_settings, save_settings
+from pretrain.common.errors import UserError
+from slurm.commands.options import spread
+from slurm.execution.local import LocalRun, Machine
+from slurm.execution.snapshot import pin
+from slurm.state.step_state import DONE
+from slurm.state.suite_lock import locked, refuse_other_configuration, set_aside
+from slurm.steps import tasks
+from slurm.steps.graph import Graph, Step
+from slurm.steps.resources import load_profile
+from slurm.steps.tasks import Images, Subject
+
+DESCRIPTION = """The whole suite, small, on this machine, ending with a report.
+
+INTL is pretrained and judged beside its untrained control and raw pixels by k-NN and linear probe, then
+converted, and Mask R-CNN is trained from it and from random initialisation, on the same budget.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Settings of `python -m slurm demo`."""
+
+    output: str
+    """Folder for everything; run again on it to go on."""
+    dataset: Literal["fashion_mnist", "cifar10"] = "fashion_mnist"
+    """Images to learn from."""
+    data_dir: str | None = None
+    """Where they are; found or fetched when not given."""
+    seed: int = 0
+    """Seed of pretraining, its control, the linear probes and the first detection run."""
+    detection_seeds: int = 2
+    """Detection runs from each start, with seeds seed, seed + 1 ..."""
+    recipe: str | None = None
+    """Recipe name or file; demo_DATASET when not given."""
+    pretrain_options: str = ""
+    """Further options for pretraining and its control, as one text: "--epochs 2"."""
+    detection_config: str = "scenes_R18_FPN"
+    """Name of a file in detection_configs, or a file."""
+    detection_options: str = ""
+    """Further options for detection, as one text: "SOLVER.MAX_ITER 20"."""
+    scenes_options: str = ""
+    """Further options for the scenes, as one text: "--train 40 --test 16"."""
+    force: list[str] | None = None
+    """Steps or kinds of step to compute again: --force detection."""
+
+
+def main(argv: list[str]) -> int | None:
+    """Prepare the data, run the graph, print the table."""
+    asked = parse_settings(
+        Demo, spread(argv, ["--force"]), prog="python -m slurm demo", description=DESCRIPTION
+    )
+    root = Path(asked.output).resolve()
+    images = Images(dataset=asked.dataset, data_dir=find_images(asked.dataset, asked.data_dir))
+    graph = demo_graph(root, images, asked)
+    redo = graph.forced(asked.force or [])
+    with locked(root):
+        refuse_other_configuration(root, graph, redo)
+        set_aside(root, graph, redo)
+        save_settings(asked, root / "config.yaml")
+        run = LocalRun(graph, root, load_profile("local", []), pin(root))
+        _say_what_comes(graph, run.machine, root)
+        views = run.run()
+    if (root / "report" / "index.html").exists():
+        from transfer.report.command import show_summary
+
+        show_summary(root)
+    bad = [v for v in views if v.state != DONE]
+    for view in bad:
+        print(
+            f"{view.name}: {view.state}: {view.detail}" + (f" (log: {view.log})" if view.log else ""),
+            file=sys.stderr,
+        )
+    if (root / "report" / "index.html").exists():
+        print(f"\nreport: {root / 'report' / 'index.html'}")
+    return EXIT_FAILED if bad else None
+
+
+def find_images(dataset: str, data_dir: str | None) -> Path:
+    """The folder of the images; Fashion-MNIST and CIFAR-10 are fetched when none is given."""
+    from pretrain.data.datasets import open_dataset
+
+    if data_dir:
+        folder = Path(data_dir).resolve()
+    elif dataset == "fashion_mnist":
+        from pretrain.data.fashion_mnist import find_or_fetch
+
+        folder = find_or_fetch().resolve()
+    else:
+        folder = _fetch_cifar10()
+    for split in ("train", "test"):
+        open_dataset(dataset, folder, split)
+    return folder
+
+
+def _fetch_cifar10() -> Path:
+    from torchvision.datasets import CIFAR10
+
+    folder = Path.home() / ".cache" / "intl-bench" / "cifar10"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        CIFAR10(str(folder), download=True)
+    except Exception as error:
+        raise UserError(
+            f"CIFAR-10 could not be fetched ({error}); give the folder of an ImageFolder tree "
+            "({train,test}/<class>/*.jpg) or of torchvision's files with --data-dir (make demo DATA=DIR)"
+        ) from error
+    return folder
+
+
+def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
+    """The demo's steps; what comes first is started first."""
+    recipe = asked.recipe or f"demo_{asked.dataset}"
+    extra = asked.pretrain_options.split()
+    trained = tasks.pretraining(root, recipe, images, asked.seed, extra)
+    untrained = tasks.control(root, recipe, images, asked.seed, tasks.without(extra, "--epochs"))
+    intl = Subject(
+        name="intl",
+        label="INTL",
+        weights=str(root / "pretrain" / "backbone.safetensors"),
+        needs=("pretrain",),
+    )
+    control = Subject(
+        name="control",
+        label="random control",
+        weights=str(root / "control" / "backbone.safetensors"),
+        needs=("control",),
+    )
+    pixels = Subject(name="raw-pixels", label="raw pixels", weights="raw-pixels")
+    evaluations = []
+    # All of one kind before the next: a backbone's k-NN and probe read the same features, made by the first.
+    for kind, protocol in (("knn", "solo_knn@1"), ("linear", "cached_linear@1")):
+        for subject in (intl, control, pixels):
+            seed = None if kind == "knn" else asked.seed
+            evaluations.append(
+                tasks.classification(root, subject, images, kind=kind, protocol=protocol, seed=seed)
+            )
+    scenes = _scenes(root, images, asked)
+    converted = tasks.conversion(root, intl)
+    detections = _detections(root, intl, converted, scenes, asked)
+    steps = [trained, scenes, converted, *detections, untrained, *evaluations]
+    told = tasks.report(
+        root, [trained, untrained, *detections, *evaluations], title=f"Demo: INTL on {asked.dataset}"
+    )
+    return Graph([*steps, told])
+
+
+def _scenes(root: Path, images: Images, asked: Demo) -> Step:
+    output = root / "scenes"
+    words = ["--data-dir", str(images.data_dir), "--output", str(output), "--seed", "0"]
+    if images.dataset != "fashion_mnist":
+        words += ["--source", images.dataset]
+    return Step(
+        name="scenes",
+        kind="prepare",
+        command="transfer scenes",
+        argv=(*words, *asked.scenes_options.split()),
+        output=output,
+        makes=(output / "train.json", output / "test.json"),
+    )
+
+
+def _detections(root: Path, intl: Subject, converted: Step, scenes: Step, asked: Demo) -> list[Step]:
+    """Mask R-CNN from INTL and from random initialisation, in pairs of one seed."""
+    sets = [f"scenes_{s}={root / 'scenes' / f'{s}.json'}:{root / 'scenes' / s}" for s in ("train", "test")]
+    random = Subject(name="random", label="random init", weights="")
+    config = tasks.detection_config(asked.detection_config)
+    steps = []
+    for seed in range(asked.seed, asked.seed + asked.detection_seeds):
+        for subject, weights in ((intl, converted.makes[0]), (random, None)):
+            needs = (scenes.name, converted.name) if weights else (scenes.name,)
+            steps.append(
+                tasks.detection(
+                    root, subject, task="scenes", config=config, seed=seed, weights=weights, needs=needs,
+                    datasets=sets, extra=asked.detection_options.split(),
+                )
+            )  # fmt: skip
+    return steps
+
+
+def _say_what_comes(graph: Graph, machine: Machine, root: Path) -> None:
+    gpus = f", {len(machine.gpus)} GPUs" if machine.gpus else ""
+    print(
+        f"{len(graph)} steps on {machine.cpus} CPU cores{gpus}, into {root}\n"
+        f"look at them from elsewhere: python -m slurm status {root}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,149 @@
+"""A recipe or checkpoints enter; the whole downstream table leaves: on SLURM, or on this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pretrain.common.cli import EXIT_FAILED, parse_settings, save_settings
+from pretrain.common.errors import UserError
+from slurm.commands.options import spread
+from slurm.execution.local import LocalRun, Machine
+from slurm.execution.snapshot import pin
+from slurm.state.step_state import DONE
+from slurm.state.step_table import as_lines, summary
+from slurm.state.suite_lock import locked, refuse_other_configuration, set_aside
+from slurm.steps import checks
+from slurm.steps.graph import Graph
+from slurm.steps.resources import Resources, load_profile
+from slurm.steps.suite import Suite, suite_graph
+
+SUBMIT_LOCK_WAIT_S = 120
+DESCRIPTION = """Pretrain by a recipe, or take checkpoints; judge them; report. On SLURM or on this machine.
+
+pretrain ─▶ proof ─▶ k-NN, linear, semi-supervised (x seeds) ─▶ report
+              └────▶ conversion ─▶ detection (x seeds) ────────┘
+"""
+GROUPS = {
+    "output": "what to judge", "tasks": "how to judge it", "dataset": "data",
+    "knn_protocol": "protocols, and further options of the steps", "cluster": "where it runs",
+    "dry_run": "this call",
+}  # fmt: skip
+"""The first option of each group of --help, and the group's title."""
+
+
+def main(argv: list[str]) -> int | None:
+    """Check, then submit or run what is missing."""
+    lists = ["--weights", "--tasks", "--override", "--force", "--detection-data"]
+    asked = parse_settings(
+        Suite, spread(argv, lists), prog="python -m slurm suite", description=DESCRIPTION, groups=GROUPS
+    )
+    root = Path(asked.output).resolve()
+    resources = load_profile(asked.profile or "local", asked.override or [])
+    graph = suite_graph(root, asked, resources)
+    redo = graph.forced(asked.force or [])
+    if asked.dry_run:
+        refuse_other_configuration(root, graph, redo)
+        return _dry_run(asked, graph, root, resources, redo)
+    problems = checks.check(asked, graph, root, resources)
+    if problems:
+        raise UserError("nothing was submitted:\n  " + "\n  ".join(problems))
+    if asked.cluster == "slurm":
+        return _to_slurm(asked, graph, root, resources, redo)
+    return _here(asked, graph, root, resources, redo)
+
+
+def _dry_run(
+    asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources], redo: set[str]
+) -> int | None:
+    """Say all that would happen; exit code 2 when a check fails."""
+    from slurm.execution import submit
+
+    if asked.cluster == "slurm":
+        planned = submit.plan(graph, root, redo)
+        for batch in submit.in_order(planned.batches):
+            waits = ", ".join((*batch.needs, *batch.after))
+            print(f"== {', '.join(s.name for s in batch.steps)}" + (f"  (after {waits})" if waits else ""))
+            for step in batch.steps:
+                print(f"   {step.shell}")
+            text = submit.sbatch_text(batch, resources, root / "code" / "PINNED", root)
+            print("\n".join(f"   {line}" for line in text.splitlines() if line.startswith("#SBATCH")))
+        hours = sum(resources[b.kind].gpu_hours * len(b.steps) for b in planned.batches)
+        print(
+            f"{planned.count} jobs in {len(planned.batches)} submissions, at most {hours:.1f} GPU-hours "
+            f"(every job up to its time limit, once); {len(planned.done)} steps are done, "
+            f"{len(planned.live)} queued or running"
+        )
+    else:
+        machine = Machine.here()
+        for step in graph:
+            fit = machine.fit(resources[step.kind])
+            waits = ", ".join((*step.needs, *step.after))
+            print(
+                f"== {step.name}: {fit.tasks} x {fit.cpus_per_task} CPUs, {fit.gpus_per_node} GPUs"
+                + (f"  (after {waits})" if waits else "")
+            )
+            print(f"   {step.shell}")
+        print(f"{len(graph)} steps on {machine.cpus} CPU cores and {len(machine.gpus)} GPUs")
+    problems = checks.check(asked, graph, root, resources)
+    for problem in problems:
+        print(f"check failed: {problem}")
+    if problems:
+        raise UserError(
+            f"{len(problems)} check{'s' if len(problems) > 1 else ''} failed; nothing would be submitted"
+        )
+    print("all checks passed; nothing was submitted")
+    return None
+
+
+def _to_slurm(
+    asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources], redo: set[str]
+) -> int | None:
+    """Submit what is missing, under the folder's lock."""
+    import subprocess
+
+    from slurm.execution import submit
+
+    with locked(root, SUBMIT_LOCK_WAIT_S):
+        refuse_other_configuration(root, graph, redo)
+        planned = submit.plan(graph, root, redo)
+        if planned.superseded:
+            ids = [str(submit.Record(root, n).submitted["job_id"]) for n in planned.superseded]
+            subprocess.run(["scancel", *ids], timeout=60, check=True)
+        set_aside(root, graph, redo)
+        save_settings(asked, root / "config.yaml")
+        sent = submit.submit(graph, planned, root, resources, pin(root)) if planned.batches else {}
+    for name, job_id in sent.items():
+        print(f"submitted {name} as {job_id}")
+    for name, state in planned.live.items():
+        if name not in sent:
+            print(f"left alone {name}: {state.lower()}")
+    print(f"{len(sent)} submitted, {len(planned.done)} done before; python -m slurm status {root} --watch")
+    return None
+
+
+def _here(
+    asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources], redo: set[str]
+) -> int | None:
+    """Run the graph on this machine, and stay until it has ended."""
+    from slurm.execution.slurm_queue import live_steps
+
+    with locked(root):
+        elsewhere = [n for n in live_steps(root) if not _is_local(root, n)]
+        if elsewhere:
+            raise UserError(f"{', '.join(elsewhere)}: on SLURM; `python -m slurm cancel {root}` first")
+        refuse_other_configuration(root, graph, redo)
+        set_aside(root, graph, redo)
+        save_settings(asked, root / "config.yaml")
+        views = LocalRun(graph, root, resources, pin(root)).run()
+    print("\n".join(as_lines(views)))
+    print(summary(views))
+    if (root / "report" / "index.html").exists():
+        print(f"report: {root / 'report' / 'index.html'}", file=sys.stderr)
+    return EXIT_FAILED if any(v.state != DONE for v in views) else None
+
+
+def _is_local(root: Path, name: str) -> bool:
+    from slurm.state.step_files import Record
+
+    return Record(root, name).submitted.get("cluster") == "local"

@@ -1,0 +1,125 @@
+"""Steps and their resources enter; submitit jobs leave: the one place that builds an executor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import submitit
+
+from slurm.execution.job import Job
+from slurm.state.step_files import Record
+from slurm.steps.graph import Graph, Step
+from slurm.steps.resources import Resources
+
+Cluster = Literal["local", "slurm"]
+
+
+def job_of(step: Step, graph: Graph, root: Path, resources: Resources) -> Job:
+    """The callable of one step."""
+    needed = {name: graph.keys[name] for name in step.needs}
+    return Job(step, key=graph.keys[step.name], root=root, needed=needed, max_requeues=resources.max_requeues)
+
+
+def python_command(code: Path, threads: int) -> str:
+    """Python in the pinned code's folder, with as many threads as the job has cores."""
+    path = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Threads that wait let go of their core soon: where others run, a step takes a fraction of the time.
+    spin = os.environ.get("GOMP_SPINCOUNT", "1000")
+    words = ["env", "-C", str(code), f"PYTHONPATH={path}", f"OMP_NUM_THREADS={threads}"]
+    words += [f"GOMP_SPINCOUNT={spin}", sys.executable]
+    return shlex.join(words)
+
+
+def log_folder(root: Path) -> Path:
+    """A fresh folder for each submission: an id that comes round again never meets old files."""
+    return root / "jobs" / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def executor(
+    cluster: Cluster,
+    *,
+    name: str,
+    resources: Resources,
+    code: Path,
+    logs: Path,
+    threads: int,
+    gpus: list[int] | None = None,
+    dependency: str | None = None,
+) -> submitit.AutoExecutor:
+    """submitit's executor for steps with these resources; `gpus` are the local ones to use."""
+    python = python_command(code, threads)
+    if cluster == "local":
+        auto = submitit.AutoExecutor(folder=logs, cluster="local", local_python=python)
+        auto.update_parameters(
+            name=name,
+            tasks_per_node=resources.tasks,
+            gpus_per_node=len(gpus or []),
+            timeout_min=resources.timeout_min,
+        )
+        # The local executor knows these two, AutoExecutor refuses to pass them on; the dict is shared.
+        auto.parameters.update(visible_gpus=tuple(gpus or []), signal_delay_s=resources.signal_delay_s)
+        return auto
+    auto = submitit.AutoExecutor(
+        folder=logs, cluster="slurm", slurm_python=python, slurm_max_num_timeout=resources.max_timeouts
+    )
+    extra: dict[str, Any] = {"kill-on-invalid-dep": "yes", "requeue": True, **resources.sbatch}
+    auto.update_parameters(
+        name=name,
+        nodes=resources.nodes,
+        tasks_per_node=resources.tasks,
+        gpus_per_node=resources.gpus_per_node or None,
+        cpus_per_task=resources.cpus_per_task,
+        mem_gb=resources.mem_gb,
+        timeout_min=resources.timeout_min,
+        slurm_signal_delay_s=resources.signal_delay_s,
+        slurm_partition=resources.partition,
+        slurm_account=resources.account,
+        slurm_qos=resources.qos,
+        slurm_constraint=resources.constraint,
+        slurm_exclude=resources.exclude,
+        slurm_array_parallelism=resources.array_parallelism,
+        slurm_setup=list(resources.setup) or None,
+        slurm_dependency=dependency,
+        slurm_additional_parameters=extra,
+        # A rank that dies takes the others along, which would wait for it for half an hour.
+        slurm_srun_args=["--kill-on-bad-exit=1"],
+    )
+    return auto
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes started meanwhile are deaf to Ctrl-C and a closed terminal: who started them stops them."""
+    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def submit_local(
+    step: Step, graph: Graph, root: Path, resources: Resources, code: Path, gpus: list[int], cpus: int
+) -> submitit.Job[str]:
+    """Start one step on this machine."""
+    logs = log_folder(root)
+    threads = max(1, cpus // resources.tasks)
+    auto = executor(
+        "local", name=step.name, resources=resources, code=code, logs=logs, threads=threads, gpus=gpus
+    )
+    record = Record(root, step.name)
+    order = list(graph.steps).index(step.name)
+    record.submit(step, graph.keys[step.name], order, cluster="local", code=str(code), driver=os.getpid())
+    with without_interrupts():
+        job = auto.submit(job_of(step, graph, root, resources))
+    record.submitted_as(job.job_id, logs)
+    return job

@@ -1,0 +1,215 @@
+"""A suite's settings enter; everything that would make its jobs fail, found before they wait, leaves."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pretrain.common.errors import UserError
+from slurm.steps import tasks
+from slurm.steps.graph import Graph
+from slurm.steps.resources import Resources
+from slurm.steps.suite import CLASSIFICATION, Suite
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from slurm.steps.suite import Suite
+    from transfer.evaluation.protocol import Protocol
+
+CHECKPOINT_GB = 2.0
+"""Disk that one training step may need: three checkpoints of a ResNet-50 with its projector."""
+
+
+class Backbone(NamedTuple):
+    """A network to judge."""
+
+    arch: str
+    model: nn.Module
+    metadata: Mapping[str, str]
+    """What its file says of it, as Loaded.metadata."""
+
+
+def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources]) -> list[str]:
+    """Every problem as a line to print; an empty list when jobs may be submitted."""
+    backbones, faults = _backbones(asked)
+    problems = [
+        *_images(asked),
+        *faults,
+        *_protocols(asked),
+        *_detection(asked, backbones),
+        *_disk(graph, root),
+    ]
+    if asked.cluster == "slurm":
+        problems += _cluster(graph, resources)
+    return problems
+
+
+def _images(asked: Suite) -> list[str]:
+    from pretrain.data.datasets import open_dataset
+    from transfer.evaluation.voc07 import NAME, open_voc07, refuse_voc07
+
+    if not asked.data_dir:
+        return []
+    name = asked.labelled
+    try:
+        for split in ("train", "test"):
+            if name == NAME and not asked.recipe:
+                open_voc07(asked.data_dir, split)
+            else:
+                open_dataset(name, asked.data_dir, split)
+        if any(task == "knn" or task.startswith("semisup") for task in asked.tasks or []):
+            refuse_voc07(name)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
+    """What is to be judged by the option that names it, and what cannot be loaded."""
+    from pretrain.model import build_backbone
+    from transfer.checkpoints.backbone import load_backbone
+
+    backbones, problems = {}, []
+    for path in asked.weights or []:
+        try:
+            loaded = load_backbone(path, branch=asked.branch)
+        except UserError as error:
+            problems.append(f"--weights {path}: {error}")
+        else:
+            backbones[f"--weights {path}"] = Backbone(loaded.arch, loaded.model, loaded.metadata)
+    settings = asked.pretraining
+    if settings:
+        name = f"--recipe {asked.recipe}"
+        try:
+            model = build_backbone(settings.arch, stem=settings.stem)
+        except UserError as error:
+            problems.append(f"{name}: {error}")
+        else:
+            backbones[name] = Backbone(settings.arch, model, {})
+    return backbones, problems
+
+
+def _protocols(asked: Suite) -> list[str]:
+    from transfer.evaluation.protocol import load_protocol
+
+    problems = []
+    for kind, name in asked.protocols.items():
+        if any(task.startswith(kind) for task in asked.tasks or []):
+            try:
+                protocol = load_protocol(name, kind)
+                if kind == "semisup":
+                    problems += _label_shares(protocol, asked.tasks or [])
+            except UserError as error:
+                problems.append(f"--{kind}-protocol {name}: {error}")
+    return problems
+
+
+def _label_shares(protocol: Protocol, wanted: list[str]) -> list[str]:
+    """The protocol has learning rates for the share of labels of each semisupN task."""
+    from transfer.evaluation.protocol import all_protocols
+    from transfer.evaluators.semisup import SemisupProtocol
+
+    has = protocol.settings(SemisupProtocol).lr_backbone
+    problems = []
+    for task in (t for t in wanted if t.startswith("semisup")):
+        share = task.removeprefix("semisup")
+        if share not in has:
+            able = [str(p) for p in all_protocols() if share in p.values.get("lr_backbone", {})]
+            problems.append(
+                f"--tasks {task}: {protocol} has rates for {', '.join(has)} % of the labels alone; "
+                f"--semisup-protocol with rates for {share} %: {', '.join(able)}"
+            )
+    return problems
+
+
+def _detection(asked: Suite, backbones: Mapping[str, Backbone]) -> list[str]:
+    """Backbones convert, configs suit them, data sets are there, as convert and train_net check it."""
+    wanted = [t for t in asked.tasks or [] if t not in CLASSIFICATION]
+    if not wanted:
+        return []
+    from transfer.detection.availability import need_detectron2
+
+    try:
+        need_detectron2()
+    except UserError as error:
+        return [f"--tasks {','.join(wanted)}: {error}"]
+    from transfer.detection import config, convert, data
+
+    problems, records = [], {}
+    for name, backbone in backbones.items():
+        try:
+            options = convert.shape_of(convert.to_detectron2(backbone.model.state_dict())).options()
+            records[name] = {"arch": backbone.arch, "metadata": backbone.metadata, "options": options}
+        except UserError as error:
+            problems.append(f"--tasks {','.join(wanted)} with {name}: {error}")
+    for task in wanted:
+        file, words = tasks.detection_config(task), asked.detection_options.split()
+        try:
+            cfg = config.load_config(file, words)
+        except UserError as error:
+            problems.append(f"--tasks {task}: {error}")
+            continue
+        for name, record in records.items():
+            try:
+                config.load_config(file, words, record)
+            except UserError as error:
+                problems.append(f"--tasks {task} with {name}: {error}")
+        try:
+            data.register(asked.detection_data or [], option="--detection-data")
+            data.check(cfg, option="--detection-data")
+        except UserError as error:
+            problems.append(f"--tasks {task}: {error}")
+    return problems
+
+
+def _disk(graph: Graph, root: Path) -> list[str]:
+    place = next(p for p in (root, *root.parents) if p.exists())
+    free_gb = shutil.disk_usage(place).free / 1e9
+    wanted_gb = CHECKPOINT_GB * sum(s.kind in ("pretrain", "semisup", "detection") for s in graph)
+    if free_gb < wanted_gb:
+        return [f"{place} has {free_gb:.1f} GB free, the suite may need {wanted_gb:.0f} GB"]
+    return []
+
+
+def _cluster(graph: Graph, resources: dict[str, Resources]) -> list[str]:
+    """Partition, account and qos are known to SLURM, and the job's size fits the partition."""
+    if shutil.which("sbatch") is None:
+        return [
+            "--cluster slurm: there is no sbatch here; call this on a login node, or take --cluster local"
+        ]
+    problems: list[str] = []
+    partitions = _lines("sinfo", "--noheader", "--format", "%R")
+    if partitions is None:
+        return ["sinfo does not answer: is the cluster up?"]
+    used = [resources[s.kind] for s in graph]
+    for name in sorted({r.partition for r in used if r.partition}):
+        for part in name.split(","):
+            if part not in partitions:
+                known = ", ".join(sorted(set(partitions)))
+                problems.append(f"partition {part} is not known to the cluster; known: {known}")
+    accounts = _lines("sacctmgr", "--noheader", "--parsable2", "show", "account", "format=account")
+    for name in sorted({r.account for r in used if r.account}):
+        if accounts is not None and name not in accounts:
+            problems.append(
+                f"account {name} is not known to the cluster; known: {', '.join(sorted(set(accounts)))}"
+            )
+    levels = _lines("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=name")
+    for name in sorted({r.qos for r in used if r.qos}):
+        if levels is not None and name not in levels:
+            problems.append(
+                f"qos {name} is not known to the cluster; known: {', '.join(sorted(set(levels)))}"
+            )
+    return problems
+
+
+def _lines(*command: str) -> list[str] | None:
+    """What a SLURM command prints, or None where it does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return [x.strip() for x in done.stdout.splitlines() if x.strip()] if done.returncode == 0 else None

@@ -1,0 +1,213 @@
+"""What a suite is: its settings, and the steps that they ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pretrain.common.errors import UserError
+from pretrain.settings import Settings as PretrainSettings
+from slurm.steps import tasks
+from slurm.steps.graph import Graph, Step
+from slurm.steps.resources import Resources
+from slurm.steps.tasks import DETECTION, Images, Subject
+from transfer.evaluation.voc07 import NAME as VOC07
+
+CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Settings of `python -m slurm suite`."""
+
+    output: str
+    """Folder for everything; run again on it to submit what is missing."""
+    recipe: str | None = None
+    """Pretrain by this recipe, a name or a YAML file; or give --weights."""
+    weights: list[str] | None = None
+    """Checkpoint files to judge, in any known format: --weights A.pth B.pth."""
+    branch: Literal["online", "ema"] = "online"
+    """Which of two networks of a checkpoint to judge."""
+    control: bool = False
+    """With --recipe: judge the same initialisation, untrained, as well."""
+    tasks: list[str] | None = None
+    """What to judge by: knn, linear, semisup1, semisup10, and for detection coco_c4_2x, other names in
+    detection_configs/ or a YAML file."""
+    seeds: int = 1
+    """Runs of every task that has randomness, with seeds 0, 1 ...; k-NN has none and runs once."""
+    pretrain_seed: int = 0
+    """Seed of pretraining."""
+    dataset: str | None = None
+    """Labelled images, for pretraining too; the recipe's own when not given, imagenet for --weights."""
+    data_dir: str | None = None
+    """Folder of the data set."""
+    detection_data: list[str] | None = None
+    """COCO-format folders by name: NAME=ANNOTATIONS.json:IMAGES, where not in DETECTRON2_DATASETS."""
+    knn_protocol: str | None = None
+    """Protocol of k-NN: solo_knn@1, or INTL's intl_cifar_5nn@1 for a recipe with the CIFAR stem."""
+    linear_protocol: str | None = None
+    """Protocol of the linear probe: intl_linear@1, or INTL's intl_cifar_linear@1 for a recipe with the CIFAR
+    stem, voc07_svm@1 for voc07."""
+    semisup_protocol: str = "intl_semisup_as_released@1"
+    """Protocol of the semi-supervised evaluation."""
+    pretrain_options: str = ""
+    """Further options for pretraining, as one text: "--epochs 2". Every --hook-every-epochs the k-NN accuracy
+    of the running backbone is logged, unless this says "--hook null"."""
+    linear_options: str = ""
+    """Further options for the linear probe."""
+    semisup_options: str = ""
+    """Further options for the semi-supervised evaluation."""
+    detection_options: str = ""
+    """Further options for detection: "SOLVER.MAX_ITER 100"."""
+    cluster: Literal["local", "slurm"] = "local"
+    """This machine, or SLURM."""
+    profile: str | None = None
+    """What each kind of step asks for: a name in slurm/profiles or a YAML file; local has its own."""
+    override: list[str] | None = None
+    """Changes to the profile: --override pretrain.timeout_min=600 all.account=vision."""
+    dry_run: bool = False
+    """Print the graph, the sbatch headers and the GPU-hours, check everything, submit nothing."""
+    force: list[str] | None = None
+    """Steps or kinds of step to compute again, with all that needs them; old results are kept aside."""
+
+    def __post_init__(self) -> None:
+        if bool(self.recipe) == bool(self.weights):
+            raise UserError("wanted either --recipe NAME|FILE or --weights FILE...")
+        if not self.tasks:
+            raise UserError(f"wanted --tasks, of: {', '.join((*CLASSIFICATION, *DETECTION))}")
+        for task in self.tasks:
+            if task in CLASSIFICATION:
+                continue
+            try:
+                tasks.detection_config(task)
+            except UserError as error:
+                raise UserError(
+                    f"--tasks {task}: unknown; known: {', '.join((*CLASSIFICATION, *DETECTION))}, a name in "
+                    "detection_configs/, or a detectron2 YAML file"
+                ) from error
+        if self.seeds < 1:
+            raise UserError(f"--seeds {self.seeds}: wanted at least 1")
+        if not self.data_dir and (self.recipe or set(self.tasks).intersection(CLASSIFICATION)):
+            raise UserError("wanted --data-dir, the folder of the labelled images")
+        if self.cluster == "slurm" and not self.profile:
+            raise UserError("--cluster slurm wants --profile: copy one of slurm/profiles and adapt it")
+
+    @cached_property
+    def pretraining(self) -> PretrainSettings | None:
+        """What will be pretrained, parsed with all overrides as the job will; None for --weights."""
+        if not self.recipe:
+            return None
+        named = ["--dataset", self.dataset] if self.dataset else []
+        return tasks.recipe_settings(
+            self.recipe, [*named, *self.pretrain_options.split()], data_dir=self.data_dir, output=self.output
+        )
+
+    @property
+    def labelled(self) -> str:
+        """The name of the data set with labels."""
+        return self.pretraining.dataset if self.pretraining else self.dataset or "imagenet"
+
+    @property
+    def protocols(self) -> dict[str, str]:
+        """The protocol of each kind of task: the one asked for, else the one that the field reports it by."""
+        cifar = self.pretraining is not None and self.pretraining.stem == "cifar"
+        linear = "voc07_svm@1" if self.labelled == VOC07 else "intl_linear@1"
+        return {
+            "knn": self.knn_protocol or ("intl_cifar_5nn@1" if cifar else "solo_knn@1"),
+            "linear": self.linear_protocol or ("intl_cifar_linear@1" if cifar else linear),
+            "semisup": self.semisup_protocol,
+        }
+
+
+def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Graph:
+    """The steps that the settings ask for."""
+    steps: list[Step] = []
+    subjects: list[Subject] = []
+    images = Images(dataset=asked.labelled, data_dir=Path(asked.data_dir or ".").resolve())
+    if asked.recipe:
+        extra = asked.pretrain_options.split()
+        steps.append(tasks.pretraining(root, asked.recipe, images, asked.pretrain_seed, extra))
+        file = "backbone.safetensors" if asked.branch == "online" else "backbone_ema.safetensors"
+        subjects.append(Subject(
+            name="intl", label="INTL", weights=str(root / "pretrain" / file), needs=("pretrain",)
+        ))  # fmt: skip
+        if asked.control:
+            untrained = tasks.control(
+                root, asked.recipe, images, asked.pretrain_seed, tasks.without(extra, "--epochs")
+            )
+            steps.append(untrained)
+            weights = str(root / "control" / "backbone.safetensors")
+            subjects.append(
+                Subject(name="control", label="random control", weights=weights, needs=("control",))
+            )
+    for name, path in _files(asked.weights or []).items():
+        subjects.append(Subject(name=name, label=name, weights=str(path), branch=asked.branch))
+    evaluations: list[Step] = []
+    for subject in subjects:
+        proved = tasks.proof(root, subject)
+        steps.append(proved)
+        proven = tasks.after(subject, proved)
+        wanted = asked.tasks or []
+        evaluations += [
+            step
+            for task in wanted if task in CLASSIFICATION
+            for step in _judged(root, proven, images, task, asked)
+        ]  # fmt: skip
+        detections = [task for task in wanted if task not in CLASSIFICATION]
+        if detections:
+            converted = tasks.conversion(root, proven)
+            steps.append(converted)
+            gpus = 1 if resources["detection"].gpus_per_node else 0
+            for task in detections:
+                for seed in range(asked.seeds):
+                    evaluations.append(tasks.detection(
+                        root, proven, task=Path(task).stem, config=tasks.detection_config(task), seed=seed,
+                        weights=converted.makes[0], needs=(converted.name,), num_gpus=gpus,
+                        datasets=asked.detection_data or [], extra=asked.detection_options.split(),
+                    ))  # fmt: skip
+    report = tasks.report(root, [*(s for s in steps if s.kind in ("pretrain", "control")), *evaluations])
+    return Graph([*steps, *evaluations, report])
+
+
+def _files(weights: list[str]) -> dict[str, Path]:
+    """Absolute paths by name: the file's, with as many of its folders as it takes to tell all apart."""
+    paths = [Path(w).resolve() for w in weights]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"--weights {path}: no such file")
+        if paths.count(path) > 1:
+            raise UserError(f"--weights names {path} twice")
+    for depth in range(1, max((len(p.parts) for p in paths), default=1) + 1):
+        named = {"-".join([*p.parts[1:][-depth:-1], p.stem]): p for p in paths}
+        if len(named) == len(paths):
+            return named
+    same = ", ".join(str(p) for p in paths)
+    raise UserError(f"--weights: these differ in nothing but their suffix, rename one: {same}")
+
+
+def _judged(root: Path, subject: Subject, images: Images, task: str, asked: Suite) -> list[Step]:
+    """One classification task: k-NN once, the others for each seed."""
+    if task == "knn":
+        return [tasks.classification(
+            root, subject, images, kind="knn", protocol=asked.protocols["knn"], seed=None
+        )]  # fmt: skip
+    if task == "linear":
+        kind, extra = "linear", asked.linear_options.split()
+    else:
+        kind = "semisup"
+        extra = ["--label-percent", task.removeprefix("semisup"), *asked.semisup_options.split()]
+    return [
+        tasks.classification(
+            root,
+            subject,
+            images,
+            kind=kind,
+            protocol=asked.protocols[kind],
+            seed=seed,
+            extra=extra,
+            folder=task,
+        )
+        for seed in range(asked.seeds)
+    ]

@@ -1,0 +1,240 @@
+"""A backbone and a data set enter; the steps that judge it leave. What a task is, is said here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pretrain.settings import Settings, parse_recipe
+from slurm.steps.graph import Step
+from transfer.detection.availability import CONFIGS, find_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A backbone to judge: a file, or `raw-pixels`."""
+
+    name: str
+    """Its folder's name: intl, control, raw-pixels."""
+    label: str
+    """Its name in the report."""
+    weights: str
+    """Absolute path of the file, or raw-pixels."""
+    needs: tuple[str, ...] = ()
+    """The steps that write or prove the file."""
+    branch: str = "online"
+    """online or ema."""
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """A file of the user's own; what a step of the graph writes is known by that step's key."""
+        return (Path(self.weights),) if not self.needs and self.weights != "raw-pixels" else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Where the labelled images are."""
+
+    dataset: str
+    data_dir: Path
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return ("--dataset", self.dataset, "--data-dir", str(self.data_dir))
+
+
+DETECTION = {
+    "coco_c4_1x": "coco_R50_C4_1x",
+    "coco_c4_2x": "coco_R50_C4_2x",
+    "coco_fpn_1x": "coco_R50_FPN_1x",
+    "coco_fpn_2x": "coco_R50_FPN_2x",
+    "voc_c4": "voc_R50_C4_24k",
+    "voc_fpn": "voc_R50_FPN_24k",
+}
+"""Detection tasks by their short names, and the file in detection_configs."""
+
+
+def detection_config(task: str) -> str:
+    """What train_net is told: the name of a file in detection_configs, which the pinned code has too, or the
+    absolute path of another YAML file. Raises UserError as train_net does for what it cannot find.
+    """
+    path = find_config(DETECTION.get(task, task)).resolve()
+    return path.stem if path.parent == CONFIGS else str(path)
+
+
+def recipe_settings(recipe: str, words: Sequence[str], *, data_dir: str | None, output: str) -> Settings:
+    """A recipe with its overrides, parsed as the job will parse it; raises UserError where the job would."""
+    return parse_recipe(["--recipe", recipe, "--data-dir", data_dir or "", *words, "--output", output])
+
+
+KNN_HOOK = ("--hook", "transfer.hooks:knn")
+"""k-NN of the running backbone every --hook-every-epochs, into metrics.jsonl and the report's curves."""
+
+
+def pretraining(root: Path, recipe: str, images: Images | None, seed: int, extra: Sequence[str] = ()) -> Step:
+    """INTL pretraining into `root`/pretrain, with KNN_HOOK where there are labelled images.
+
+    A hook of the recipe's own or among `extra` takes its place; `--hook null` in `extra` leaves it out.
+    """
+    hook: tuple[str, ...] = ()
+    if images:
+        told = recipe_settings(recipe, extra, data_dir=str(images.data_dir), output=str(root / "pretrain"))
+        hook = KNN_HOOK if told.hook is None and "--hook" not in extra else ()
+    return _pretrain(root, "pretrain", "pretrain", recipe, images, seed, (*hook, *extra))
+
+
+def control(root: Path, recipe: str, images: Images | None, seed: int, extra: Sequence[str] = ()) -> Step:
+    """The same initialisation, not trained, into `root`/control."""
+    return _pretrain(root, "control", "control", recipe, images, seed, (*extra, "--epochs", "0"))
+
+
+def _pretrain(
+    root: Path, name: str, kind: str, recipe: str, images: Images | None, seed: int, extra: Sequence[str]
+) -> Step:
+    output = root / name
+    file = Path(recipe)
+    own = file.suffix in (".yaml", ".yml") and file.is_file()
+    data = images.argv if images else ()
+    return Step(
+        name=name,
+        kind=kind,
+        command="pretrain",
+        argv=(
+            "--recipe",
+            str(file.resolve()) if own else recipe,
+            *data,
+            "--seed",
+            str(seed),
+            *extra,
+            "--output",
+            str(output),
+        ),
+        output=output,
+        inputs=(file.resolve(),) if own else (),
+        makes=(output / "backbone.safetensors",),
+    )
+
+
+def without(words: list[str], option: str) -> list[str]:
+    """`words` without an option and its value: the control sets its own --epochs."""
+    if option not in words:
+        return words
+    at = words.index(option)
+    return words[:at] + words[at + 2 :]
+
+
+def after(subject: Subject, step: Step) -> Subject:
+    """The same backbone, judged only after `step`."""
+    return replace(subject, needs=(*subject.needs, step.name))
+
+
+def proof(root: Path, subject: Subject) -> Step:
+    """Whether the file loads as a complete backbone, before anything long is spent on it."""
+    output = root / "proof" / subject.name
+    return Step(
+        name=f"proof/{subject.name}",
+        kind="export",
+        command="transfer inspect",
+        argv=(subject.weights,),
+        output=output,
+        needs=subject.needs,
+        inputs=subject.inputs,
+    )
+
+
+def conversion(root: Path, subject: Subject) -> Step:
+    """detectron2's weights in `root`/convert, proved equal."""
+    target = root / "convert" / f"{subject.name}.pkl"
+    return Step(
+        name=f"convert/{subject.name}",
+        kind="export",
+        command="transfer convert",
+        argv=("--weights", subject.weights, "--branch", subject.branch, "--output", str(target)),
+        output=root / "convert" / subject.name,
+        needs=subject.needs,
+        inputs=subject.inputs,
+        makes=(target,),
+    )
+
+
+def classification(
+    root: Path,
+    subject: Subject,
+    images: Images,
+    *,
+    kind: str,
+    protocol: str,
+    seed: int | None,
+    extra: Sequence[str] = (),
+    folder: str | None = None,
+) -> Step:
+    """k-NN, linear or semi-supervised evaluation; `seed` None for what has no randomness."""
+    name = f"{folder or kind}/{subject.name}" + ("" if seed is None else f"/seed{seed}")
+    output = root / name
+    words = ["--weights", subject.weights, "--protocol", protocol, *images.argv, "--output", str(output)]
+    if subject.weights != "raw-pixels":
+        words += ["--branch", subject.branch]
+    if kind != "semisup":
+        words += ["--cache-dir", str(root / "features")]
+    words += ["--label", subject.label]
+    if seed is not None:
+        words += ["--seed", str(seed)]
+    return Step(
+        name=name,
+        kind=kind,
+        command=f"transfer {kind}",
+        argv=(*words, *extra),
+        output=output,
+        needs=subject.needs,
+        inputs=subject.inputs,
+        makes=(output / "results.jsonl",),
+    )
+
+
+def detection(
+    root: Path,
+    subject: Subject,
+    *,
+    task: str,
+    config: str,
+    seed: int,
+    weights: Path | None,
+    needs: tuple[str, ...],
+    datasets: Sequence[str] = (),
+    num_gpus: int = 0,
+    extra: Sequence[str] = (),
+) -> Step:
+    """Fine-tuning into `root`/detection/<task>/<subject>/seedN; no `weights`: random initialisation."""
+    name = f"detection/{task}/{subject.name}/seed{seed}"
+    output = root / name
+    words = ["--config-file", config, "--num-gpus", str(num_gpus)]
+    for dataset in datasets:
+        words += ["--dataset", dataset]
+    words += ["--label", subject.label]
+    words += ["--random-init"] if weights is None else ["MODEL.WEIGHTS", str(weights)]
+    words += ["OUTPUT_DIR", str(output), "SEED", str(seed), *extra]
+    return Step(
+        name=name,
+        kind="detection",
+        command="transfer.train_net",
+        argv=tuple(words),
+        output=output,
+        needs=needs,
+        inputs=(Path(config),) if Path(config).is_absolute() else (),
+        makes=(output / "results.jsonl",),
+    )
+
+
+def report(root: Path, steps: Sequence[Step], title: str | None = None) -> Step:
+    """The report over all that has ended, into `root`/report; it says itself what is missing."""
+    output = root / "report"
+    return Step(
+        name="report",
+        kind="report",
+        command="transfer report",
+        argv=(str(root), "--output", str(output), *(("--title", title) if title else ())),
+        output=output,
+        after=tuple(s.name for s in steps),
+        makes=(output / "index.html",),
+    )

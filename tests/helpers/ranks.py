@@ -1,0 +1,83 @@
+"""Ranks on this machine: a command as torchrun starts it, or a function forked into a gloo group."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing as mp
+
+from pretrain.common.cli import save_settings
+from pretrain.common.process_group import process_group
+from pretrain.settings import Settings
+
+
+def start_ranks(settings: Settings, *options: str, world: int = 2) -> list[subprocess.Popen[str]]:
+    """`python -m pretrain` as torchrun would start it on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = Path(settings.output).with_suffix(".yaml")
+    save_settings(settings, config)
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "pretrain", "--recipe", str(config), *options],
+            env={
+                **os.environ, "OMP_NUM_THREADS": "1",
+                "RANK": str(r), "WORLD_SIZE": str(world), "LOCAL_RANK": str(r),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            },
+            stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(world)
+    ]  # fmt: skip
+
+
+def wait_ranks(ranks: list[subprocess.Popen[str]], expected: int) -> None:
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [expected] * len(ranks), said
+
+
+def fork_ranks(world: int, work: Callable[..., None], *arguments: Any) -> list[mp.Process]:
+    """Fork `world` processes that call `work(*arguments)` inside a gloo group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("fork")  # imports nothing anew
+    ranks = [context.Process(target=_forked, args=(r, world, port, work, arguments)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def _forked(r: int, world: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    try:
+        with process_group():
+            work(*arguments)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+    os._exit(0)
+
+
+def finish_ranks(ranks: list[mp.Process]) -> list[int | None]:
+    for process in ranks:
+        process.join(120)
+    return [process.exitcode for process in ranks]
+
+
+def kill_ranks(ranks: list[mp.Process]) -> None:
+    for process in ranks:
+        process.kill()
+        process.join()

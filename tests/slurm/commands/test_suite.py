@@ -1,0 +1,227 @@
+"""The suite's command: its graph, its refusals, its dry run, and one run on this machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from pretrain.common.errors import UserError
+from slurm.__main__ import main
+from slurm.execution import submit
+from slurm.execution.snapshot import SOURCE
+from slurm.steps.resources import load_profile
+from slurm.steps.suite import Suite, _files, suite_graph
+from slurm.steps.tasks import DETECTION, detection_config
+from transfer.__main__ import main as transfer
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text("dataset: imagefolder\narch: resnet18\nprojector_hidden: 64\nprojector_output: 64\n")
+    return path
+
+
+def graph_of(root: Path, recipe: Path, **rest):
+    asked = Suite(
+        output=str(root), recipe=str(recipe), data_dir=str(root), seeds=3,
+        tasks=["knn", "linear", "semisup1", "coco_c4_2x"], **rest,
+    )  # fmt: skip
+    return suite_graph(root, asked, load_profile("slurm_gpu", []))
+
+
+def test_the_graph_is_the_one_asked_for(tmp_path: Path, recipe: Path) -> None:
+    graph = graph_of(tmp_path, recipe)
+    assert list(graph.steps) == [
+        "pretrain", "proof/intl", "convert/intl", "knn/intl", *(f"linear/intl/seed{i}" for i in range(3)),
+        *(f"semisup1/intl/seed{i}" for i in range(3)),
+        *(f"detection/coco_c4_2x/intl/seed{i}" for i in range(3)),
+        "report",
+    ]  # fmt: skip
+    assert graph.steps["knn/intl"].needs == ("pretrain", "proof/intl")
+    assert graph.steps["detection/coco_c4_2x/intl/seed1"].needs == ("convert/intl",)
+    assert "--label-percent" in graph.steps["semisup1/intl/seed0"].argv
+    assert set(graph.steps["report"].after) == set(graph.steps) - {"proof/intl", "convert/intl", "report"}
+
+
+def test_protocols_are_those_that_the_field_reports_by(tmp_path: Path, recipe: Path) -> None:
+    def of(**rest) -> tuple[str, str]:
+        asked = Suite(output=str(tmp_path), data_dir=str(tmp_path), tasks=["knn", "linear"], **rest)
+        chosen = asked.protocols
+        return chosen["knn"], chosen["linear"]
+
+    assert of(recipe=str(recipe)) == ("solo_knn@1", "intl_linear@1")
+    assert of(weights=["w.pth"], dataset="voc07") == ("solo_knn@1", "voc07_svm@1")
+    assert of(recipe="cifar10_ep1000") == ("intl_cifar_5nn@1", "intl_cifar_linear@1")
+    assert of(recipe="cifar10_ep1000", linear_protocol="logreg@1") == ("intl_cifar_5nn@1", "logreg@1")
+
+
+def test_alike_steps_become_arrays_with_dependencies(tmp_path: Path, recipe: Path) -> None:
+    graph = graph_of(tmp_path, recipe)
+    batches = submit.in_order(submit.plan(graph, tmp_path, set()).batches)
+    sizes = {b.title: len(b.steps) for b in batches}
+    assert sizes["linear/intl"] == 3 and sizes["detection/coco_c4_2x/intl"] == 3 and sizes["knn/intl"] == 1
+    linear = next(b for b in batches if b.title == "linear/intl")
+    assert submit.dependency(linear, {"pretrain": "5", "proof/intl": "6"}) == "afterok:5:6"
+    assert submit.dependency(linear, {"proof/intl": "6"}) == "afterok:6"  # pretrain was done before
+    report = batches[-1]
+    assert submit.dependency(report, {"knn/intl": "7", "linear/intl/seed2": "8_2"}) == "afterany:7:8_2"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "knn"], "either --recipe NAME|FILE or --weights FILE"),
+        (["--recipe", "r", "--weights", "w", "--tasks", "knn"], "either --recipe"),
+        (["--weights", "w.pth"], "wanted --tasks, of: knn, linear"),
+        (["--weights", "w.pth", "--tasks", "kmn", "--data-dir", "."], "--tasks kmn: unknown; known: knn"),
+        (["--weights", "w.pth", "--tasks", "knn"], "wanted --data-dir"),
+        (["--weights", "w.pth", "--tasks", "knn", "--data-dir", "."], "w.pth: no such file"),
+        (["--weights", "w.pth", "--tasks", "knn", "--data-dir", ".", "--seeds", "0"], "--seeds 0"),
+        (["--weights", "w", "--tasks", "knn", "--data-dir", ".", "--cluster", "slurm"], "wants --profile"),
+        (["--recipe", "nope", "--tasks", "knn", "--data-dir", "."], "nope: no such file; known names: "),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    assert main(["suite", *words, "--output", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.startswith("error: ") and "Traceback" not in told
+    assert not out.exists()
+
+
+def test_a_dry_run_finds_what_would_fail(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"no checkpoint")
+    words = ["--tasks", "knn", "--knn-protocol", "nope@1", "--dataset", "imagefolder"]
+    words += ["--output", str(tmp_path / "out"), "--dry-run"]
+    assert main(["suite", "--weights", str(broken), "--data-dir", str(tmp_path / "void"), *words]) == 2
+    told = capsys.readouterr()
+    assert told.out.count("check failed") == 3 and "void" in told.out and "nope@1" in told.out
+    assert "== proof/broken" in told.out and not (tmp_path / "out").exists()
+    good = ["--knn-protocol", "solo_knn@1", "--data-dir", str(cifar_folder)]
+    assert main(["suite", "--recipe", str(recipe), *words[:2], *words[4:], *good]) == 0
+    assert "all checks passed" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_commands_that_run(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "two words"
+    words = ["--recipe", str(recipe), "--data-dir", str(cifar_folder), "--output", str(folder), "--dry-run"]
+    assert main(["suite", *words, "--tasks", "knn,linear,semisup1,small_R18_FPN"]) in (0, 2)
+    told = [shlex.split(x) for x in capsys.readouterr().out.splitlines() if x.startswith("   python ")]
+    assert {" ".join(x[2:4]) if x[2] == "transfer" else x[2] for x in told} == {
+        "pretrain", "transfer inspect", "transfer knn", "transfer linear", "transfer semisup",
+        "transfer convert", "transfer.train_net", "transfer report",
+    }  # fmt: skip
+    knn = next(x for x in told if x[3] == "knn")
+    assert transfer(knn[3:]) == 2  # it runs, and misses what the first step would have made
+    assert f"{folder}/pretrain/backbone.safetensors" in capsys.readouterr().err
+
+
+def test_a_detector_that_the_backbone_does_not_suit_is_refused(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, coco_mini: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As train_net and convert would, hours later; the config of the right depth is the control."""
+    pytest.importorskip("detectron2")
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "w.pth")
+    data = [f"small_{s}={coco_mini / 'instances.json'}:{coco_mini / 'images'}" for s in ("train", "test")]
+    classes = len(json.loads((coco_mini / "instances.json").read_text())["categories"])
+    suits = f"MODEL.ROI_HEADS.NUM_CLASSES {classes} INPUT.MASK_FORMAT bitmask"
+    from_weights = ["--weights", str(tmp_path / "w.pth")]
+    pretrained = ["--recipe", str(recipe), "--data-dir", str(cifar_folder)]
+    mismatch = "the weights are those of a resnet18, the config says MODEL.RESNETS.DEPTH 50"
+
+    def problems(*words: str, options: str = suits) -> list[str]:
+        shared = ["--output", str(tmp_path / "out"), "--dry-run", "--detection-data", *data]
+        code = main(["suite", *shared, "--detection-options", options, *words])
+        lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("check failed: ")]
+        assert code == (2 if lines else 0)
+        return lines
+
+    for subject in (from_weights, pretrained):
+        (told,) = problems(*subject, "--tasks", "small_R18_FPN,small_R50_FPN")
+        assert f"--tasks small_R50_FPN with {' '.join(subject[:2])}: {mismatch}" in told
+    assert not problems(*pretrained, "--pretrain-options", "--arch resnet50", "--tasks", "small_R50_FPN")
+    cifar = [*pretrained, "--pretrain-options", "--stem cifar"]
+    (told,) = problems(*cifar, "--tasks", "small_R18_FPN")
+    assert "a CIFAR stem" in told and "pretrain with the ImageNet stem" in told
+    assert not problems(*cifar, "--tasks", "knn")
+    elsewhere = f"{suits} DATASETS.TEST ('elsewhere',)"
+    (told,) = problems(*from_weights, "--tasks", "small_R18_FPN", options=elsewhere)
+    assert "give --detection-data elsewhere=ANNOTATIONS.json:IMAGES" in told
+
+
+def test_a_share_of_labels_without_rates_is_refused_before_anything_is_submitted(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Barlow Twins published 1 % alone; SwAV has both shares."""
+    words = ["--recipe", str(recipe), "--data-dir", str(cifar_folder), "--output", str(tmp_path / "out")]
+    words += ["--tasks", "semisup1,semisup10", "--semisup-protocol"]
+    assert main(["suite", *words, "barlow_semisup@1"]) == 2
+    told = capsys.readouterr().err
+    assert "--tasks semisup10: barlow_semisup@1 has rates for 1 % of the labels alone" in told
+    assert "swav_semisup@1" in told and "barlow_semisup@1," not in told and "--tasks semisup1:" not in told
+    assert not (tmp_path / "out").exists()
+    assert main(["suite", *words, "barlow_semisup@1", "--dry-run"]) == 2
+    assert capsys.readouterr().out.count("check failed") == 1
+    assert main(["suite", *words, "swav_semisup@1", "--dry-run"]) == 0
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = [tmp_path / p for p in ("a/pretrain/backbone.pth", "b/pretrain/backbone.pth", "moco.pth")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    a, b, moco = map(str, paths)
+    assert list(_files([a, moco])) == ["backbone", "moco"]
+    named = _files([a, b])
+    assert named == {"a-pretrain-backbone": paths[0], "b-pretrain-backbone": paths[1]}
+    with pytest.raises(UserError, match=r"moco[.]pth twice"):
+        _files([moco, a, moco])
+    (tmp_path / "moco.pt").touch()
+    with pytest.raises(UserError, match="rename one"):
+        _files([moco, str(tmp_path / "moco.pt")])
+
+
+def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["statsu"]) == 2
+    assert "did you mean status?" in capsys.readouterr().err
+    assert main([]) == 2 and main(["--help"]) == 0
+    assert "suite" in capsys.readouterr().out
+    assert (SOURCE / "slurm" / "suite.py").exists()
+
+
+def test_every_detection_task_has_its_config() -> None:
+    assert all((SOURCE / "detection_configs" / f"{name}.yaml").is_file() for name in DETECTION.values())
+
+
+def test_a_detection_task_is_named_as_train_net_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of this project are looked up in the pinned code; a job does not run where the user's file is."""
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own.yaml"
+    own.write_text("_BASE_: none\n")
+    assert detection_config("coco_c4_2x") == "coco_R50_C4_2x"
+    names = ("small_R50_FPN", "small_R50_FPN.yaml", "detection_configs/small_R50_FPN.yaml")
+    assert {detection_config(name) for name in names} == {"small_R50_FPN"}
+    assert detection_config("own.yaml") == str(own)
+    asked = Suite(
+        output=str(tmp_path), recipe="demo_cifar10", data_dir=".", tasks=["own.yaml", "small_R18_FPN"]
+    )
+    steps = suite_graph(tmp_path, asked, load_profile("local", [])).steps
+    assert steps["detection/own/intl/seed0"].inputs == (own,)
+    assert steps["detection/small_R18_FPN/intl/seed0"].argv[:2] == ("--config-file", "small_R18_FPN")
+    with pytest.raises(UserError, match=r"--tasks none[.]yaml: unknown; known: knn"):
+        Suite(output=str(tmp_path), weights=["w.pth"], tasks=["none.yaml"])

@@ -1,0 +1,196 @@
+"""The graph on one machine, with real submitit jobs: order, failure, going on, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from slurm.execution.local import LocalRun, Machine
+from slurm.execution.snapshot import SOURCE
+from slurm.state.step_files import Record
+from slurm.steps.graph import Graph, Step
+from slurm.steps.resources import KINDS, Resources
+
+HELPERS = Path(__file__).parents[2] / "helpers"
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for a suite whose jobs can import tiny_steps."""
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    return tmp_path / "out"
+
+
+def step(
+    root: Path,
+    name: str,
+    what: str = "work",
+    *more: str,
+    needs: tuple[str, ...] = (),
+    kind: str = "knn",
+    **rest,
+) -> Step:
+    return Step(
+        name=name, kind=kind, command="tiny_steps", argv=(what, str(root / name), *more), output=root / name,
+        needs=needs, makes=(root / name / "made",), **rest,
+    )  # fmt: skip
+
+
+def resources(**pretrain) -> dict[str, Resources]:
+    return {kind: Resources(**(pretrain if kind == "pretrain" else {})) for kind in KINDS}
+
+
+def run(root: Path, *steps: Step, code: Path = SOURCE, **kwargs) -> dict:
+    graph = Graph(list(steps))
+    machine = kwargs.pop("machine", Machine(cpus=2))
+    views = LocalRun(graph, root, kwargs.pop("resources", resources()), code, machine).run()
+    return {v.name: v for v in views}
+
+
+def runs(root: Path, name: str) -> int:
+    path = root / name / "runs.txt"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_the_graph_runs_in_order_and_only_once(world: Path) -> None:
+    steps = (step(world, "a"), step(world, "b", needs=("a",)), step(world, "c", needs=("a", "b")))
+    views = run(world, *steps)
+    assert {v.state for v in views.values()} == {"done"}
+    began = [float((world / n / "runs.txt").read_text().split()[1]) for n in "abc"]
+    assert began == sorted(began)
+    run(world, *steps)
+    assert [runs(world, n) for n in "abc"] == [1, 1, 1]
+    (world / "b" / "made").unlink()  # a done step whose output is gone is not done
+    run(world, *steps)
+    assert [runs(world, n) for n in "abc"] == [1, 2, 1]
+
+
+def test_a_failure_is_told_and_what_can_go_on_does(world: Path) -> None:
+    views = run(
+        world,
+        step(world, "bad", "fail"),
+        step(world, "child", needs=("bad",)),
+        step(world, "mistake", "mistake"),
+        step(world, "code", "code"),
+        step(world, "empty", "nothing"),
+        step(world, "fine"),
+        step(world, "last", after=("bad", "child", "fine")),
+    )
+    assert views["bad"].state == "failed" and views["bad"].detail == "RuntimeError: the reason why"
+    assert 'raise RuntimeError("the reason why")' in Record(world, "bad").failure["traceback"]
+    assert views["child"].state == "waiting" and "needs bad" in views["child"].detail
+    assert views["mistake"].detail == "this is not a folder: nowhere"
+    assert Record(world, "mistake").failure["traceback"] is None
+    assert views["code"].detail == "error: said on the way out"
+    assert "did not write" in views["empty"].detail
+    assert views["fine"].state == views["last"].state == "done"
+    assert runs(world, "child") == 0
+    assert "the reason why" in views["bad"].log.read_text()
+
+
+def test_two_ranks_form_one_group(world: Path) -> None:
+    import json
+
+    views = run(world, step(world, "pair", "ranks", kind="pretrain"), resources=resources(tasks_per_node=2))
+    assert views["pair"].state == "done", views["pair"]
+    told = [json.loads((world / "pair" / f"rank{r}.json").read_text()) for r in (0, 1)]
+    assert [t["sum"] for t in told] == [3.0, 3.0]  # ranks add 1 and 2
+    assert [t["local"] for t in told] == ["0", "1"] and told[0]["world"] == 2
+
+
+def test_stopped_by_a_signal_it_goes_on_where_it_was(world: Path) -> None:
+    steps = (step(world, "long", "train", "25", kind="pretrain"), step(world, "next", needs=("long",)))
+
+    told = world / "long" / "steps0.txt"
+
+    def press(number: int, trained: int) -> None:
+        while not told.exists() or len(told.read_text().split()) <= trained:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        trained = len(told.read_text().split()) if told.exists() else 0
+        thread = threading.Thread(target=press, args=(number, trained))
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            run(world, *steps)
+        thread.join()
+        assert Record(world, "long").state["state"] == "stopped"
+        assert runs(world, "next") == 0
+    views = run(world, *steps)
+    assert views["long"].state == views["next"].state == "done"
+    assert [int(x) for x in (world / "long" / "steps0.txt").read_text().split()] == list(range(25))
+
+
+def test_a_user_signal_queues_the_job_again(world: Path) -> None:
+    """What a time limit and a preemption send: submitit starts the job again, which goes on."""
+
+    def warn() -> None:
+        while not (world / "long" / "steps0.txt").exists():
+            time.sleep(0.05)
+        os.kill(Record(world, "long").state["pid"], signal.SIGUSR2)
+
+    thread = threading.Thread(target=warn)
+    thread.start()
+    views = run(world, step(world, "long", "train", "20", kind="pretrain"))
+    thread.join()
+    assert views["long"].state == "done" and Record(world, "long").state["starts"] == 2
+    assert [int(x) for x in (world / "long" / "steps0.txt").read_text().split()] == list(range(20))
+
+
+def test_jobs_run_the_pinned_code_with_their_share_of_cores(world: Path) -> None:
+    import json
+
+    from slurm.execution.snapshot import pin
+
+    code = pin(world)
+    assert pin(world) == code
+    views = run(
+        world,
+        step(world, "where", "where", kind="pretrain"),
+        code=code,
+        resources=resources(cpus_per_task="all"),
+    )
+    assert views["where"].state == "done", views["where"]
+    told = json.loads((world / "where" / "where.json").read_text())
+    assert Path(told["slurm"]).is_relative_to(code) and Path(told["cwd"]) == code and told["threads"] == "2"
+    assert (code / "COMMIT").read_text().strip()
+
+
+def test_jobs_outlive_the_process_that_started_them(world: Path) -> None:
+    """... killed without a chance to clean up; run again, it waits for what is still running."""
+    driver = f"""
+from pathlib import Path
+import tests.slurm.execution.test_local as t
+t.run(Path({str(world)!r}), t.step(Path({str(world)!r}), "long", "train", "40", kind="pretrain"))
+"""
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=SOURCE, stderr=subprocess.DEVNULL)
+    while not (world / "long" / "steps0.txt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    views = run(world, step(world, "long", "train", "40", kind="pretrain"))
+    assert views["long"].state == "done" and runs(world, "long") == 1
+
+
+def test_an_error_after_a_signal_is_a_stop(world: Path) -> None:
+    """A data worker that got the same signal takes the training down: the job is queued again, not failed."""
+
+    def warn() -> None:
+        while not (world / "frail" / "told").exists():
+            time.sleep(0.05)
+        os.kill(Record(world, "frail").state["pid"], signal.SIGUSR2)
+
+    thread = threading.Thread(target=warn)
+    thread.start()
+    views = run(world, step(world, "frail", "frail"))
+    thread.join()
+    assert views["frail"].state == "done" and Record(world, "frail").state["starts"] == 2

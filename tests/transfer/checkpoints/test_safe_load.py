@@ -1,0 +1,371 @@
+"""Nothing in a stranger's file runs, nothing that lies allocates, and honest files are read."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import pickle
+import random
+import struct
+import sys
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from pretrain.common.errors import UserError
+from transfer.checkpoints.safe_load import Placeholder, load_file
+
+STATE = {"weight": torch.arange(12.0).view(3, 4), "bias": torch.tensor([1, 2, 3])}
+CONTAINERS = ["zip", "legacy"]
+
+
+def write(value: Any, path: Path, container: str) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.save(value, path, _use_new_zipfile_serialization=container == "zip")
+    return path
+
+
+def with_pickle(payload: bytes, path: Path, container: str) -> Path:
+    """A file as torch.save packs it, but with `payload` as its pickle."""
+    if container == "zip":
+        write(STATE, path, "zip")
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+            for name, data in records.items():
+                archive.writestr(name, payload if name.endswith("/data.pkl") else data)
+    else:
+        front = [
+            0x1950A86A20F9469CFC6C,
+            1001,
+            {"protocol_version": 1001, "little_endian": True, "type_sizes": {}},
+        ]
+        head = b"".join(pickle.dumps(part, protocol=2) for part in front)
+        path.write_bytes(head + payload + pickle.dumps([], protocol=2))
+    return path
+
+
+# ------------------------------------------------------------------ honest files
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [
+        ({"args": argparse.Namespace(lr=0.1, arch="resnet50")}, {"argparse.Namespace"}),
+        ({"best": np.float64(71.3), "step": np.int64(3)}, {"numpy.dtype"}),
+        ({"cfg": OmegaConf.create({"a": [1, {"b": 2}]})}, {"omegaconf.dictconfig.DictConfig"}),
+    ],
+    ids=["namespace", "numpy", "omegaconf"],
+)
+def test_honest_files_that_weights_only_refuses(container: str, extra: dict, names: set[str], tmp_path: Path):
+    path = write({"state_dict": STATE, "nested": [extra, (extra,)], **extra}, tmp_path / "m.pth", container)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    found = load_file(path)
+    assert found.container == container and names <= set(found.placeholders)
+    assert all(torch.equal(found.value["state_dict"][k], v) for k, v in STATE.items())
+    assert all(isinstance(found.value[k], Placeholder) for k in extra)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("plain", [True, False], ids=["torch.load", "inert"])
+def test_every_kind_of_tensor_arrives(container: str, plain: bool, tmp_path: Path):
+    base = torch.arange(24.0).view(4, 6)
+    tied = torch.arange(5)
+    value = OrderedDict(
+        half=torch.rand(3).half(),
+        bf16=torch.rand(3).bfloat16(),
+        double=torch.rand(2).double(),
+        byte=torch.tensor([1, 2], dtype=torch.uint8),
+        flag=torch.tensor([True, False]),
+        scalar=torch.tensor(7),
+        empty=torch.empty(0, 3),
+        window=base[1:3, 2:5],
+        turned=base.t(),
+        last=torch.rand(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        parameter=torch.nn.Parameter(torch.rand(2)),
+        one=tied,
+        two=tied[2:],
+        complex=torch.rand(2, dtype=torch.complex64),
+    )
+    content = value if plain else OrderedDict(value, args=argparse.Namespace(x=1))
+    found = load_file(write(content, tmp_path / "m.pth", container))
+    assert bool(found.placeholders) != plain
+    for key, tensor in value.items():
+        assert found.value[key].dtype == tensor.dtype
+        assert torch.equal(found.value[key], tensor), key
+    assert found.value["one"].untyped_storage().data_ptr() == found.value["two"].untyped_storage().data_ptr()
+
+
+def test_safetensors_with_metadata(tmp_path: Path):
+    save_file(STATE, tmp_path / "m.safetensors", {"arch": "resnet18"})
+    found = load_file(tmp_path / "m.safetensors")
+    assert found.metadata == {"arch": "resnet18"} and torch.equal(found.value["bias"], STATE["bias"])
+
+
+# ------------------------------------------------------------------ hostile files
+
+EVIL = "evil_module_of_the_test"
+
+
+def attacks(marker: Path) -> dict[str, bytes]:
+    """Pickles that create `marker` when anything of them is imported or called."""
+    touch = f"touch {marker}".encode()
+    word = b"X" + struct.pack("<I", len(touch)) + touch
+    code = f"open({str(marker)!r}, 'w')".encode()
+    run = b"X" + struct.pack("<I", len(code)) + code
+    inner = b"\x80\x02cos\nsystem\n" + word + b"\x85R."
+    system = b"cos\nsystem\n"
+
+    def short(text: str) -> bytes:
+        return b"\x8c" + bytes([len(text)]) + text.encode()
+
+    return {
+        "reduce": b"\x80\x02" + system + word + b"\x85R.",
+        "reduce with eval": b"\x80\x02cbuiltins\neval\n" + run + b"\x85R.",
+        "in a state dict": b"\x80\x02}X\x01\x00\x00\x00a" + system + word + b"\x85Rs.",
+        "as a key": b"\x80\x02}" + system + word + b"\x85RK\x01s.",
+        "in Namespace's state": b"\x80\x02cargparse\nNamespace\n)\x81}X\x01\x00\x00\x00a"
+        + system + word + b"\x85Rsb.",
+        "stack_global": b"\x80\x04" + short("os") + short("system") + b"\x93" + word + b"\x85R.",
+        "inst": b"(" + word + b"ios\nsystem\n.",
+        "obj": b"(" + system + word + b"o.",
+        "newobj": b"\x80\x02c" + EVIL.encode() + b"\nActs\n)\x81.",
+        "newobj_ex": b"\x80\x04c" + EVIL.encode() + b"\nActs\n)}\x92.",
+        "build through __setstate__": b"\x80\x02c" + EVIL.encode() + b"\nActs\n)\x81}b.",
+        "build with attributes": b"\x80\x02c" + EVIL.encode() + b"\nholder\nN}X\x06\x00\x00\x00"
+        b"actionK\x01s\x86b.",
+        "only an import": b"\x80\x02c" + EVIL.encode() + b"\nholder\n.",
+        "a pickle in a pickle": b"\x80\x02c_pickle\nloads\nc_codecs\nencode\nX"
+        + struct.pack("<I", len(inner.decode("latin1").encode())) + inner.decode("latin1").encode()
+        + b"X\x06\x00\x00\x00latin1\x86R\x85R.",
+        "getattr of a module": b"\x80\x02cbuiltins\ngetattr\ncbuiltins\n__import__\nX\x02\x00\x00\x00os\x85R"
+        b"X\x06\x00\x00\x00system\x86R" + word + b"\x85R.",
+        "through torch's own rebuild": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(" + system
+        + b"ctorch\nTensor\n" + word + b"\x85}tR.",
+        "append to an object": b"\x80\x02c" + EVIL.encode() + b"\nActs\n)\x81K\x01a.",
+        "items of an object": b"\x80\x02c" + EVIL.encode() + b"\nActs\n)\x81K\x01K\x02s.",
+    }  # fmt: skip
+
+
+ATTACKS = sorted(attacks(Path("x")))
+
+
+@pytest.fixture
+def evil_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An importable module that leaves the marker when it is imported or its class is used."""
+    marker = tmp_path / "ran"
+    (tmp_path / f"{EVIL}.py").write_text(
+        f"open({str(marker)!r}, 'w')\nclass Acts:\n    pass\nholder = Acts()\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield marker
+    sys.modules.pop(EVIL, None)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_nothing_runs(name: str, evil_module: Path, tmp_path: Path):
+    marker = evil_module
+    payload = attacks(marker)[name]
+    files = [with_pickle(payload, tmp_path / f"{c}.pth", c) for c in CONTAINERS]
+    (tmp_path / "plain.pkl").write_bytes(payload)
+    before = set(sys.modules)
+    for path in [*files, tmp_path / "plain.pkl"]:
+        try:
+            found = load_file(path)
+        except UserError:
+            pass
+        else:
+            assert found.placeholders or name == "only an import"
+        assert not marker.exists(), f"{name} ran from {path.name}"
+    assert EVIL not in set(sys.modules) - before
+    with contextlib.suppress(Exception):  # the control: Python's own unpickler does run it
+        pickle.loads(payload)
+    assert marker.exists(), f"{name} is no attack, so the test proves nothing"
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_an_attack_beside_honest_weights_leaves_the_weights(container: str, tmp_path: Path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    path = write({"state_dict": STATE, "more": [Evil(), {"deep": (Evil(),)}]}, tmp_path / "m.pth", container)
+    found = load_file(path)
+    assert torch.equal(found.value["state_dict"]["weight"], STATE["weight"])
+    assert found.placeholders == ("posix.system",) and not (tmp_path / "ran").exists()
+
+
+def test_placeholders_do_nothing(tmp_path: Path):
+    path = write({"args": argparse.Namespace(a=1)}, tmp_path / "m.pth", "zip")
+    thing = load_file(path).value["args"]
+    assert repr(thing) == "<argparse.Namespace, not loaded>" and thing.state == {"a": 1}
+    with pytest.raises(TypeError):
+        thing()
+    with pytest.raises(AttributeError):
+        _ = thing.a
+
+
+# ------------------------------------------------------------------ sizes that lie
+
+
+def patched(path: Path, old: bytes, new: bytes, container: str) -> Path:
+    """The file with `old` in its pickle replaced by `new`."""
+    if container == "legacy":
+        data = path.read_bytes()
+        assert data.count(old) == 1
+        path.write_bytes(data.replace(old, new))
+        return path
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in records.items():
+            if name.endswith("/data.pkl"):
+                assert data.count(old) == 1
+                data = data.replace(old, new)
+            archive.writestr(name, data)
+    return path
+
+
+HUGE = b"\x8a\x06" + (1 << 42).to_bytes(6, "little")  # LONG1
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_storage_that_says_terabytes_allocates_nothing(container: str, tmp_path: Path):
+    path = write({"w": torch.zeros(0x1234)}, tmp_path / "m.pth", container)
+    # M\x34\x12 is the number of elements: in the storage's description, then in the tensor's size
+    data = path.read_bytes()
+    assert data.count(b"M\x34\x12") == 2
+    where = data.index(b"M\x34\x12")
+    around = data[where - 6 : where + 3]
+    patched(path, around, around[:-3] + HUGE, container)
+    with pytest.raises(UserError, match=r"storage .* says 17592186044416 bytes, the (file has|archive) \d+"):
+        load_file(path)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_tensor_larger_than_its_storage_is_refused(container: str, tmp_path: Path):
+    path = write({"w": torch.zeros(0x1234)}, tmp_path / "m.pth", container)
+    data = path.read_bytes()
+    where = data.rindex(b"M\x34\x12")
+    around = data[where : where + 8]
+    patched(path, around, HUGE + around[3:], container)
+    with pytest.raises(UserError, match=r"a tensor of size \(4398046511104,\) in a storage of 4660 elements"):
+        load_file(path)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"\x80\x05\x96" + struct.pack("<Q", 1 << 42) + b".",  # bytearray of a given length
+        b"\x80\x04\x8d" + struct.pack("<Q", 1 << 42) + b".",  # string of a given length
+        b"\x80\x04\x8e" + struct.pack("<Q", 1 << 42) + b".",  # bytes of a given length
+        b"\x80\x02r\xff\xff\xff\x7f.",  # memo at a high index
+        b"\x80\x02cbuiltins\nbytearray\n" + HUGE + b"\x85R.",
+        b"\x80\x02\x8b" + struct.pack("<i", 1 << 30) + b".",  # a number of a billion bytes
+        b"\x80\x02K\x00" + b"\x85" * 200_000 + b"}q\x000K\x01h\x00s.",  # nested tuples
+        b"\x80\x02" + b"K\x00" + b"\x85" * 200_000 + b"\x94}h\x00K\x01s.",  # and as a key
+        b"\x80\x02" + b"(" * 100_000 + b".",
+    ],
+)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_other_bombs_end_in_an_error_or_do_nothing(payload: bytes, container: str, tmp_path: Path):
+    path = with_pickle(payload, tmp_path / "m.pth", container)
+    try:
+        assert load_file(path).placeholders
+    except UserError as error:
+        assert "MemoryError" not in str(error)
+
+
+def test_compressed_records_are_refused(tmp_path: Path):
+    path = write({"w": torch.zeros(1_000_000)}, tmp_path / "m.pth", "zip")
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(UserError, match="compressed"):
+        load_file(path)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_damaged_files_are_refused_or_read_never_more(container: str, tmp_path: Path):
+    path = write({"state_dict": STATE, "args": argparse.Namespace(x=[1, 2])}, tmp_path / "m.pth", container)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(draw.choice([1, 2, 8])):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        if draw.random() < 0.2:
+            data = data[: draw.randrange(len(data))]
+        path.write_bytes(data)
+        try:
+            load_file(path)
+        except UserError:
+            refused += 1
+    assert refused > 30
+
+
+# ------------------------------------------------------------------ what is no checkpoint
+
+
+def test_what_else_a_file_may_be(tmp_path: Path):
+    path = tmp_path / "m.pth"
+
+    def says(data: bytes) -> str:
+        path.write_bytes(data)
+        with pytest.raises(UserError) as error:
+            load_file(path)
+        return str(error.value)
+
+    assert "empty" in says(b"")
+    assert "git lfs pull" in says(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    assert "web page" in says(b"<!DOCTYPE html><html></html>")
+    assert "JSON" in says(b'{"a": 1}')
+    assert "plain pickle" in says(pickle.dumps({"a": 1}))
+    byol = says(pickle.dumps({"experiment_state": {"online_params": {}}, "step": 3}))
+    assert "BYOL" in byol and "(3, 2, 0, 1)" in byol
+    detectron2 = says(pickle.dumps({"model": {"stem.conv1.weight": np.zeros(3)}, "__author__": "me"}))
+    assert "detectron2" in detectron2
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    assert "zip archive" in says(buffer.getvalue())
+    scripted = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), scripted)
+    assert "TorchScript" in says(scripted.getvalue())
+    module = io.BytesIO()
+    torch.save(torch.nn.Linear(2, 2), module, _use_new_zipfile_serialization=False)
+    assert load_whole(module.getvalue(), path) in ("placeholders", "refused")
+    with pytest.raises(UserError, match="no such file"):
+        load_file(tmp_path / "absent.pth")
+    with pytest.raises(UserError, match="is a folder"):
+        load_file(tmp_path)
+    save_file(STATE, tmp_path / "m.safetensors")
+    cut = (tmp_path / "m.safetensors").read_bytes()[:-5]
+    (tmp_path / "m.safetensors").write_bytes(cut)
+    with pytest.raises(UserError, match="damaged"):
+        load_file(tmp_path / "m.safetensors")
+
+
+def load_whole(data: bytes, path: Path) -> str:
+    """A whole pickled module: its class is not imported."""
+    path.write_bytes(data)
+    try:
+        return "placeholders" if load_file(path).placeholders else "loaded"
+    except UserError:
+        return "refused"

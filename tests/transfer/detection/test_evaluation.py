@@ -1,0 +1,101 @@
+"""COCO's numbers: all 24 equal to pycocotools', and right where they can be said by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pycocotools.mask as mask_codec
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from transfer.detection.evaluation import METRICS, coco_stats
+
+
+def by_pycocotools(annotations: Path, results: list[dict[str, Any]], task: str) -> np.ndarray:
+    drop = "bbox" if task == "segm" else "segmentation"
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        found = truth.loadRes([{k: v for k, v in r.items() if k != drop} for r in results])
+        evaluation = COCOeval(truth, found, task)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
+
+
+def perturbed(annotations: Path, seed: int) -> list[dict[str, Any]]:
+    """Detections as a middling detector makes them: shifted, some doubled, some of another category, with
+    the scores quantised so that ties occur."""
+    rng = np.random.default_rng(seed)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+    categories = truth.getCatIds()
+    results = []
+    for annotation in truth.loadAnns(truth.getAnnIds()):
+        mask = truth.annToMask(annotation)
+        for _ in range(rng.integers(0, 3)):
+            shift = rng.normal(0, 0.06 * np.sqrt(mask.sum()), 2).round().astype(int)
+            moved = np.asfortranarray(np.roll(mask, shift, (0, 1)))
+            rle = mask_codec.encode(moved)
+            category = annotation["category_id"] if rng.random() < 0.8 else int(rng.choice(categories))
+            results.append({
+                "image_id": annotation["image_id"], "category_id": category,
+                "score": round(float(rng.random()), 2),
+                "bbox": [float(v) for v in mask_codec.toBbox(rle)],
+                "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
+            })  # fmt: skip
+    return results
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_all_numbers_equal_pycocotools(coco_mini: Path, task: Literal["bbox", "segm"], seed: int) -> None:
+    results = perturbed(coco_mini / "instances.json", seed)
+    ours = coco_stats(coco_mini / "instances.json", results, task)
+    theirs = by_pycocotools(coco_mini / "instances.json", results, task)
+    assert len(ours) == len(METRICS) == 12
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    assert 0.05 < ours[0] < 0.95  # neither nothing nor everything was found
+
+
+def two_squares(folder: Path) -> Path:
+    """Two images, one category, one box of 50 x 50 in each: both medium (32² to 96² pixels)."""
+    file = folder / "truth.json"
+    file.write_text(json.dumps({
+        "info": {}, "categories": [{"id": 7, "name": "square"}],
+        "images": [{"id": i, "file_name": f"{i}.jpg", "width": 100, "height": 100} for i in (1, 2)],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 7, "iscrowd": 0, "bbox": [10, 10, 50, 50], "area": 2500,
+             "segmentation": [[10, 10, 60, 10, 60, 60, 10, 60]]}
+            for i in (1, 2)
+        ],
+    }))  # fmt: skip
+    return file
+
+
+def test_numbers_by_hand(tmp_path: Path) -> None:
+    truth = two_squares(tmp_path)
+
+    def box(image: int, x: float, score: float) -> dict[str, Any]:
+        return {"image_id": image, "category_id": 7, "bbox": [x, 10, 50, 50], "score": score}
+
+    def stats(results: list[dict[str, Any]]) -> dict[str, float]:
+        return dict(zip(METRICS, coco_stats(truth, results, "bbox")))
+
+    both = stats([box(1, 10, 0.9), box(2, 10, 0.8)])
+    assert both["AP"] == both["AP75"] == both["APm"] == both["AR1"] == 1
+    assert both["APs"] == both["APl"] == -1  # no object of that size
+    # One of two found: precision 1 up to recall 0.5, that is at 51 of the 101 recall levels.
+    half = stats([box(1, 10, 0.9)])
+    assert half["AP"] == pytest.approx(51 / 101) and half["AR100"] == pytest.approx(0.5)
+    # Shifted by 10 of 50 px: IoU = 40/60 = 0.67, a hit at 0.50, 0.55, 0.60, 0.65, not at the other six.
+    shifted = stats([box(1, 20, 0.9), box(2, 20, 0.8)])
+    assert shifted["AP50"] == 1 and shifted["AP75"] == 0 and shifted["AP"] == pytest.approx(0.4)
+    # No detection at all is AP 0, not an error.
+    assert stats([])["AP"] == 0

@@ -1,0 +1,252 @@
+"""Features: right, in order, made once, never stale, taken up after a stop; transforms as torchvision's."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+import transfer.evaluation.features
+from pretrain.common.errors import UserError
+from pretrain.common.signals import Stopped
+from pretrain.data.datasets import open_dataset
+from pretrain.model import build_backbone
+from transfer.evaluation.context import Subject
+from transfer.evaluation.features import Extractor, extract, make_extractor
+from transfer.evaluation.transforms import EvalTransform, eval_transform
+
+CPU = torch.device("cpu")
+TRANSFORM = EvalTransform(size=32)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    torch.manual_seed(0)
+    model = build_backbone("resnet18", zero_init_last=False).train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(16, 3, 32, 32))
+    weights = {"path": "w", "sha256": "s", "format": "f", "branch": "online"}
+    return Subject(model=model.eval(), arch="resnet18", weights=weights, metadata={})
+
+
+@pytest.fixture(scope="module")
+def images(cifar_folder: Path):
+    return open_dataset("cifar10", cifar_folder, "test")
+
+
+def plain(subject: Subject, images, indices) -> torch.Tensor:
+    """One image at a time with torchvision's transforms."""
+    steps = v2.Compose([
+        v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(TRANSFORM.mean, TRANSFORM.std),
+    ])  # fmt: skip
+    with torch.no_grad():
+        return torch.cat([subject.model(steps(images.image(int(i)))[None]) for i in indices])
+
+
+def test_features_are_right_and_made_once(subject, images, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(transfer.evaluation.features, "PART", 48)  # several parts, the last one shorter
+    extractor = Extractor(subject.model, TRANSFORM, CPU, "float32")
+    got = extract(extractor, subject, images, cache=tmp_path, batch_size=20)
+    assert isinstance(got, np.memmap) and got.shape == (160, 512)
+    picks = [0, 47, 48, 159]
+    torch.testing.assert_close(
+        torch.from_numpy(got[picks]), plain(subject, images, picks), rtol=1e-4, atol=1e-5
+    )
+    assert [p.name for p in sorted(next(tmp_path.iterdir()).iterdir())] == [
+        "features.npy",
+        "lock",
+        "meta.json",
+    ]
+    monkeypatch.setattr(Extractor, "__call__", lambda *_: pytest.fail("extracted again"))
+    np.testing.assert_array_equal(extract(extractor, subject, images, cache=tmp_path), got)
+
+
+def test_a_part_of_the_images_and_workers(subject, images, tmp_path) -> None:
+    extractor = Extractor(subject.model, TRANSFORM, CPU, "float32")
+    picks = np.array([5, 3, 100])
+    some = extract(extractor, subject, images, cache=tmp_path, indices=picks, workers=1)
+    torch.testing.assert_close(
+        torch.from_numpy(np.array(some)), plain(subject, images, picks), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_changed_is_extracted_anew(subject, images, tmp_path, cifar_folder) -> None:
+    def count(subject=subject, transform=TRANSFORM, images=images, precision="float32") -> int:
+        extract(Extractor(None, transform, CPU, precision), subject, images, cache=tmp_path / "cache")
+        return len(list((tmp_path / "cache").iterdir()))
+
+    shutil.copytree(cifar_folder / "test", tmp_path / "test")
+    copied = open_dataset("imagefolder", tmp_path, "test")
+    assert count() == count() == 1
+    assert count(subject=dataclasses.replace(subject, weights=subject.weights | {"sha256": "t"})) == 2
+    assert count(transform=dataclasses.replace(TRANSFORM, size=16)) == 3
+    assert count(images=copied) == 4
+    first = tmp_path / "test" / copied.key(0)
+    Image.new("RGB", (32, 32)).save(first)
+    assert count(images=open_dataset("imagefolder", tmp_path, "test")) == 5
+
+
+def test_a_stopped_run_goes_on(subject, images, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(transfer.evaluation.features, "PART", 40)
+    wanted = np.array(
+        extract(Extractor(None, TRANSFORM, CPU, "float32"), subject, images, cache=tmp_path / "a")
+    )
+    seen: list[int] = []
+
+    class Slow(Extractor):
+        def __call__(self, pixels):
+            seen.append(len(pixels))
+            if len(seen) == 3:
+                import os
+                import signal
+
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(pixels)
+
+    extractor = Slow(None, TRANSFORM, CPU, "float32")
+    with pytest.raises(Stopped):
+        extract(extractor, subject, images, cache=tmp_path / "b", batch_size=20)
+    assert len(seen) < 8
+    got = extract(extractor, subject, images, cache=tmp_path / "b", batch_size=20)
+    np.testing.assert_array_equal(got, wanted)
+    assert sum(seen) < 160 + 40  # the finished part was not made again
+
+
+def test_rank_0_says_whether_the_features_are_there(subject, images, tmp_path, monkeypatch) -> None:
+    extractor = Extractor(None, TRANSFORM, CPU, "float32")
+    wanted = np.array(extract(extractor, subject, images, cache=tmp_path))
+    # Another rank, whose view of the folder is behind: it takes rank 0's word and does not look itself.
+    told: list[bool] = []
+    monkeypatch.setattr(transfer.evaluation.features, "is_main", lambda: False)
+    monkeypatch.setattr(transfer.evaluation.features, "any_rank", lambda flag, *_: told.append(flag) or True)
+    monkeypatch.setattr(
+        transfer.evaluation.features, "_write_parts", lambda *_: pytest.fail("extracted again")
+    )
+    (meta,) = tmp_path.glob("*/meta.json")
+    meta.unlink()
+    np.testing.assert_array_equal(extract(extractor, subject, images, cache=tmp_path), wanted)
+    assert told == [False]
+    (meta.parent / "features.npy").unlink()
+    with pytest.raises(UserError, match="a folder all ranks see"):
+        extract(extractor, subject, images, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("command", "protocol"), [("knn", "solo_knn@1"), ("linear", "logreg@1"), ("linear", "voc07_svm@1")]
+)
+def test_ranks_wait_for_hours_for_features_and_fits(
+    command: str, protocol: str, cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def group(timeout_min: float = 30) -> None:
+        raise Stopped(f"{timeout_min / 60} h")
+
+    for module in ("knn", "linear", "svm"):
+        monkeypatch.setattr(f"transfer.{module}.process_group", group)
+    words = [command, "--weights", "raw-pixels", "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
+    words += ["--protocol", protocol, "--output", str(tmp_path)]
+    with pytest.raises(Stopped, match=r"24\.0 h"):
+        importlib.import_module(f"transfer.{command}").main(words[1:])
+
+
+def test_one_rank_against_bfloat16_is_enough(subject, images, monkeypatch) -> None:
+    monkeypatch.setattr(transfer.evaluation.features, "computes_bfloat16", lambda _: True)
+    assert make_extractor(subject, images, TRANSFORM, CPU, "auto").precision == "bfloat16"
+    asked: list[bool] = []
+
+    def other_rank_disagrees(flag: bool, **_: object) -> bool:
+        asked.append(flag)
+        return len(asked) == 2  # both compute it natively; there it does not agree with float32
+
+    monkeypatch.setattr(transfer.evaluation.features, "any_rank", other_rank_disagrees)
+    assert make_extractor(subject, images, TRANSFORM, CPU, "auto").precision == "float32"
+    assert asked == [False, False]
+    alone = make_extractor(subject, images, TRANSFORM, CPU, "auto", over_ranks=False)
+    assert alone.precision == "bfloat16" and len(asked) == 2
+
+
+def test_nan_features_name_the_image(subject, images, tmp_path) -> None:
+    broken = build_backbone("resnet18")
+    torch.nn.init.constant_(broken.conv1.weight, float("nan"))
+    with pytest.raises(UserError, match=images.key(0)):
+        extract(Extractor(broken.eval(), TRANSFORM, CPU, "float32"), subject, images, cache=tmp_path)
+
+
+def test_a_broken_image_met_by_a_worker_is_one_line(cifar_folder: Path, tmp_path: Path) -> None:
+    data, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(cifar_folder, data)
+    broken = sorted((data / "train").rglob("*.jpg"))[123]
+    broken.write_bytes(b"no JPEG")
+    words = ["--weights", "raw-pixels", "--dataset", "imagefolder", "--data-dir", str(data), "--workers", "2"]
+    words += ["--protocol", "solo_knn@1", "--output", str(output)]
+    done = subprocess.run(
+        [sys.executable, "-m", "transfer", "knn", *words], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert line.count(str(broken)) == 1 and "not a readable image (cannot identify image file);" in line
+    assert "Traceback" not in done.stderr and "DataLoader" not in done.stderr
+    assert not (output / "results.jsonl").exists()
+
+
+def test_bfloat16_keeps_the_neighbours(subject, images) -> None:
+    pixels = TRANSFORM.square([TRANSFORM.decode(images.image(i)) for i in range(0, 160, 2)])
+    exact = Extractor(subject.model, TRANSFORM, CPU, "float32")(pixels)
+    fast = Extractor(subject.model, TRANSFORM, CPU, "bfloat16")(pixels)
+    centred, centred_fast = exact - exact.mean(0), fast - exact.mean(0)
+    assert torch.cosine_similarity(centred, centred_fast).mean() > 0.99
+    assert not torch.equal(exact, fast)
+    # auto refuses bfloat16 where it disagrees
+    transfer_agreement = transfer.evaluation.features.AGREEMENT
+    try:
+        transfer.evaluation.features.AGREEMENT = 0.0
+        chosen = make_extractor(subject, images, TRANSFORM, CPU, "auto")
+    finally:
+        transfer.evaluation.features.AGREEMENT = transfer_agreement
+    assert chosen.precision == "float32"
+
+
+@pytest.mark.parametrize("size", [(300, 200), (199, 333), (256, 256), (31, 70)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_crop_is_torchvisions(size, interpolation) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    transform = eval_transform(native_size=None, image_size=None, metadata={}, interpolation=interpolation)
+    wanted = v2.Compose([
+        v2.Resize(256, interpolation=v2.InterpolationMode(interpolation)), v2.CenterCrop(224),
+        v2.PILToTensor(),
+    ])(image)  # fmt: skip
+    assert torch.equal(transform.decode(image), wanted)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_batch_is_resized_as_pil_resizes_each_image(images, interpolation) -> None:
+    transform = EvalTransform(size=48, interpolation=interpolation)
+    batch = transform.square([transform.decode(images.image(i)) for i in range(20)])
+    mode = getattr(Image.Resampling, interpolation.upper())
+    wanted = np.stack([np.asarray(images.image(i).resize((48, 48), mode)) for i in range(20)])
+    assert (
+        np.abs(batch.permute(0, 2, 3, 1).numpy().astype(int) - wanted).max()
+        <= {"bilinear": 1, "bicubic": 2}[interpolation]
+    )
+
+
+def test_sizes_and_normalisation_from_the_metadata() -> None:
+    metadata = {"image_size": "48", "mean": "0.1,0.2,0.3", "std": "1,2,4"}
+    assert eval_transform(native_size=28, image_size=None, metadata=metadata).size == 48
+    assert eval_transform(native_size=28, image_size=40, metadata=metadata).size == 40
+    assert eval_transform(native_size=28, image_size=None, metadata={}).size == 28
+    large = eval_transform(native_size=None, image_size=112, metadata=metadata)
+    assert (large.size, large.resize) == (112, 128)
+    pixels = torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)
+    assert large.normalise(pixels).flatten().tolist() == pytest.approx([0.9, 0.4, 0.175])

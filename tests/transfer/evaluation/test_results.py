@@ -1,0 +1,154 @@
+"""Results: a line written is the line read, the same evaluation is found again, figures are percentages."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pretrain.common.errors import UserError
+from tests.helpers import checkpoint_zoo as zoo
+from transfer.__main__ import main
+from transfer.evaluation.context import load_subject
+from transfer.evaluation.results import FILE, Clock, Result, append, find, read
+from transfer.evaluation.transforms import eval_transform
+from transfer.options import parse
+
+RESULT = Result(
+    task="knn", dataset="cifar10", split="test", n=160, metrics={"top1_k20": 40.0},
+    protocol={"name": "solo_knn", "version": 1, "hash": "0"}, image_size=32, label="mine",
+    weights={"path": "a.pt", "sha256": "ab", "format": "timm", "branch": "online"},
+    **Clock().stamp(torch.device("cpu")),
+)  # fmt: skip
+
+
+def test_a_line_comes_back(tmp_path: Path) -> None:
+    append(tmp_path, RESULT)
+    append(tmp_path, dataclasses.replace(RESULT, seed=3))
+    with open(tmp_path / FILE, "a") as file:
+        file.write('{"task": "knn", "torn')
+    assert read(tmp_path) == [RESULT, dataclasses.replace(RESULT, seed=3)]
+    assert RESULT.versions["torch"] and RESULT.started_at.endswith("+00:00") and "CPU" in RESULT.device
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1}, {"label_percent": 10}, {"image_size": 48}, {"n": 10},
+        {"protocol": RESULT.protocol | {"hash": "1"}}, {"weights": RESULT.weights | {"branch": "ema"}},
+        {"arch": "resnet50"}, {"weights": RESULT.weights | {"mean": [0.5, 0.5, 0.5]}},
+        {"weights": RESULT.weights | {"std": [0.2, 0.2, 0.2]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_evaluation_is_not_taken_for_this_one(tmp_path: Path, change) -> None:
+    append(tmp_path, RESULT)
+    assert find(tmp_path, dataclasses.replace(RESULT, metrics={}, device="other"))
+    assert not find(tmp_path, dataclasses.replace(RESULT, **change))
+
+
+def test_auto_takes_any_precision_and_a_named_one_itself_alone(tmp_path: Path) -> None:
+    append(tmp_path, dataclasses.replace(RESULT, settings={"precision": "bfloat16"}))
+    found = {p: len(find(tmp_path, RESULT, precision=p)) for p in ("auto", "bfloat16", "float32")}
+    assert found == {"auto": 1, "bfloat16": 1, "float32": 0}
+
+
+def test_a_command_evaluates_anew_in_another_precision_or_architecture(
+    cifar_folder: Path, tmp_path: Path
+) -> None:
+    torch.save(zoo.backbone(), tmp_path / "m.pth")
+    words = ["knn", "--weights", str(tmp_path / "m.pth"), "--protocol", "solo_knn@1", "--dataset", "cifar10"]
+    words += ["--data-dir", str(cifar_folder), "--output", str(tmp_path)]
+    for more in (["--precision", "float32"], ["--precision", "bfloat16"], [], ["--arch", "resnetblur18"]):
+        assert main([*words, *more]) == 0
+    found = [(r.arch, r.settings["precision"]) for r in read(tmp_path)]
+    assert found[:2] == [("resnet18", "float32"), ("resnet18", "bfloat16")]
+    assert [arch for arch, _ in found[2:]] == ["resnetblur18"]  # auto was finished with either
+
+
+def test_the_lines_of_an_evaluation_are_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs: list[int] = []
+    monkeypatch.setattr("os.fsync", syncs.append)
+    append(tmp_path, RESULT, dataclasses.replace(RESULT, selection="best"))
+    assert [r.selection for r in read(tmp_path)] == ["last", "best"] and len(syncs) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), 100.1, float("inf")])
+def test_no_percentage_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="no percentage"):
+        dataclasses.replace(RESULT, metrics={"top1": value})
+
+
+def test_a_line_says_on_how_many_ranks_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transfer.evaluation import context
+
+    class Images(SimpleNamespace):
+        def __len__(self) -> int:
+            return 160
+
+    evaluation = context.Evaluation(
+        settings=SimpleNamespace(label=None), protocol=SimpleNamespace(reference=RESULT.protocol),
+        subject=SimpleNamespace(weights=RESULT.weights, arch="resnet18"), seed=0, train=Images(notes=()),
+        test=Images(name="d", split="test", notes=()),
+        transform=SimpleNamespace(size=32, mean=(0.5,) * 3, std=(0.2,) * 3),
+        clock=SimpleNamespace(stamp=lambda _: {}),
+    )  # fmt: skip
+    one = evaluation.result({"top1": 40.0}, torch.device("cpu"), settings={"batch": 8})
+    assert one.settings == {"batch": 8, "world_size": 1} and one.n == 160
+    assert one.weights == RESULT.weights | {"mean": [0.5] * 3, "std": [0.2] * 3}
+    monkeypatch.setattr(context, "world_size", lambda: 4)
+    four = evaluation.result({"top1": 40.0}, torch.device("cuda", 0))
+    assert four.settings == {"world_size": 4, "gpus": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [  # another project's with a CIFAR stem; this project's, which says its own; with ImageNet's stem
+        ("INTL", [0.4914, 0.4822, 0.4465, 0.2470, 0.2435, 0.2616]),
+        ("this project, training run", [0.1, 0.2, 0.3, 1.0, 1.0, 1.0]),
+        ("solo-learn", [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]),
+    ],
+)
+def test_images_are_normalised_as_the_weights_want_or_as_told(name: str, wanted, tmp_path: Path) -> None:
+    state = zoo.backbone(cifar=name != "solo-learn")
+    torch.save(zoo.ZOO[name][0](state, {}), tmp_path / "m.pth")
+
+    def used(*words: str) -> list[float]:
+        given = ["--weights", str(tmp_path / "m.pth"), "--protocol", "solo_knn@1", "--dataset", "cifar10"]
+        settings = parse("knn", [*given, "--data-dir", "d", "--output", "o", *words])
+        metadata = load_subject(settings).metadata
+        found = eval_transform(native_size=32, image_size=None, metadata=metadata)
+        return [*found.mean, *found.std]
+
+    assert used() == wanted
+    assert used("--mean", "[0.5, 0.6, 0.7]") == [0.5, 0.6, 0.7, *wanted[3:]]
+    assert used("--std=[1, 2, 3]") == [*wanted[:3], 1, 2, 3]
+    for wrong in ("--mean=[0.5]", "--std=[1, 2, 0]", "--mean=[.nan, 1, 1]"):
+        with pytest.raises(UserError, match="wanted three numbers"):
+            used(wrong)
+
+
+def test_another_normalisation_is_another_result(cifar_folder: Path, tmp_path: Path) -> None:
+    words = ["knn", "--weights", "raw-pixels", "--protocol", "solo_knn@1", "--dataset", "cifar10"]
+    words += ["--data-dir", str(cifar_folder), "--output", str(tmp_path)]
+    for more in ([], ["--mean", "[0.1, 0.2, 0.3]"], ["--mean", "[0.1, 0.2, 0.3]"]):
+        assert main([*words, *more]) == 0
+    assert [r.weights["mean"] for r in read(tmp_path)] == [[0.485, 0.456, 0.406], [0.1, 0.2, 0.3]]
+
+
+def test_folders_of_images_are_told_apart_by_what_is_in_them(cifar_folder: Path, tmp_path: Path) -> None:
+    fewer = tmp_path / "fewer"
+    shutil.copytree(cifar_folder, fewer)
+    for split in ("train", "test"):
+        shutil.rmtree(sorted((fewer / split).iterdir())[0])
+    splits = []
+    for i, folder in enumerate((cifar_folder, fewer)):
+        words = ["knn", "--weights", "raw-pixels", "--protocol", "solo_knn@1", "--dataset", "imagefolder"]
+        assert main([*words, "--data-dir", str(folder), "--output", str(tmp_path / str(i))]) == 0
+        splits += [r.split for r in read(tmp_path / str(i))]
+    assert [s.partition(", ")[0] for s in splits] == ["test (10 classes", "test (9 classes"]
+    assert splits[0].rpartition(" ")[2] != splits[1].rpartition(" ")[2]

@@ -1,0 +1,313 @@
+"""Linear heads: each equals a torch.optim run of its own; a stopped run ends with the same weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.nn.functional import cross_entropy
+
+from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.signals import Stopped, StopSignals
+from pretrain.model import build_backbone
+from transfer.evaluation import results
+from transfer.evaluation.augment import crop_box
+from transfer.evaluation.protocol import load_protocol
+from transfer.evaluation.transforms import EvalTransform
+from transfer.evaluators import linear
+from transfer.evaluators.heads import HeadGrid, accuracies, rate_factor
+from transfer.evaluators.logreg import fit_logreg
+
+
+def batches(n: int = 12, b: int = 16, d: int = 6, classes: int = 3):
+    g = torch.Generator().manual_seed(3)
+    return [(torch.randn(b, d, generator=g), torch.randint(0, classes, (b,), generator=g)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("init", ["normal", "uniform"])
+def test_each_head_trains_as_it_would_alone(optimizer: str, init: str) -> None:
+    rates, decays = [0.3, 0.01], [0.0, 0.1]
+    heads = HeadGrid(6, 3, rates=rates, decays=decays, optimizer=optimizer, init=init, seed=5)
+    starts = [p.clone() for p in heads.parameters]
+    losses = [heads.step(x, y, factor=1 / (i + 1)) for i, (x, y) in enumerate(batches())]
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer]
+    for h, (rate, decay) in enumerate(heads.grid):
+        weight, bias = (p[:, h].squeeze(0).clone().requires_grad_() for p in starts)
+        alone = kind(
+            [weight, bias], lr=rate, weight_decay=decay, **({"momentum": 0.9} if optimizer == "sgd" else {})
+        )
+        for i, (x, y) in enumerate(batches()):
+            alone.param_groups[0]["lr"] = rate / (i + 1)
+            loss = cross_entropy(x @ weight + bias, y)
+            alone.zero_grad()
+            loss.backward()
+            alone.step()
+            assert float(losses[i][h]) == pytest.approx(float(loss), rel=1e-4)
+        torch.testing.assert_close(heads.parameters[0][:, h], weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(heads.parameters[1][0, h], bias.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_lars_scales_by_the_norms() -> None:
+    # One step from W, b = 0: b takes the plain gradient, W's is scaled by 0.001 |W| / (|g| + 0.5 |W|).
+    x, y = batches(1)[0]
+    heads = HeadGrid(6, 3, rates=[2.0], decays=[0.5], optimizer="lars", seed=1)
+    weight = heads.parameters[0][:, 0].clone().requires_grad_()
+    bias = torch.zeros(3, requires_grad=True)
+    cross_entropy(x @ weight + bias, y).backward()
+    heads.step(x, y, factor=1.0)
+    w, g = weight.detach(), weight.grad
+    trust = 0.001 * w.norm() / (g.norm() + 0.5 * w.norm())
+    torch.testing.assert_close(heads.parameters[0][:, 0], w - 2 * trust * (g + 0.5 * w))
+    torch.testing.assert_close(heads.parameters[1][0, 0], -2 * bias.grad)
+
+
+def test_schedules_by_hand() -> None:
+    def at(schedule, step, **more):
+        return rate_factor(schedule, step=step, steps_per_epoch=10, epochs=4, **more)
+
+    assert [at("steps", s, milestones=(1, 3)) for s in (9, 10, 30)] == pytest.approx([1, 0.1, 0.01])
+    assert at("cosine", 20) == pytest.approx(0.5) and at("cosine", 25) < 0.5
+    assert at("cosine_by_epoch", 25) == pytest.approx(0.5)
+    assert at("exponential", 20, final=1e-4) == pytest.approx(1e-2)
+    assert at("constant", 39) == 1
+
+
+def test_the_rate_of_lightlys_benchmark_is_lightlys() -> None:
+    # Its LinearClassifier: one CosineWarmupScheduler over all steps, without warm-up.
+    from lightly.utils.scheduler import CosineWarmupScheduler
+
+    values = load_protocol("lightly_linear@1").settings(linear.LinearProtocol)
+    total = 20 * values.epochs
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = CosineWarmupScheduler(optimizer, warmup_epochs=0, max_epochs=total)
+    for step in (0, 1, 19, 20, total // 3, total // 2 + 7, total - 1):
+        ours = rate_factor(
+            values.schedule, step=step, steps_per_epoch=20, epochs=values.epochs, final=values.final
+        )
+        assert ours == pytest.approx(theirs.scale_lr(step), abs=2 / total)  # they end one step earlier
+
+
+def test_accuracies_by_hand() -> None:
+    # Classes 0, 0, 1: right, wrong, tie that the smaller label 0 wins. Top-1 1/3; per class (1/2 + 0) / 2.
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    got = accuracies(logits, torch.tensor([0, 0, 1]))
+    assert got == pytest.approx({"top1": 100 / 3, "top5": 100.0, "mean_per_class": 25.0})
+
+
+def test_logistic_regression_is_scikit_learns() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    x = torch.cat([x for x, _ in batches()]).double()
+    y = torch.cat([y for _, y in batches()])
+    weight, bias = fit_logreg(x, y, 3, cost=0.05, iterations=500)
+    wanted = LogisticRegression(C=0.05, tol=1e-8, max_iter=2000).fit(x.numpy(), y.numpy())
+    got = (x @ weight + bias).softmax(1)
+    np.testing.assert_allclose(got.numpy(), wanted.predict_proba(x.numpy()), atol=2e-4)
+
+
+def test_held_out_images_of_each_class() -> None:
+    labels = np.repeat([0, 1, 2], [100, 30, 2])
+    fit, aside = linear.held_out_split(labels, 10, seed=0)
+    assert np.bincount(labels[aside]).tolist() == [10, 3, 1]
+    assert sorted([*fit, *aside]) == list(range(132))
+    assert not np.array_equal(aside, linear.held_out_split(labels, 10, seed=1)[1])
+
+
+def test_an_epoch_shows_every_image_once() -> None:
+    got = linear.epoch_batches(10, 4, steps=3, seed=0, epoch=1)
+    assert [len(b) for b in got] == [4, 4, 2] and sorted(np.concatenate(got)) == list(range(10))
+    more = linear.epoch_batches(10, 4, steps=5, seed=0, epoch=1)
+    assert [len(b) for b in more] == [4] * 5 and sorted(np.concatenate(more)) == sorted([*range(10)] * 2)
+
+
+def test_crops_lie_within_the_image() -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array([crop_box(40, 30, rng) for _ in range(500)])
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= 40).all() and (boxes[:, 3] <= 30).all()
+    share = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 1200
+    assert 0.07 < share.min() < 0.15 and share.max() > 0.8
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = build_backbone("resnet18", zero_init_last=False).train()
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(8, 3, 32, 32))
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def argv(weights: object, folder: Path, output: Path, protocol: object) -> list[str]:
+    return [
+        "--weights", str(weights), "--dataset", "cifar10", "--data-dir", str(folder), "--output", str(output),
+        "--protocol", str(protocol), "--cache-dir", str(output.parent / "cache"), "--image-size", "32",
+    ]  # fmt: skip
+
+
+def own(folder: Path, **values: object) -> Path:
+    path = folder / "mine@1.yaml"
+    path.write_text(yaml.safe_dump({"task": "linear", "title": "t", "source": "s", "values": values}))
+    return path
+
+
+def test_cached_heads_by_command(cifar_folder: Path, tmp_path: Path) -> None:
+    words = argv("raw-pixels", cifar_folder, tmp_path / "out", "cached_linear@1")
+    assert linear.main(words) == 0 and linear.main(words) == 0
+    last, chosen = results.read(tmp_path / "out")
+    assert (last.selection, chosen.selection, last.n, last.seed) == ("last", "held-out", 160, 0)
+    assert chosen.metrics["top1"] > 15 and chosen.settings["heads"] == 12
+    assert chosen.settings["augmentation"] is False and chosen.settings["world_size"] == 1
+    again = tmp_path / "again"
+    assert linear.main(argv("raw-pixels", cifar_folder, again, "cached_linear@1")) == 0
+    assert [r.metrics for r in results.read(again)] == [last.metrics, chosen.metrics]
+
+
+def test_heads_that_diverge_are_told_and_leave_the_others_alone(
+    cifar_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calm = {"augmentation": False, "scaling": "standardise", "epochs": 3, "held_out_percent": 10}
+    found = {}
+    for name, rates in (("both", [0.01, 1e38]), ("one", [0.01])):
+        protocol = own(tmp_path, learning_rates=rates, **calm)
+        assert linear.main(argv("raw-pixels", cifar_folder, tmp_path / name, protocol)) == 0
+        found[name] = [r.metrics for r in results.read(tmp_path / name)]
+    assert found["both"] == found["one"]
+    told = [r.getMessage() for r in caplog.records if "diverged" in r.getMessage()]
+    assert told == [
+        "1 of 2 heads diverged by epoch 1 (learning rates 1e+38); the others are not touched by it"
+    ]
+    protocol = own(tmp_path, learning_rates=[1e37, 1e38], **calm)
+    with pytest.raises(
+        RunFailed, match=r"diverged: by epoch 1, step 3, .* a learning rate of 1e\+37, 1e\+38"
+    ):
+        linear.main(argv("raw-pixels", cifar_folder, tmp_path / "none", protocol))
+    assert not results.read(tmp_path / "none")
+
+
+class StopAfter(StopSignals):
+    """Asks to stop when it has been read so many times."""
+
+    reads = 0
+    limit = 0
+
+    @property
+    def requested(self) -> bool:
+        type(self).reads += 1
+        return self.reads == self.limit
+
+    def hand_over(self) -> None:
+        raise Stopped("stopped")
+
+
+def test_augmented_heads_stop_and_go_on_to_the_bit(cifar_folder, weights, tmp_path, monkeypatch) -> None:
+    protocol = own(
+        tmp_path, learning_rates=[0.1, 0.02], batch=64, epochs=3, held_out_percent=10, steps_per_epoch=3,
+        features=["layer4", "layer2+layer4"],
+    )  # fmt: skip
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert linear.main(argv(weights, cifar_folder, whole, protocol)) == 0
+    monkeypatch.setattr(linear, "StopSignals", StopAfter)
+    StopAfter.reads, StopAfter.limit = 0, 2
+    with pytest.raises(Stopped):
+        linear.main(argv(weights, cifar_folder, halves, protocol))
+    assert (halves / linear.CHECKPOINT).exists() and not results.read(halves)
+    StopAfter.limit = math.inf
+    assert linear.main(argv(weights, cifar_folder, halves, protocol)) == 0
+    assert not (halves / linear.CHECKPOINT).exists()
+    first, second = results.read(whole), results.read(halves)
+    assert [(r.metrics, r.epoch, r.settings) for r in first] == [
+        (r.metrics, r.epoch, r.settings) for r in second
+    ]
+    assert first[0].epoch == 3 and first[0].settings["augmentation"] is True
+
+
+def test_a_probe_goes_on_from_its_own_precision_and_test_images_alone(
+    cifar_folder, weights, tmp_path, monkeypatch
+) -> None:
+    seen: list[str] = []
+
+    def resume(path: Path, heads: object, identity: str) -> None:
+        seen.append(identity)
+        raise Stopped("seen")
+
+    monkeypatch.setattr(linear, "_resume", resume)
+    monkeypatch.setattr(linear, "cached_parts", lambda *_: (None, None, None, np.arange(64)))
+    other = tmp_path / "other"
+    shutil.copytree(cifar_folder, other)
+    os.utime(next((other / "test").rglob("*.jpg")), ns=(1, 1))
+    for folder, precision in ((cifar_folder, "float32"), (cifar_folder, "bfloat16"), (other, "float32")):
+        with pytest.raises(Stopped):
+            words = argv(weights, folder, tmp_path / "out", "moco_linear@1")
+            linear.main([*words, "--precision", precision])
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize(
+    ("protocol", "wanted"),
+    [  # DINOv2's make_classification_train_transform is bicubic, DINO's and all others' default to bilinear
+        ("dinov2_sweep@1", "bicubic"), ("dinov2_sweep@2", "bicubic"), ("dinov2_sweep_on_val@1", "bicubic"),
+        ("dino_linear@1", "bilinear"), ("moco_linear@1", "bilinear"),
+    ],
+)  # fmt: skip
+def test_crops_are_trained_on_in_the_published_interpolation(
+    protocol: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(linear, "Augmented", lambda *_, interpolation, **__: seen.append(interpolation))
+    values = load_protocol(protocol).settings(linear.LinearProtocol)
+    evaluation = SimpleNamespace(
+        settings=SimpleNamespace(workers=0), train=None, seed=0, transform=EvalTransform(size=224)
+    )
+    batches = linear._augmented(evaluation, None, values, np.arange(0), [], 0, torch.device("cpu"))
+    assert list(batches) == [] and seen == [wanted]
+
+
+def test_logistic_regression_by_command(cifar_folder: Path, tmp_path: Path) -> None:
+    protocol = own(
+        tmp_path, method="logreg", augmentation=False, scaling="l2", costs=[1e-6, 1.0, 100.0], iterations=50,
+        held_out_percent=10,
+    )  # fmt: skip
+    assert linear.main(argv("raw-pixels", cifar_folder, tmp_path / "out", protocol)) == 0
+    (found,) = results.read(tmp_path / "out")
+    assert found.selection == "held-out" and found.metrics["top1"] > 15 and found.settings["C"] > 1e-6
+
+
+def test_bad_input_before_the_work(cifar_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="raw-pixels"):
+        linear.main(argv("raw-pixels", cifar_folder, tmp_path / "o", "moco_linear@1"))
+    copy = tmp_path / "copy"
+    shutil.copytree(cifar_folder, copy)
+    shutil.rmtree(next((copy / "test").iterdir()))
+    words = argv("raw-pixels", copy, tmp_path / "o", "cached_linear@1")
+    with pytest.raises(UserError, match="has 9 classes, cifar10 has 10: is a class folder missing"):
+        linear.main(words)
+    with pytest.raises(UserError, match="only in train"):
+        linear.main([*words, "--dataset", "imagefolder"])
+    assert not (tmp_path / "o" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize("protocol", ["cached_linear@1", "logreg@1"])
+def test_a_choice_needs_held_out_images(protocol: str, cifar_folder: Path, tmp_path: Path) -> None:
+    for image in (i for c in (cifar_folder / "train").iterdir() for i in sorted(c.iterdir())[:1]):
+        (tmp_path / "train" / image.parent.name).mkdir(parents=True)
+        shutil.copy(image, tmp_path / "train" / image.parent.name)
+    shutil.copytree(cifar_folder / "test", tmp_path / "test")
+    with pytest.raises(
+        UserError, match=r"one training image a class, .* 10 % of each class's held out; want"
+    ):
+        linear.main(argv("raw-pixels", tmp_path, tmp_path / "o", protocol))
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(UserError, match="logreg needs costs, and held_out_percent above 0"):
+        mine = own(tmp_path, method="logreg", augmentation=False, costs=[1.0])
+        linear.main(argv("raw-pixels", tmp_path, tmp_path / "o", mine))

@@ -1,0 +1,406 @@
+"""train_net as a user calls it, on composed scenes: training, going on, evaluation, refusals, ranks, VOC."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from pretrain.common.cli import EXIT_STOPPED, EXIT_USAGE, run
+from pretrain.common.errors import UserError
+from pretrain.common.files import read_jsonl
+from pretrain.common.signals import StopSignals
+from transfer import train_net
+from transfer.detection import convert, scenes, train_loop
+from transfer.detection.availability import CONFIGS
+from transfer.detection.config import load_config, protocol_of
+from transfer.detection.data import check, index_batches, register
+
+TINY = [
+    "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16",
+    "MODEL.ROI_MASK_HEAD.NUM_CONV", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
+    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "1",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8", "TEST.PRECISE_BN.NUM_ITER", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scene_folder(fashion_mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "out"
+    return scenes.compose(fashion_mnist_dir, folder, train=9, test=3, size=64)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted ResNet-18."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), folder / "resnet18.pth")
+    words = ["--weights", str(folder / "resnet18.pth"), "--output", str(folder / "w.pkl"), "--no-verify"]
+    assert run(convert.main, words) == 0
+    return folder / "w.pkl"
+
+
+def words(scene_folder: Path, output: Path, *more: str) -> list[str]:
+    """A small run's command line; options of train_net first, KEY VALUE pairs after them."""
+    options = [w for w in more if w.startswith("--")]
+    pairs = [w for w in more if not w.startswith("--")]
+    datasets = [f"scenes_{s}={scene_folder / s}.json:{scene_folder / s}" for s in ("train", "test")]
+    flags = ["--config-file", "scenes_R18_FPN", "--num-gpus", "0"]
+    return [
+        *flags,
+        "--dataset",
+        datasets[0],
+        "--dataset",
+        datasets[1],
+        *options,
+        *TINY,
+        *pairs,
+        "OUTPUT_DIR",
+        str(output),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(scene_folder: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of four iterations."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    argv = words(scene_folder, output, "--label=INTL", "MODEL.WEIGHTS", str(weights))
+    assert run(train_net.main, argv) == 0
+    return output
+
+
+def test_a_run_leaves_results_pictures_and_curves(
+    finished: Path, scene_folder: Path, weights: Path, capsys: Any
+) -> None:
+    lines = read_jsonl(finished / "results.jsonl")
+    assert [line["task"] for line in lines] == ["detection", "segmentation"]
+    for line in lines:
+        assert {"AP", "AP50", "AP75"} <= line["metrics"].keys()
+        assert line["n"] == 3 and line["iteration"] == 4 and line["seed"] == 0
+        assert (line["dataset"], line["split"], line["label"]) == ("scenes", "test", "INTL")
+        assert line["protocol"]["name"] == "scenes_R18_FPN" and line["arch"] == "resnet18"
+        origin = convert.read_pickle(weights)["origin"]
+        assert line["weights"] == {k: origin[k] for k in ("path", "sha256", "format", "branch")}
+    progress = json.loads((finished / "progress.json").read_text())
+    assert (progress["label"], progress["done"], progress["total"]) == ("evaluating on scenes_test", 3, 3)
+    assert [m["iteration"] for m in read_jsonl(finished / "metrics.json")] == [0, 1, 2, 3]
+    assert (finished / "pictures" / "predictions_0.png").exists() and (finished / "curves.png").exists()
+    assert not (finished / "model_last.pth").exists()
+
+    argv = words(scene_folder, finished, "MODEL.WEIGHTS", str(weights))
+    assert run(train_net.main, argv) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert read_jsonl(finished / "results.jsonl") == lines
+
+
+def test_evaluating_the_saved_model_gives_the_same_numbers(
+    finished: Path, scene_folder: Path, tmp_path: Path
+) -> None:
+    model = str(finished / "model_final.pth")
+    assert run(train_net.main, words(scene_folder, tmp_path, "--eval-only", "MODEL.WEIGHTS", model)) == 0
+    again, before = read_jsonl(tmp_path / "results.jsonl"), read_jsonl(finished / "results.jsonl")
+    assert [a["metrics"] for a in again] == [b["metrics"] for b in before]
+    assert again[0]["weights"] == before[0]["weights"] and again[0]["iteration"] == 4
+    pictures = tmp_path / "pictures"
+    argv = words(scene_folder, tmp_path / "o", f"--show={pictures}", "MODEL.WEIGHTS", model)
+    assert run(train_net.main, argv) == 0
+    assert len(list(pictures.glob("predictions_*.png"))) == 3 and (pictures / "curves.png").exists()
+
+
+def test_a_finished_run_is_not_lengthened_without_its_optimizer(
+    finished: Path, scene_folder: Path, weights: Path, capsys: Any
+) -> None:
+    longer = words(scene_folder, finished, "--resume", "MODEL.WEIGHTS", str(weights), "SOLVER.MAX_ITER", "6")
+    before = (finished / "config.yaml").read_text()
+    assert "finished run of 4 iterations" in refused(longer, capsys)
+    assert (finished / "config.yaml").read_text() == before
+
+
+def test_the_real_predictions_score_as_with_pycocotools(finished: Path, scene_folder: Path) -> None:
+    from tests.transfer.detection.test_evaluation import by_pycocotools
+
+    results = json.loads((finished / "inference" / "coco_instances_results.json").read_text())
+    for line, task in zip(read_jsonl(finished / "results.jsonl"), ("bbox", "segm")):
+        theirs = 100 * by_pycocotools(scene_folder / "test.json", results, task)
+        assert line["metrics"]["AP"] == pytest.approx(theirs[0], abs=1e-4)
+
+
+def test_a_stopped_run_goes_on_to_the_bit(
+    finished: Path, scene_folder: Path, weights: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    argv = words(scene_folder, tmp_path, "MODEL.WEIGHTS", str(weights), "SOLVER.CHECKPOINT_PERIOD", "1000")
+    agree, calls = train_loop._agree, []
+
+    def signalled(losses: Any, stop: bool) -> Any:
+        calls.append(1)
+        return agree(losses, stop or len(calls) == 2)
+
+    monkeypatch.setattr(train_loop, "_agree", signalled)
+    assert run(train_net.main, argv) == EXIT_STOPPED
+    assert (tmp_path / "last_checkpoint").read_text() == "model_last.pth"
+    assert not (tmp_path / "results.jsonl").exists()
+    monkeypatch.setattr(train_loop, "_agree", agree)
+    assert run(train_net.main, argv) == 0
+    ours = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
+    theirs = torch.load(finished / "model_final.pth", weights_only=True)["model"]
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    metrics = [r["metrics"] for r in read_jsonl(tmp_path / "results.jsonl")]
+    assert metrics == [r["metrics"] for r in read_jsonl(finished / "results.jsonl")]
+
+
+def test_another_runs_checkpoint_is_not_gone_on_from(
+    scene_folder: Path, weights: Path, tmp_path: Path, capsys: Any
+) -> None:
+    record = {"seed": 0, "settings": {"SOLVER.BASE_LR": 0.02, "SEED": 0}, "origin": {"sha256": "a"}}
+    now = {**record, "settings": {"SOLVER.BASE_LR": 0.01, "SEED": 0}, "origin": {"sha256": "b"}}
+    with pytest.raises(UserError, match=r"SOLVER.BASE_LR, the content of MODEL.WEIGHTS differ;"):
+        train_loop._refuse_another_run(record, now, tmp_path, False)
+    train_loop._refuse_another_run(record, now, tmp_path, True)
+    train_loop._refuse_another_run(record, record, tmp_path, False)
+
+
+# --- what is refused before anything starts
+
+
+def refused(argv: list[str], capsys: Any) -> str:
+    capsys.readouterr()
+    assert run(train_net.main, argv) == EXIT_USAGE
+    return capsys.readouterr().err
+
+
+def test_weights_must_fit(scene_folder: Path, weights: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "o"
+    assert "no weights" in refused(words(scene_folder, out), capsys)
+    both = words(scene_folder, out, "--random-init", "MODEL.WEIGHTS", str(weights))
+    assert "give one of the two" in refused(both, capsys)
+    missing = words(scene_folder, out, "MODEL.WEIGHTS", str(tmp_path / "none.pkl"))
+    assert "no such file" in refused(missing, capsys)
+    deeper = words(scene_folder, out, "MODEL.WEIGHTS", str(weights), "MODEL.RESNETS.DEPTH", "34")
+    assert "add MODEL.RESNETS.DEPTH 18" in refused(deeper, capsys)
+    with pytest.raises(UserError, match="a C4 config with a ResNet-18"):
+        load_config("coco_R50_C4_2x", ["MODEL.RESNETS.DEPTH", "18"])
+    assert not out.exists()
+
+
+def test_a_file_that_lacks_one_tensor_stops_the_run(
+    scene_folder: Path, weights: Path, tmp_path: Path, capsys: Any
+) -> None:
+    content = convert.read_pickle(weights)
+    del content["model"]["res4.0.conv1.norm.running_mean"]
+    content["model"]["res4.9.conv1.weight"] = np.zeros(1, np.float32)
+    convert.write_pickle(tmp_path / "lacking.pkl", content["model"], content["origin"])
+    argv = words(scene_folder, tmp_path / "o", "MODEL.WEIGHTS", str(tmp_path / "lacking.pkl"))
+    said = refused(argv, capsys)
+    assert "1 not in the file (backbone.bottom_up.res4.0.conv1.norm.running_mean)" in said
+    assert "1 unknown to the model (res4.9.conv1.weight)" in said
+    assert not (tmp_path / "o" / "results.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda c: c["annotations"].append(c["annotations"][0]), "annotation id 1 occurs more than once"),
+        (lambda c: c["annotations"][0].update(bbox=[60, 0, 30, 10]), "outside its image of 64 x 64"),
+        (lambda c: c["annotations"][0].update(category_id=99), "names category 99"),
+        (lambda c: c["annotations"][0].update(image_id=99), "names image 99"),
+        (lambda c: c["categories"].pop(), "names category 10|has 9 categories"),
+        (lambda c: c["images"][0].update(file_name="gone.jpg"), "1 image files are missing"),
+        (lambda c: c["images"][0].update(width=65), "its annotation says 65 x 64"),
+        (lambda c: c.pop("images"), "not in COCO's format"),
+    ],
+)
+def test_data_is_checked(scene_folder: Path, tmp_path: Path, harm: Any, said: str) -> None:
+    content = json.loads((scene_folder / "train.json").read_text())
+    harm(content)
+    (tmp_path / "bad.json").write_text(json.dumps(content))
+    register([f"scenes_train={tmp_path / 'bad.json'}:{scene_folder / 'train'}"])
+    cfg = load_config("scenes_R18_FPN", ["DATASETS.TEST", "()"])
+    with pytest.raises(UserError, match=said):
+        check(cfg)
+
+
+def test_other_mistakes(scene_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    random = words(scene_folder, tmp_path / "o", "--random-init")
+    assert "known names: " in refused(["--config-file", "nothing", *random[2:]], capsys)
+    assert "NO.SUCH: detectron2's config has no such key" in refused([*random, "NO.SUCH", "1"], capsys)
+    assert "did you mean SOLVER.MAX_ITER?" in refused([*random, "SOLVER.MAX_ITR", "1"], capsys)
+    assert "SOLVER.MAX_ITER x: " in refused([*random, "SOLVER.MAX_ITER", "x"], capsys)
+    assert "--num-gpus stands after KEY VALUE" in refused([*random, "--num-gpus", "0"], capsys)
+    assert "pairs of KEY VALUE" in refused([*random, "SEED"], capsys)
+    assert "leave out --eval-only" in refused(["--show", "x", "--eval-only", *random], capsys)
+    polygons = refused([*random, "INPUT.MASK_FORMAT", "polygon"], capsys)
+    assert "run-length encoded: add INPUT.MASK_FORMAT bitmask" in polygons
+    assert "'elsewhere' is not known" in refused([*random, "DATASETS.TEST", "('elsewhere',)"], capsys)
+    broken = [w.replace(".json:", ".xml:") for w in random]
+    assert "wanted NAME=ANNOTATIONS.json:IMAGES" in refused(broken, capsys)
+    if not torch.cuda.is_available():
+        gpus = ["8" if random[i - 1] == "--num-gpus" else w for i, w in enumerate(random)]
+        assert "this machine has 0" in refused(gpus, capsys)
+    assert not (tmp_path / "o").exists()
+
+
+# --- configs
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("[a-z]*.yaml")), ids=lambda p: p.stem)
+def test_every_config_loads_and_its_header_names_what_it_is(path: Path) -> None:
+    cfg = load_config(path, [], to_run_here=False)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert f"# Protocol: {cfg.PROTOCOL}" in head
+    assert all(any(line.startswith(f"# {word}") for line in head)
+               for word in ("Source:", "Command:", "Published score:"))  # fmt: skip
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == 0 and cfg.TEST.PRECISE_BN.ENABLED
+    supervised = path.stem.endswith("supervised")
+    assert (cfg.INPUT.FORMAT == "BGR") == cfg.MODEL.RESNETS.STRIDE_IN_1X1 == supervised
+    if path.stem.startswith(("coco", "voc")):
+        assert cfg.MODEL.RESNETS.NORM == "SyncBN" and cfg.SOLVER.IMS_PER_BATCH == 16
+        assert cfg.SOLVER.BASE_LR == 0.02
+        base = load_config(path.stem.split("_supervised")[0].split("_random")[0], [], to_run_here=False)
+        assert protocol_of(cfg) == protocol_of(base)  # the three counterparts are compared
+
+
+def test_c4_has_a_norm_after_res5_and_its_weights_load_with_that_norm_alone_missing(tmp_path: Path) -> None:
+    from detectron2.modeling import build_model
+
+    from transfer.detection.checkpointer import StrictCheckpointer
+
+    torch.manual_seed(0)
+    resnet = timm.create_model("resnet50", num_classes=0)
+    weights = convert.to_detectron2(resnet.state_dict())
+    convert.write_pickle(tmp_path / "r50.pkl", weights, {})
+    model = build_model(load_config("small_R50_C4", []))
+    assert isinstance(model.roi_heads.res5.norm, nn.BatchNorm2d)
+    StrictCheckpointer(model).load(str(tmp_path / "r50.pkl"))
+    loaded = model.roi_heads.res5[2].conv3.weight
+    assert torch.equal(loaded, resnet.layer4[2].conv3.weight)
+    assert [n for n, _ in model.roi_heads.res5.named_children()] == ["0", "1", "2", "norm"]
+
+
+# --- where in the data a run is
+
+
+def test_batches_are_a_function_of_their_number() -> None:
+    wide = [i % 3 == 0 for i in range(10)]
+    arguments: dict[str, Any] = {"seed": 1, "rank": 0, "world_size": 1, "batch_per_rank": 3, "by_shape": True}
+    stream = index_batches(wide, **arguments)
+    first = [next(stream) for _ in range(12)]
+    for batch in first:
+        assert len({wide[index] for _, index in batch}) == 1  # one shape a batch
+    seen = sorted(position for batch in first for position, _ in batch)
+    assert seen == sorted(set(seen))
+    indices = [index for _, index in sorted(pair for batch in first for pair in batch)][:10]
+    assert len(set(indices)) >= 9  # an epoch is a permutation; a bucket may still hold one of it
+
+    def of(rank: int) -> list[int]:
+        one = {**arguments, "rank": rank, "world_size": 2, "by_shape": False}
+        batches = index_batches(wide, **one)
+        return [position for _ in range(4) for position, _ in next(batches)]
+
+    assert sorted(of(0) + of(1)) == list(range(24))
+
+
+# --- several processes
+
+
+def _rank(rank: int, file: str, argv: list[str], folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    norm = nn.BatchNorm2d(1)  # rank 0: mean 0, variance 1; rank 1: mean 4, variance 3
+    norm.running_mean.fill_(4.0 * rank)
+    norm.running_var.fill_(1.0 + 2.0 * rank)
+    train_loop.average_statistics(norm)
+    # Together: mean 2; mean square ((1 + 0) + (3 + 16)) / 2 = 10, less 2² = 6
+    assert norm.running_mean.item() == 2 and norm.running_var.item() == 6
+    assert run(train_net.main, argv) == 0
+    assert dist.is_initialized()  # the group of the job is left in place
+    dist.destroy_process_group()
+
+
+def test_inside_a_jobs_process_group_with_synchronised_norm(
+    scene_folder: Path, weights: Path, tmp_path: Path
+) -> None:
+    argv = words(
+        scene_folder, tmp_path / "o", "MODEL.WEIGHTS", str(weights), "MODEL.RESNETS.NORM", "SyncBN",
+        "SOLVER.MAX_ITER", "1", "TEST.PRECISE_BN.NUM_ITER", "1",
+    )  # fmt: skip
+    mp.start_processes(_rank, (str(tmp_path / "meet"), argv, str(tmp_path)), nprocs=2, start_method="spawn")
+    lines = read_jsonl(tmp_path / "o" / "results.jsonl")
+    assert [line["task"] for line in lines] == ["detection", "segmentation"]  # one rank writes
+    assert lines[0]["settings"]["norms"]["RESNETS"] == "naiveSyncBN"  # torch's refuses CPU tensors
+    assert lines[0]["settings"]["world_size"] == 2 and lines[0]["n"] == 3
+
+
+# --- VOC
+
+
+def write_voc(root: Path, scene_folder: Path) -> None:
+    """The scenes in PASCAL VOC's layout, garments under VOC's first ten names."""
+    from detectron2.data.datasets.pascal_voc import CLASS_NAMES
+
+    for year, split, source in (("2007", "trainval", "train"), ("2012", "trainval", "train"),
+                                ("2007", "test", "test")):  # fmt: skip
+        folder = root / f"VOC{year}"
+        for name in ("ImageSets/Main", "Annotations", "JPEGImages"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        content = json.loads((scene_folder / f"{source}.json").read_text())
+        names = []
+        for image in content["images"]:
+            names.append(f"{source}{image['id']:06d}")
+            data = (scene_folder / source / image["file_name"]).read_bytes()
+            (folder / "JPEGImages" / f"{names[-1]}.jpg").write_bytes(data)
+            tree = ET.Element("annotation")
+            size = ET.SubElement(tree, "size")
+            for key in ("width", "height"):
+                ET.SubElement(size, key).text = str(image[key])
+            for a in (a for a in content["annotations"] if a["image_id"] == image["id"]):
+                x, y, w, h = a["bbox"]
+                thing = ET.SubElement(tree, "object")
+                for key, value in (("name", CLASS_NAMES[a["category_id"] - 1]), ("pose", "Unspecified"),
+                                   ("truncated", "0"), ("difficult", "0")):  # fmt: skip
+                    ET.SubElement(thing, key).text = value
+                box = ET.SubElement(thing, "bndbox")
+                for key, number in (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + w), ("ymax", y + h)):
+                    ET.SubElement(box, key).text = str(int(number))
+            ET.ElementTree(tree).write(folder / "Annotations" / f"{names[-1]}.xml")
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
+
+
+def test_voc_by_its_registered_names(scene_folder: Path, weights: Path, tmp_path: Path) -> None:
+    write_voc(tmp_path / "datasets", scene_folder)
+    argv = words(
+        scene_folder, tmp_path / "o", "MODEL.WEIGHTS", str(weights), "MODEL.MASK_ON", "False",
+        "MODEL.ROI_HEADS.NUM_CLASSES", "20", "DATASETS.TRAIN", "('voc_2007_trainval','voc_2012_trainval')",
+        "DATASETS.TEST", "('voc_2007_test',)", "SOLVER.MAX_ITER", "2",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "transfer.train_net", *argv], capture_output=True, text=True,
+        env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path / "datasets")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = read_jsonl(tmp_path / "o" / "results.jsonl")
+    assert line["task"] == "detection" and line["metrics"].keys() == {"AP", "AP50", "AP75"}
+    assert (line["dataset"], line["split"], line["n"]) == ("voc_2007", "test", 3)
+
+
+def test_a_missing_voc_folder_is_named(tmp_path: Path) -> None:
+    cfg = load_config("voc_R50_C4_24k", [])
+    with pytest.raises(UserError, match=r"trainval.txt is missing; set DETECTRON2_DATASETS"):
+        check(cfg)
+
+
+def test_signals_are_those_of_the_project() -> None:
+    assert {s.name for s in StopSignals.SIGNALS} == {"SIGTERM", "SIGUSR2"}

@@ -1,0 +1,278 @@
+"""The checkpoint formats that can be read, as data; `python -m transfer formats` prints them.
+
+Keys are compared without any `module.` (DDP) and `_orig_mod.` (torch.compile) in them, wherever those stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+from pretrain.common.cli import Parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a branch lies: `container`, dotted keys into the object ("": itself), and key `prefix`."""
+
+    container: str
+    prefix: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """What a writer puts where. Each tensor beside the backbone must be named, or the file is not taken."""
+
+    name: str
+    online: tuple[Place, ...]
+    """Where the online branch may lie; a file has one of these."""
+    ema: tuple[Place, ...] = ()
+    """Where the momentum branch may lie."""
+    drop: tuple[tuple[str, str], ...] = ()
+    """(prefix in the container, what it is): no part of the backbone."""
+    needs: tuple[str, ...] = ()
+    """Prefixes of which the container holds at least one, where the rest would fit other writers too."""
+    rename: tuple[tuple[str, str], ...] = ()
+    """(prefix in the branch, torchvision's prefix)."""
+    cifar_padding: int | None = None
+    """Effective padding of the writer's 3x3 stem; None where none is known, and 1 is assumed."""
+    note: str = ""
+    """What a user of such a file should know."""
+
+
+def _at(container: str, *prefixes: str) -> tuple[Place, ...]:
+    return tuple(Place(container, prefix) for prefix in prefixes)
+
+
+_BARE = tuple(Place(container, "") for container in ("", "state_dict", "model", "model_state_dict"))
+_INDEXED = (("0.", "conv1."), ("1.", "bn1."), ("4.", "layer1."), ("5.", "layer2."), ("6.", "layer3."),
+            ("7.", "layer4."))  # fmt: skip
+_LIGHTLY_HEADS = (
+    ("projection_head", "projector"), ("prediction_head", "predictor"), ("prototypes", "prototypes"),
+    ("student_projection_head", "projector"), ("student_prediction_head", "predictor"),
+    ("teacher_projection_head", "EMA projector"), ("query_projection_head", "projector"),
+    ("key_projection_head", "EMA projector"), ("projection_head_momentum", "EMA projector"),
+    ("online_classifier", "online classifier"), ("criterion", "state of the loss"),
+    ("queues", "queue"), ("memory_bank", "queue"),
+)  # fmt: skip
+
+OWN_RUN = Format(
+    name="this project, training run",
+    online=_at("model", "backbone."),
+    ema=_at("ema", "backbone."),
+    drop=(("projector", "projector"),),
+    cifar_padding=2,
+)
+OWN_BACKBONE = Format(name="this project, backbone file", online=_at("", ""), cifar_padding=2)
+OWN_BACKBONE_EMA = Format(name="this project, EMA backbone file", online=(), ema=_at("", ""), cifar_padding=2)
+
+FOREIGN: tuple[Format, ...] = (
+    Format(
+        name="torchvision or timm",
+        online=_BARE,
+        ema=_at("state_dict_ema", ""),
+        drop=(("fc.", "classifier"),),  # Barlow Twins', VICReg's and DINO's backbone files are such too
+    ),
+    Format(
+        name="INTL",
+        online=_at("state_dict", "backbone."),
+        ema=_at("state_dict", "momentum_backbone."),
+        drop=(("projection.", "projector"), ("momentum_projection.", "EMA projector")),
+        needs=("projection.", "momentum_projection."),
+        cifar_padding=2,
+        note="INTL's own evaluation uses the online branch",
+    ),
+    Format(
+        name="MoCo v1, v2; PCL",
+        online=_at("state_dict", "encoder_q."),
+        ema=_at("state_dict", "encoder_k."),
+        drop=(("encoder_q.fc.", "projector"), ("encoder_k.fc.", "EMA projector"), ("queue", "queue")),
+    ),
+    Format(
+        name="MoCo v3",
+        online=_at("state_dict", "base_encoder."),
+        ema=_at("state_dict", "momentum_encoder."),
+        drop=(
+            ("base_encoder.fc.", "projector"),
+            ("momentum_encoder.fc.", "EMA projector"),
+            ("predictor.", "predictor"),
+        ),
+    ),
+    Format(
+        name="SimSiam",
+        online=_at("state_dict", "encoder."),
+        drop=(("encoder.fc.", "projector"), ("predictor.", "predictor")),
+        needs=("encoder.fc.",),
+    ),
+    Format(
+        name="Barlow Twins, VICReg",
+        online=_at("model", "backbone."),
+        drop=(("projector.", "projector"), ("bn.", "normalisation of the embedding")),
+    ),
+    Format(
+        name="SwAV, DeepCluster-v2, SeLa-v2",
+        online=_BARE[:2],
+        drop=(("projection_head", "projector"), ("prototypes", "prototypes")),
+        needs=("projection_head", "prototypes"),
+    ),
+    Format(
+        name="DINO",
+        online=_at("student", "backbone."),
+        ema=_at("teacher", "backbone."),
+        drop=(("head.", "projector"),),
+        note="DINO's own evaluation uses the teacher: --branch ema",
+    ),
+    Format(
+        name="solo-learn",
+        online=_at("state_dict", "backbone.", "encoder."),
+        ema=_at("state_dict", "momentum_backbone.", "momentum_encoder."),
+        drop=(
+            ("projector.", "projector"), ("predictor.", "predictor"), ("classifier.", "online classifier"),
+            ("momentum_projector.", "EMA projector"), ("momentum_predictor.", "EMA predictor"),
+            ("momentum_classifier.", "EMA classifier"), ("head.", "projector"),
+            ("momentum_head.", "EMA projector"), ("prototypes", "prototypes"), ("queue", "queue"),
+            ("dino_loss_func.", "state of the loss"),
+        ),
+        cifar_padding=2,
+    ),
+    Format(
+        name="lightly benchmarks",
+        online=_at("state_dict", "backbone."),
+        ema=_at("state_dict", "teacher_backbone.", "key_backbone.", "backbone_momentum."),
+        drop=_LIGHTLY_HEADS,
+    ),
+    Format(
+        name="lightly benchmarks: DINO, older MoCo and TiCo",
+        online=_at("state_dict", "student_backbone.", "query_backbone."),
+        ema=_at("state_dict", "backbone."),
+        drop=_LIGHTLY_HEADS,
+        needs=("student_backbone.", "query_backbone."),
+        note="in these `backbone` is the momentum branch",
+    ),
+    Format(
+        name="lightly examples",
+        online=_at("state_dict", "backbone.", "student_backbone."),
+        ema=_at("state_dict", "backbone_momentum.", "teacher_backbone."),
+        rename=_INDEXED,
+        needs=("backbone.0.", "student_backbone.0."),
+        drop=(*_LIGHTLY_HEADS, ("student_head", "projector"), ("teacher_head", "EMA projector")),
+    ),
+    Format(
+        name="VISSL",
+        online=(
+            *_at("classy_state_dict.base_model.model.trunk", "_feature_blocks."),
+            *_at("model_state_dict", "_feature_blocks."),
+        ),
+    ),
+    Format(
+        name="mmselfsup, mmpretrain",
+        online=_at("state_dict", "backbone."),
+        drop=(("neck.", "projector"), ("head.", "head"), ("data_preprocessor.", "normalisation of images")),
+    ),
+    Format(
+        name="InfoMin, InsDis, PIRL (PyContrast)",
+        online=_at("model", "encoder."),
+        ema=_at("model_ema", "encoder."),
+        drop=(("head", "projector"), ("encoder.fc.", "classifier")),
+    ),
+    Format(
+        name="ReSSL",
+        online=_at("model", "encoder_q.net."),
+        ema=_at("model", "encoder_k.net."),
+        drop=(
+            ("encoder_q.head.", "projector"), ("encoder_q.net.fc.", "projector"), ("queue", "queue"),
+            ("encoder_k.head.", "EMA projector"), ("encoder_k.net.fc.", "EMA projector"),
+        ),
+    ),
+    Format(
+        name="stable-pretraining",
+        online=_at("state_dict", "backbone.student.", "backbone."),
+        ema=_at("state_dict", "backbone.teacher."),
+        drop=(
+            ("projector.", "projector"), ("predictor.", "predictor"), ("callbacks_", "probes"),
+            ("backbone.base_ema_coefficient", "EMA schedule"), ("backbone.ema_coefficient", "EMA schedule"),
+            ("backbone.final_ema_coefficient", "EMA schedule"),
+        ),
+        needs=("backbone.student.", "callbacks_", "projector."),
+    ),
+)  # fmt: skip
+
+CMC = Format(
+    name="CMC", online=_at("model", "encoder1."), drop=(("encoder2.", "network of the ab channels"),)
+)
+"""Tried so that it is recognised; its one input channel is refused."""
+
+FORMATS: tuple[Format, ...] = (OWN_RUN, OWN_BACKBONE, OWN_BACKBONE_EMA, *FOREIGN)
+
+REFUSED = {
+    "CMC": "its two networks see one and two channels of Lab, not RGB",
+    "BYOL (DeepMind)": "a pickle of JAX arrays, which cannot be read without running code from it",
+    "detectron2 (.pkl)": "a target, not a source: give the checkpoint that it was converted from",
+    "TorchScript": "a program; save its state_dict",
+    "ResNets of other widths (w2, w4, w5)": "timm has none",
+}
+"""What is recognised and refused, and why."""
+
+
+def table() -> list[dict[str, str]]:
+    """A row a format: source, container, prefixes of both branches, what is dropped, padding."""
+    return [
+        {
+            "source": f.name,
+            "container": ", ".join(dict.fromkeys(p.container or "none" for p in (*f.online, *f.ema))),
+            "online": ", ".join(dict.fromkeys(p.prefix or "(bare)" for p in f.online)),
+            "EMA": ", ".join(dict.fromkeys(p.prefix or "(bare)" for p in f.ema)),
+            "dropped": ", ".join(prefix for prefix, _ in f.drop),
+            "CIFAR padding": str(f.cifar_padding or ""),
+        }
+        for f in FORMATS
+    ]
+
+
+def markdown() -> str:
+    """The table for the documentation, and what is refused."""
+    rows = table()
+    code = {"container", "online", "EMA", "dropped"}
+    lines = [f"| {' | '.join(rows[0])} |", f"| {' | '.join('---' for _ in rows[0])} |"]
+    for row in rows:
+        cells = (
+            ", ".join(f"`{word}`" if word not in ("none", "(bare)") else word for word in value.split(", "))
+            if name in code and value
+            else value
+            for name, value in row.items()
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Recognised and refused:", "", *(f"- {name}: {why}" for name, why in REFUSED.items())]
+    return "\n".join(lines)
+
+
+DESCRIPTION = """List the checkpoint formats that can be read: container of the weights, prefix of the online
+and of the EMA branch, what is dropped, and the padding assumed for a 3x3 (CIFAR) stem.
+
+A file must fit one of them completely; `python -m transfer inspect FILE` says whether it does.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """`python -m transfer formats`."""
+    parser = Parser(prog="python -m transfer formats", description=DESCRIPTION)
+    parser.add_argument("--markdown", action="store_true", help="As a Markdown table, for documentation.")
+    parser.add_argument("--json", action="store_true", help="As JSON.")
+    asked = parser.parse_args(argv)
+    if asked.markdown:
+        print(markdown())
+    elif asked.json:
+        print(json.dumps({"formats": table(), "refused": REFUSED}, indent=2))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        rows = table()
+        view = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
+        for row in rows:
+            view.add_row(*row.values())
+        Console(width=None if sys.stdout.isatty() else 160).print(view, markup=False)
+        for name, why in REFUSED.items():
+            print(f"refused: {name}: {why}")
+    return 0

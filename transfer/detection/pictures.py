@@ -1,0 +1,96 @@
+"""A detector and a few test images enter; PNG files of predictions beside ground truth, and of its training
+curves, leave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.visualizer import Visualizer
+from torch import nn
+
+from pretrain.common.files import atomic_path, read_jsonl
+from pretrain.data.datasets import read_image
+from transfer.detection.checkpointer import StrictCheckpointer
+
+SHOWN = 6
+LEAST_SCORE = 0.3
+SHORT_SIDE = 384  # px of a picture; small images are enlarged to it
+GAP = 8  # px between truth and prediction
+
+
+def show(cfg: CfgNode, folder: Path) -> None:
+    """`train_net --show DIR`: load MODEL.WEIGHTS, draw its predictions and the curves of its training."""
+    model = build_model(cfg)
+    StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    names = draw(cfg, model, folder)
+    curves = draw_curves(Path(cfg.MODEL.WEIGHTS).parent / "metrics.json", folder / "curves.png")
+    print(f"{folder}: {', '.join(names + (['curves.png'] if curves else []))}")
+
+
+@torch.no_grad()
+def draw(cfg: CfgNode, model: nn.Module, folder: Path, *, count: int = SHOWN) -> list[str]:
+    """Ground truth (left) and predictions scored at least LEAST_SCORE (right) on the first `count` test
+    images that hold objects; the best three are drawn where none scores as much. Returns the file names."""
+    name = cfg.DATASETS.TEST[0]
+    records = [r for r in DatasetCatalog.get(name) if r.get("annotations")][:count]
+    metadata = MetadataCatalog.get(name)
+    mapper = DatasetMapper(cfg, is_train=False)
+    was_training = model.training
+    model.eval()
+    names = []
+    for number, record in enumerate(records):
+        found = model([mapper(record)])[0]["instances"].to("cpu")
+        certain = found[found.scores >= LEAST_SCORE]
+        chosen = certain if len(certain) else found[:3]
+        pixels = np.asarray(read_image(record["file_name"]))
+        scale = max(1.0, SHORT_SIDE / min(pixels.shape[:2]))
+        truth = Visualizer(pixels, metadata, scale).draw_dataset_dict(record).get_image()
+        guess = Visualizer(pixels, metadata, scale).draw_instance_predictions(chosen).get_image()
+        gap = np.full((truth.shape[0], GAP, 3), 255, np.uint8)
+        names.append(f"predictions_{number}.png")
+        _write_png(folder / names[-1], np.concatenate([truth, gap, guess], axis=1))
+    model.train(was_training)
+    return names
+
+
+def draw_curves(metrics: Path, file: Path) -> bool:
+    """Loss, and average precision where evaluated on the way, over iterations; False where nothing was."""
+    lines = read_jsonl(metrics)
+    losses = [(line["iteration"], line["total_loss"]) for line in lines if "total_loss" in line]
+    if not losses:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    precisions = {
+        task: [(line["iteration"], line[f"{task}/AP"]) for line in lines if f"{task}/AP" in line]
+        for task in ("bbox", "segm")
+    }
+    panels = 2 if any(precisions.values()) else 1
+    figure = Figure(figsize=(5 * panels, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(1, panels, squeeze=False)[0]
+    axes[0].plot(*zip(*losses))
+    axes[0].set(xlabel="iteration", ylabel="loss", title="training loss")
+    for task, points in precisions.items():
+        if points:
+            axes[1].plot(*zip(*points), marker="o", label={"bbox": "boxes", "segm": "masks"}[task])
+            axes[1].set(xlabel="iteration", ylabel="AP, percent", title="average precision")
+            axes[1].legend()
+    with atomic_path(file) as aside:
+        figure.savefig(aside, format="png", dpi=120)
+    return True
+
+
+def _write_png(file: Path, pixels: np.ndarray) -> None:
+    done, data = cv2.imencode(".png", pixels[:, :, ::-1])
+    assert done
+    with atomic_path(file) as aside:
+        aside.write_bytes(data.tobytes())

@@ -1,0 +1,1 @@
+"""What every evaluator shares: protocol, images, features, results."""

@@ -1,0 +1,196 @@
+"""A protocol's name enters; every hyperparameter it prescribes leaves, with its source and a hash.
+
+A protocol is a YAML file `NAME@VERSION.yaml` in protocols/: `task`, `title`, `source` and `values`. The hash
+covers task and values alone, so a corrected remark does not part new results from old ones, and a changed
+number does. A published file's values never change: a correction is a new version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from pretrain.common.cli import Parser
+from pretrain.common.errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "protocols"
+TASKS = ("knn", "linear", "semisup")
+
+Values = TypeVar("Values")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """A named, versioned set of hyperparameters."""
+
+    name: str
+    version: int
+    task: str
+    title: str
+    source: str
+    values: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """The first 12 hexadecimal digits of the SHA-256 of task and values as canonical JSON."""
+        text = json.dumps({"task": self.task, "values": self.values}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """What a result says of it."""
+        return {"name": self.name, "version": self.version, "hash": self.hash}
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    def settings(self, cls: type[Values]) -> Values:
+        """The values as the frozen dataclass `cls`. Raises UserError naming a wrong or missing one."""
+        hints = typing.get_type_hints(cls)
+        fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for key, value in self.values.items():
+            if key not in fields:
+                raise UserError(f"protocol {self}: unknown value {key!r}; known: {', '.join(fields)}")
+            if not _fits(value, hints[key]):
+                raise UserError(f"protocol {self}: {key}: {value!r} is not of type {hints[key]}")
+        needed = (
+            n
+            for n, f in fields.items()
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        )
+        missing = [n for n in needed if n not in self.values]
+        if missing:
+            raise UserError(f"protocol {self}: {', '.join(missing)} missing")
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.values.items()})
+        except ValueError as error:
+            raise UserError(f"protocol {self}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value is of the annotated type; an int is a float, a list is a tuple."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, args[1]) for v in value.values())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def load_protocol(name: str, task: str | None = None) -> Protocol:
+    """The protocol `NAME@VERSION`, or one of your own from a file `.../NAME@VERSION.yaml`.
+
+    Raises UserError for an unknown name, listing those of `task`, or one that belongs to another task.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        known = [str(p) for p in all_protocols() if task in (None, p.task)]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"unknown protocol {name!r}{hint}; choose one of: {', '.join(known)}")
+    protocol = _read(path)
+    if task is not None and protocol.task != task:
+        known = [str(p) for p in all_protocols() if p.task == task]
+        raise UserError(f"protocol {protocol} is for {protocol.task}; for {task}: {', '.join(known)}")
+    return protocol
+
+
+def _read(path: Path) -> Protocol:
+    stem, at, version = path.stem.rpartition("@")
+    if not at or not version.isdigit():
+        raise UserError(f"{path}: a protocol's file is named NAME@VERSION.yaml, such as mine@1.yaml")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {error}") from error
+    wanted = {"task", "title", "source", "values"}
+    if not isinstance(content, dict) or set(content) != wanted or not isinstance(content["values"], dict):
+        raise UserError(f"{path}: wanted exactly the entries {', '.join(sorted(wanted))}")
+    if content["task"] not in TASKS:
+        raise UserError(f"{path}: task {content['task']!r}; wanted one of {', '.join(TASKS)}")
+    return Protocol(name=stem, version=int(version), **content)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-6 as a number, which YAML 1.1 takes for a string."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    key: list(resolvers) for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def all_protocols() -> list[Protocol]:
+    """Every protocol that comes with the project, by task and name."""
+    found = [_read(p) for p in FOLDER.glob("*.yaml")]
+    return sorted(found, key=lambda p: (TASKS.index(p.task), p.name, p.version))
+
+
+def as_markdown() -> str:
+    """All protocols with all their values as Markdown tables, one a task."""
+    lines = []
+    for task in TASKS:
+        lines += [
+            f"### {task}",
+            "",
+            "| protocol | what it is | values | source |",
+            "| --- | --- | --- | --- |",
+        ]
+        for p in all_protocols():
+            if p.task == task:
+                values = ", ".join(f"{k} {_spell(v)}" for k, v in p.values.items())
+                lines.append(f"| `{p}` ({p.hash}) | {p.title} | {values} | {p.source} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, list):
+        return "{" + ", ".join(_spell(v) for v in value) + "}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_spell(v)}" for k, v in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def main(argv: list[str]) -> int | None:
+    """`python -m transfer protocols`."""
+    parser = Parser(
+        prog="python -m transfer protocols", description="List the evaluation protocols, or print one."
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME@VERSION", help="Print this one's values.")
+    parser.add_argument("--markdown", action="store_true", help="All of them as Markdown tables.")
+    arguments = parser.parse_args(argv)
+    if arguments.markdown:
+        print(as_markdown())
+    elif arguments.name:
+        p = load_protocol(arguments.name)
+        print(f"{p} ({p.task}, {p.hash})\n{p.title}\n{p.source}\n")
+        print(yaml.safe_dump(dict(p.values), sort_keys=False), end="")
+    else:
+        for p in all_protocols():
+            print(f"{p.task:8s} {p!s:32s} {p.title}")
+    return 0

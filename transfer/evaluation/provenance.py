@@ -1,0 +1,36 @@
+"""This project's files enter; the commit that they are of leaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PINNED = "COMMIT"
+"""File of a copy of the code that was pinned for a job: the commit it was copied from."""
+
+
+@cache
+def commit() -> str | None:
+    """The commit of this project's checkout or pinned copy, with "+changes" where files differ from it; None
+    elsewhere."""
+    pinned = ROOT / PINNED
+    if pinned.is_file():
+        return pinned.read_text(encoding="utf-8").strip() or None
+    try:
+        if not _git("ls-files", "--error-unmatch", str(Path(__file__).relative_to(ROOT))):
+            return None
+        changes = _git("status", "--porcelain", "--untracked-files=no")
+        return _git("rev-parse", "HEAD") + ("+changes" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*words: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *words],
+        capture_output=True, text=True, check=True, timeout=20, env=environment,
+    ).stdout.strip()  # fmt: skip

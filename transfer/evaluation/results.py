@@ -1,0 +1,146 @@
+"""A finished evaluation enters; one line of OUTPUT/results.jsonl leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import time
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pretrain.common.files import append_jsonl, read_jsonl
+from transfer.evaluation.provenance import commit
+
+FILE = "results.jsonl"
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "detectron2", "sal-detectron2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One figure or set of figures that one evaluation gave, with all that is needed to compare it."""
+
+    task: Literal["knn", "linear", "semisup", "detection", "segmentation"]
+    dataset: str
+    split: str
+    """test, and in brackets which split of several, and what is missing of the set."""
+    n: int
+    """Images judged, each counted once."""
+    metrics: dict[str, float]
+    """In percent: knn top1_k20, top5_k20 … (and mean_per_class_k20 … where the data set is reported in it);
+    linear and semisup top1, top5, mean_per_class or mAP; detection and segmentation AP, AP50, AP75, APs, APm,
+    APl."""
+    protocol: dict[str, Any]
+    """name, version and hash of its content."""
+    weights: dict[str, Any]
+    """path, sha256, format and branch (online or ema); mean and std that images were normalised with."""
+    arch: str | None = None
+    label: str | None = None
+    """The row's name in the report."""
+    label_percent: float = 100
+    """Share of the training labels that were used."""
+    epoch: int | None = None
+    iteration: int | None = None
+    selection: Literal["last", "best", "held-out"] = "last"
+    """last: at the end of training. best: the epoch or head that is best on the split reported, as some
+    published protocols have it. held-out: chosen on a part of the training images kept aside."""
+    seed: int | None = None
+    """None where nothing is random."""
+    image_size: int | None = None
+    """Side of the evaluated images, px."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What else matters: the chosen head, temperature, precision, configuration file."""
+    seconds: float = 0.0
+    started_at: str = ""
+    """UTC, ISO 8601."""
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for figures that are no percentages."""
+        for name, value in self.metrics.items():
+            if not math.isfinite(value) or not -1 <= value <= 100:
+                raise ValueError(f"{name} is {value}, which is no percentage")
+        if self.n <= 0:
+            raise ValueError("a result over no image")
+
+
+def append(output: str | Path, *results: Result) -> None:
+    """Append `results`, a line each, to `output`/results.jsonl: all of them or, where a kill comes, none."""
+    append_jsonl(Path(output) / FILE, *map(dataclasses.asdict, results))
+
+
+def read(path: str | Path) -> list[Result]:
+    """The results of a results.jsonl, or of the one in a folder; lines of other shapes are left out."""
+    path = Path(path)
+    known = {f.name for f in dataclasses.fields(Result)}
+    needed = {"task", "dataset", "split", "n", "metrics", "protocol", "weights"}
+    records = read_jsonl(path / FILE if path.is_dir() else path)
+    return [Result(**{k: v for k, v in r.items() if k in known}) for r in records if needed <= set(r)]
+
+
+def find(output: str | Path, like: Result, *, precision: str = "auto") -> list[Result]:
+    """The results in `output` of the same evaluation: task, data, protocol, weights and architecture, seed,
+    share of labels, image size and normalisation, and `precision` unless it is "auto"."""
+    found = [r for r in read(output) if _identity(r) == _identity(like)]
+    return [r for r in found if precision in ("auto", r.settings.get("precision"))]
+
+
+def _identity(r: Result) -> tuple[Any, ...]:
+    weights = (r.weights.get(key) for key in ("sha256", "branch", "mean", "std"))
+    return (
+        r.task,
+        r.dataset,
+        r.split,
+        r.protocol,
+        *weights,
+        r.arch,
+        r.seed,
+        r.label_percent,
+        r.image_size,
+        r.n,
+    )
+
+
+class Clock:
+    """When an evaluation began and how long it took; `stamp()` gives a Result's fields of origin."""
+
+    def __init__(self) -> None:
+        self.started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._began = time.monotonic()
+
+    def stamp(self, device: torch.device) -> dict[str, Any]:
+        """seconds, started_at, device, versions and commit."""
+        return {
+            "seconds": round(time.monotonic() - self._began, 2),
+            "started_at": self.started_at,
+            "device": device_name(device),
+            "versions": versions(),
+            "commit": commit(),
+        }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "CPU" with its number of cores in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

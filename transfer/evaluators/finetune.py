@@ -1,0 +1,153 @@
+"""A pretrained backbone and one labelled batch enter; the whole classifier has taken one step.
+
+B images of this rank, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pretrain.common.collectives import sum_over_ranks
+from pretrain.common.process_group import is_on, world_size
+from pretrain.common.sync_batchnorm import convert_sync_batchnorm
+
+
+class Classifier(nn.Module):
+    """Backbone and one linear layer: B x 3 x H x W -> B x C."""
+
+    def __init__(self, backbone: nn.Module, features: int, classes: int) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(features, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
+class FineTuning:
+    """A classifier, its optimiser and gradient scaler: all that learns and that a checkpoint holds.
+
+    SGD with a learning rate for the backbone and one for the head. Head: N(0, 0.01) and bias 0, or
+    nn.Linear's own. BatchNorm is in train mode, with this rank's statistics, or all ranks' with `sync_bn`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        classes: int,
+        lr_backbone: float,
+        lr_head: float,
+        momentum: float,
+        weight_decay: float,
+        head_init: Literal["normal", "uniform"],
+        sync_bn: bool,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        features = int(backbone.num_features)  # type: ignore[arg-type]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Classifier(backbone, features, classes)
+            if head_init == "normal":
+                nn.init.normal_(model.head.weight, std=0.01)
+                nn.init.zeros_(model.head.bias)
+        model = model.to(device, memory_format=torch.channels_last).requires_grad_(True)  # type: ignore[call-overload]
+        self.model: nn.Module = (
+            convert_sync_batchnorm(model, device) if sync_bn and world_size() > 1 else model
+        )
+        self.rates = (lr_backbone, lr_head)
+        named = list(self.model.named_parameters())
+        groups = [
+            {"params": [p for n, p in named if n.startswith("head.") is head]} for head in (False, True)
+        ]
+        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.dtype, self.device = dtype, device
+        self._parallel = self.model
+        if world_size() > 1:
+            self._parallel = nn.parallel.DistributedDataParallel(
+                self.model,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                broadcast_buffers=not sync_bn,
+            )
+
+    def step(self, images: Tensor, labels_B: Tensor, *, batch_global: int, factor: float) -> Tensor:
+        """One step at `factor` times the rates; this rank's part of the mean loss over `batch_global` images.
+
+        The gradient is that of the mean over all ranks' images, whether or not they hold equally many. All
+        ranks must call, each with at least one image.
+        """
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * factor
+        self._parallel.train()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self._parallel(images)
+        loss = cross_entropy(logits.float(), labels_B, reduction="sum") / batch_global
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss * world_size()).backward()  # DDP takes the mean over ranks
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """B x C float32 in eval mode."""
+        self.model.eval()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model(images).float()
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's BatchNorm statistics, which are saved and judged. All ranks call."""
+        if is_on():
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def places(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
+    """How many classes are placed before the true one; equal logits: the smaller label first; NaN: last."""
+    logits_BC = logits_BC.nan_to_num(nan=-math.inf)
+    own = logits_BC.gather(1, labels_B[:, None])
+    before = torch.arange(logits_BC.shape[1], device=logits_BC.device) < labels_B[:, None]
+    return ((logits_BC > own) | ((logits_BC == own) & before)).sum(1)
+
+
+def percentages(place_N: Tensor, labels_N: Tensor, classes: int) -> dict[str, float]:
+    """top1, top5 and the mean over classes of top-1, in percent; every class has an image."""
+    hit = (place_N < 1).double()
+    own = torch.zeros(classes, dtype=torch.float64).scatter_add_(0, labels_N, hit)
+    mean = own / torch.bincount(labels_N, minlength=classes)
+    return {
+        "top1": 100 * float(hit.mean()),
+        "top5": 100 * float((place_N < 5).double().mean()),
+        "mean_per_class": 100 * float(mean.mean()),
+    }
+
+
+def joined(place_N: Tensor, device: torch.device) -> Tensor:
+    """Places of all images from ranks that each know some (and have -1 elsewhere). All ranks must call.
+
+    Raises AssertionError unless every image was judged exactly once.
+    """
+    known = sum_over_ranks((place_N >= 0).to(device, torch.int64)).cpu()
+    assert bool((known == 1).all()), "an image was judged twice or not at all"
+    return sum_over_ranks(place_N.clamp_min(0).to(device)).cpu()

@@ -1,0 +1,327 @@
+"""A frozen backbone enters; the accuracy of linear heads trained on its features leaves.
+
+With `augmentation` each batch of training images is cropped, flipped and passed through the backbone anew,
+once for all heads of the grid; without, features are extracted once and kept. Test features are always
+extracted once: the backbone does not change.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.common.collectives import any_rank
+from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.files import atomic_path
+from pretrain.common.process_group import barrier, is_main, process_group, rank, sent, world_size
+from pretrain.common.progress import Progress
+from pretrain.common.signals import StopSignals
+from pretrain.data.transfer_sets import metric_of
+from transfer.evaluation.augment import Augmented
+from transfer.evaluation.context import Evaluation, load_subject, open_pair
+from transfer.evaluation.features import Extractor, image_batches, make_extractor
+from transfer.evaluation.pooled_features import LAST, columns, stages_of
+from transfer.evaluation.protocol import load_protocol
+from transfer.evaluation.results import Clock, Result
+from transfer.evaluation.transforms import eval_transform
+from transfer.evaluation.voc07 import refuse_voc07
+from transfer.evaluators.finetune import places
+from transfer.evaluators.heads import HeadGrids, figures, rate_factor
+from transfer.evaluators.linear_features import Labelled, cached_parts, held_out_split
+from transfer.evaluators.linear_protocol import LinearProtocol
+from transfer.options import LinearSettings, parse
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "linear.pt"
+LOGITS_BYTES = 1 << 28  # of one block of images when heads are judged
+
+
+def main(argv: list[str]) -> int | None:
+    """`python -m transfer linear`."""
+    settings: LinearSettings = parse("linear", argv)
+    protocol = load_protocol(settings.protocol, "linear")
+    values = protocol.settings(LinearProtocol)
+    clock = Clock()
+    if values.method == "svm":
+        from transfer.evaluators.svm import evaluate_voc
+
+        return evaluate_voc(settings, protocol, values, clock)
+    refuse_voc07(settings.dataset)
+    train, test = open_pair(settings)
+    if values.method == "heads" and len(train) * (1 - values.held_out_percent / 100) < 1:
+        raise UserError(f"{train.root}: no training image is left beside the held-out part")
+    if values.held_out_percent and not len(held_out_split(train.labels_N, values.held_out_percent, 0)[1]):
+        raise UserError(
+            f"{train.root}: one training image a class, and {protocol} chooses on "
+            f"{values.held_out_percent:g} % of each class's held out; wanted two or more of at least one "
+            "class, or a protocol of one head, which holds out none"
+        )
+    subject = load_subject(settings)
+    if subject.model is None and values.augmentation:
+        raise UserError(f"{protocol} augments images for a backbone; judge raw-pixels with cached_linear@1")
+    if subject.model is None and values.features != LAST:
+        raise UserError(f"{protocol} looks into a backbone; judge raw-pixels with cached_linear@1")
+    transform = eval_transform(
+        native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
+        resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
+    )  # fmt: skip
+    evaluation = Evaluation(
+        settings=settings, protocol=protocol, subject=subject, train=train, test=test, transform=transform,
+        clock=clock, seed=settings.seed,
+    )  # fmt: skip
+    if evaluation.finished():
+        return 0
+    evaluation.begin()
+    # logreg's ranks wait while rank 0 fits, and all while another job extracts the same features
+    with process_group(timeout_min=24 * 60) as device:
+        extractor = make_extractor(
+            subject, train, transform, device, settings.precision, stages_of(values.features)
+        )
+        before = extractor.digest()
+        if values.method == "logreg":
+            from transfer.evaluators.logreg import run_logreg
+
+            found = run_logreg(evaluation, extractor, values, device)
+        else:
+            found = run_heads(evaluation, extractor, values, device)
+        if extractor.digest() != before:
+            raise RuntimeError("the frozen backbone changed while heads were trained: no result is written")
+        evaluation.write(found)
+        barrier()
+        if is_main():
+            (settings.output / CHECKPOINT).unlink(missing_ok=True)
+    return 0
+
+
+def epoch_batches(n: int, batch: int, *, steps: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """The global batches of one epoch: a permutation of range(n) drawn from (seed, epoch), cut into `steps`
+    batches; where more are asked for than one pass gives, further permutations follow."""
+    rng = np.random.default_rng([seed, epoch])
+    order = np.concatenate([rng.permutation(n) for _ in range(max(1, math.ceil(steps * batch / max(n, 1))))])
+    if steps == math.ceil(n / batch):
+        order = order[:n]
+    return [order[s * batch : (s + 1) * batch] for s in range(steps)]
+
+
+def run_heads(
+    evaluation: Evaluation, extractor: Extractor, values: LinearProtocol, device: torch.device
+) -> list[Result]:
+    """Train the grid and judge it after each epoch; the results to report. All ranks must call."""
+    settings = evaluation.settings
+    seed = evaluation.seed or 0
+    metric = metric_of(evaluation.test.name)
+    train, held, test, fit = cached_parts(evaluation, extractor, values, device)
+    classes = len(evaluation.train.classes)
+    sets = {name: columns(name, extractor.widths) for name in values.features}
+    heads = HeadGrids(
+        sets, classes, rates=values.rates, decays=values.weight_decays, optimizer=values.optimizer,
+        momentum=values.momentum, init=values.init, seed=seed, device=device,
+    )  # fmt: skip
+    steps = values.steps_per_epoch or math.ceil(len(fit) / values.batch)
+    identity = (
+        f"heads/3 {evaluation.subject.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
+        f"{evaluation.test.fingerprint} {len(fit)} {evaluation.transform} {extractor.precision}"
+    )
+    path = settings.output / CHECKPOINT
+    done, history = _resume(path, heads, identity)
+    diverged: set[int] = set()
+    bar = Progress(
+        steps * values.epochs, label=f"linear probe, {len(heads)} heads", start=done,
+        file=settings.output / "progress.json",
+    )  # fmt: skip
+    with StopSignals() as stop, bar:
+        for epoch in range(done // steps, values.epochs):
+            batches = epoch_batches(len(fit), values.batch, steps=steps, seed=seed, epoch=epoch)
+            batches = [
+                b[rank() :: world_size()] for b in batches[done % steps if epoch == done // steps else 0 :]
+            ]
+            stream = (
+                _augmented(evaluation, extractor, values, fit, batches, epoch, device)
+                if train is None
+                else _cached(train, batches)
+            )
+            step = done if epoch == done // steps else epoch * steps
+            loss = torch.zeros(len(heads))
+            for x_BD, labels_B in stream:
+                factor = rate_factor(
+                    values.schedule, step=step, steps_per_epoch=steps, epochs=values.epochs,
+                    milestones=values.milestones, gamma=values.gamma, final=values.final,
+                )  # fmt: skip
+                loss = heads.step(x_BD, labels_B, factor=factor)
+                step += 1
+                bar.update(1)
+                if step % 50 == 0 and any_rank(stop.requested, device) and step % steps:
+                    _save(path, heads, identity, step, history)
+                    _leave(stop)
+            history.append(_judge(heads, classes, held, test))
+            told = metric if held is None else f"held-out {metric}"
+            best = max(history[-1]["held" if held is not None else "test"], key=lambda m: m[metric])
+            diverged = _diverged(heads, diverged, evaluation, epoch, step)
+            alive = [head for head in range(len(heads)) if head not in diverged]
+            bar.update(0, epoch=epoch + 1, loss=float(loss[alive].min()), **{told: best[metric]})
+            stopping = any_rank(stop.requested, device) and epoch + 1 < values.epochs
+            if train is None or stopping:
+                _save(path, heads, identity, step, history)
+            if stopping:
+                _leave(stop)
+    return _report(evaluation, extractor, values, heads, history, device)
+
+
+def _diverged(heads: HeadGrids, known: set[int], evaluation: Evaluation, epoch: int, step: int) -> set[int]:
+    """The heads without finite weights, those that are new told; the others train on as if alone.
+
+    Raises RunFailed where none is left.
+    """
+    lost = {head for head, finite in enumerate(heads.finite().tolist()) if not finite}
+    rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(heads.grid[head][0] for head in sorted(lost)))
+    if len(lost) == len(heads):
+        raise RunFailed(
+            f"the linear probe diverged: by epoch {epoch + 1}, step {step}, no head has a finite loss, at a "
+            f"learning rate of {rates}; no result is written. Copy the protocol {evaluation.protocol} into a "
+            "file of your own with smaller learning_rates, and give it as --protocol"
+        )
+    if lost - known and is_main():
+        logger.warning(
+            "%d of %d heads diverged by epoch %d (learning rates %s); the others are not touched by it",
+            len(lost), len(heads), epoch + 1, rates,
+        )  # fmt: skip
+    return lost
+
+
+def _leave(stop: StopSignals) -> None:
+    """Hand over on the ranks that got the signal; the others stop with them."""
+    if stop.received is None:
+        stop.received = int(StopSignals.SIGNALS[0])
+    stop.hand_over()
+
+
+def _cached(train: Labelled, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+    for b in batches:
+        index = sent(b, train.features_ND.device)
+        yield train.features_ND[index], train.labels_N[index]
+
+
+def _augmented(
+    evaluation: Evaluation,
+    extractor: Extractor,
+    values: LinearProtocol,
+    fit: np.ndarray,
+    batches: list[np.ndarray],
+    epoch: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    settings, train = evaluation.settings, evaluation.train
+    images = Augmented(
+        train, size=evaluation.transform.size, seed=evaluation.seed or 0, epoch=epoch,
+        interpolation=values.train_interpolation,
+    )  # fmt: skip
+    shares = [fit[b] for b in batches]
+    stream = image_batches(images, [s for s in shares if len(s)], evaluation.transform, settings.workers)
+    for share in shares:
+        labels_B = sent(train.labels_N[share], device)
+        if len(share):
+            yield extractor(next(stream)[0]), labels_B
+        else:  # the last batch had fewer images than there are ranks
+            yield torch.zeros(0, extractor.width, device=device), labels_B
+
+
+def _judge(
+    heads: HeadGrids, classes: int, held: Labelled | None, test: Labelled
+) -> dict[str, list[dict[str, float]]]:
+    """Accuracies of every head on the held-out part and on the test images."""
+    rows = max(1, LOGITS_BYTES // (4 * classes * len(heads)))
+    out = {}
+    for name, part in (("held", held), ("test", test)):
+        if part is None:
+            continue
+        place_HN = part.labels_N.new_empty(len(heads), len(part.labels_N))
+        for start in range(0, len(part.labels_N), rows):
+            block = slice(start, start + rows)
+            logits = heads.logits(part.features_ND[block])
+            logits = torch.where(torch.isfinite(logits), logits, torch.full_like(logits, -math.inf))
+            for head, own in enumerate(logits.unbind(1)):
+                place_HN[head, block] = places(own, part.labels_N[block])
+        out[name] = [figures(place_N, part.labels_N, classes) for place_N in place_HN]
+    return out
+
+
+def _report(
+    evaluation: Evaluation,
+    extractor: Extractor,
+    values: LinearProtocol,
+    heads: HeadGrids,
+    history: list[dict[str, list[dict[str, float]]]],
+    device: torch.device,
+) -> list[Result]:
+    """The last epoch, and beside it the best one: chosen on the held-out part where there is one, else on the
+    images reported, which is what `best` says. The choice is by the metric that the data set is reported in,
+    as a sweep on a validation part is in the field; of the data sets of all published protocols here, top-1.
+    """
+    metric = metric_of(evaluation.test.name)
+    place = "held" if values.choose_on == "held-out" and "held" in history[0] else "test"
+    last = len(history) - 1
+    head_last = _argmax([m[metric] for m in history[last][place]])
+    epoch_best = _argmax([max(m[metric] for m in h[place]) for h in history])
+    head_best = _argmax([m[metric] for m in history[epoch_best][place]])
+
+    def line(selection: str, epoch: int, head: int) -> Result:
+        rate, decay, features = heads.grid[head]
+        extra: dict[str, Any] = {
+            "learning_rate": rate, "weight_decay": decay, "heads": len(heads),
+            "precision": extractor.precision, "augmentation": values.augmentation,
+            "chosen_on": "held-out" if place == "held" else "reported",
+        }  # fmt: skip
+        named = values.features != LAST
+        if named:
+            extra["features"] = features
+        if place == "held":
+            extra[f"held_out_{metric}"] = round(history[epoch]["held"][head][metric], 4)
+        if len(heads) > 1:
+            extra["sweep"] = [
+                {"lr": lr, "weight_decay": wd, **({"features": name} if named else {})}
+                | {metric: round(m[metric], 4)}
+                for (lr, wd, name), m in zip(heads.grid, history[epoch][place])
+            ]
+        return evaluation.result(
+            history[epoch]["test"][head], device, epoch=epoch + 1, selection=selection, settings=extra
+        )
+
+    best = "held-out" if place == "held" else "best"
+    return [line("last", last, head_last), line(best, epoch_best, head_best)]
+
+
+def _argmax(values: list[float]) -> int:
+    """The first of the largest."""
+    return max(range(len(values)), key=lambda i: (values[i], -i))
+
+
+def _save(path: Path, heads: HeadGrids, identity: str, step: int, history: list[Any]) -> None:
+    """Write the heads' state. Rank 0 only; every rank holds the same."""
+    if is_main():
+        with atomic_path(path) as aside:
+            torch.save(
+                {"identity": identity, "step": step, "history": history, "heads": heads.state()}, aside
+            )
+    barrier()
+
+
+def _resume(path: Path, heads: HeadGrids, identity: str) -> tuple[int, list[Any]]:
+    """Steps done and the history of an earlier run of the same evaluation, else a fresh start."""
+    if not path.exists():
+        return 0, []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{path}: not readable ({error}); delete it to start this evaluation anew") from error
+    if state["identity"] != identity:
+        return 0, []
+    heads.load(state["heads"])
+    return int(state["step"]), list(state["history"])

@@ -1,0 +1,359 @@
+"""A pretrained backbone and a share of the labels enter; the accuracy of the fine-tuned classifier leaves.
+
+Backbone and head are trained together, on 1 %, 10 % or all of the labels, with a learning rate each and
+cropped, flipped images drawn from (seed, epoch, image index); the test images are judged after every epoch.
+OUTPUT/checkpoint.pt, written at each epoch's end and when stopped, holds all that is needed to go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
+from pretrain.common.collectives import any_rank, sum_over_ranks
+from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.files import write_json
+from pretrain.common.process_group import barrier, is_main, process_group, rank, sent, world_size
+from pretrain.common.progress import Progress
+from pretrain.common.signals import StopSignals
+from pretrain.data.normalization import IMAGENET_STD
+from pretrain.data.transfer_sets import metric_of
+from pretrain.learner import choose_dtype
+from transfer.evaluation import results
+from transfer.evaluation.augment import Augmented
+from transfer.evaluation.context import RAW_PIXELS, Evaluation, load_subject, open_pair, spell
+from transfer.evaluation.features import Decoded, image_batches
+from transfer.evaluation.protocol import load_protocol
+from transfer.evaluation.results import Clock, Result
+from transfer.evaluation.subsets import LabelSubset, choose_subset
+from transfer.evaluation.transforms import eval_transform
+from transfer.evaluation.voc07 import refuse_voc07
+from transfer.evaluators.finetune import FineTuning, joined, percentages, places
+from transfer.evaluators.heads import rate_factor
+from transfer.options import SemisupSettings, parse
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
+EPOCHS = "epochs.json"
+ASK_EVERY = {"cpu": 1, "cuda": 10}  # steps between two questions to all ranks: told to stop, loss finite?
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemisupProtocol:
+    """The values of a fine-tuning protocol; rates by the share of labels in percent."""
+
+    lr_backbone: dict[str, float]
+    lr_head: dict[str, float]
+    lr_per_256: bool = False
+    """Multiply the rates by batch / 256."""
+    batch: int = 256
+    """Images a step, over all ranks."""
+    epochs: int = 20
+    schedule: Literal["constant", "cosine_by_epoch", "steps"] = "cosine_by_epoch"
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    head_init: Literal["normal", "uniform"] = "normal"
+    """normal: N(0, 0.01), bias 0; uniform: nn.Linear's own."""
+    sync_bn: bool = False
+    """BatchNorm statistics over all ranks; else each rank's own, those of rank 0 are judged."""
+    resize: int = 256
+    crop: int = 224
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for rates of different shares and numbers out of range."""
+        if not self.lr_backbone or set(self.lr_backbone) != set(self.lr_head):
+            raise ValueError("lr_backbone and lr_head want a rate for the same shares of labels")
+        if self.batch < 2 or self.epochs < 1:
+            raise ValueError(f"batch {self.batch}, epochs {self.epochs}: wanted 2 or more, 1 or more")
+
+    def rates(self, percent: int) -> tuple[float, float]:
+        """Learning rate of backbone and head at the start. Raises KeyError for a share without one."""
+        scale = self.batch / 256 if self.lr_per_256 else 1.0
+        return self.lr_backbone[str(percent)] * scale, self.lr_head[str(percent)] * scale
+
+
+def main(argv: list[str]) -> int | None:
+    """`python -m transfer semisup`."""
+    settings: SemisupSettings = parse("semisup", argv)
+    clock = Clock()
+    protocol = load_protocol(settings.protocol, "semisup")
+    values = protocol.settings(SemisupProtocol)
+    if str(settings.label_percent) not in values.lr_backbone:
+        shares = ", ".join(values.lr_backbone)
+        raise UserError(
+            f"{protocol} has rates for {shares} % of the labels, not for --label-percent "
+            f"{settings.label_percent}; finetune@1 has some for every share"
+        )
+    if settings.weights == RAW_PIXELS:
+        raise UserError("raw-pixels cannot be fine-tuned; knn and linear judge them")
+    refuse_voc07(settings.dataset)
+    train, test = open_pair(settings)
+    subject = load_subject(settings)
+    subset = choose_subset(  # last, as it may go to the network
+        train, settings.label_percent, lists=settings.lists, seed=settings.subset_seed, folder=settings.cache
+    )
+    transform = eval_transform(
+        native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
+        resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
+    )  # fmt: skip
+    evaluation = Evaluation(
+        settings=settings, protocol=protocol, subject=subject, train=train, test=test, transform=transform,
+        clock=clock, seed=settings.seed, label_percent=settings.label_percent, task="semisup",
+    )  # fmt: skip
+    written = _written(evaluation, subset)
+    if {"last", "best"} <= {r.selection for r in written} and not settings.force:
+        if is_main():
+            print("\n".join(f"finished already: {spell(r)}" for r in written))
+            print(f"{settings.output / results.FILE} holds it; --force evaluates again")
+        return 0
+    # A node that had its copy of the data already waits for one that still makes it.
+    with process_group(timeout_min=24 * 60 if settings.stage_to else 30) as device:
+        if values.batch < 2 * world_size():
+            raise UserError(f"{protocol}: a batch of {values.batch} is too small for {world_size()} ranks")
+        run = Run(evaluation, values, subset, settings, device)
+        evaluation.begin()
+        run.train()
+        kept = set() if settings.force else {r.selection for r in written}
+        evaluation.write([r for r in run.found() if r.selection not in kept])
+        barrier()
+    return 0
+
+
+def _written(evaluation: Evaluation, subset: LabelSubset) -> list[Result]:
+    """The lines in OUTPUT of this very evaluation, on the same labelled images."""
+    like = evaluation.result({}, torch.device("cpu"))
+    found = results.find(evaluation.settings.output, like, precision=evaluation.precision)
+    return [r for r in found if r.settings.get("labels_sha256") == subset.sha256]
+
+
+class Run:
+    """A fine-tuning under way: where it is, and how each epoch so far ended."""
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        values: SemisupProtocol,
+        subset: LabelSubset,
+        settings: SemisupSettings,
+        device: torch.device,
+    ) -> None:
+        self.evaluation, self.values, self.subset = evaluation, values, subset
+        self.settings, self.device = settings, device
+        self.output = settings.output
+        self.steps = math.ceil(len(subset.indices) / values.batch)  # an epoch
+        self.total = self.steps * values.epochs
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.loss_sum = torch.zeros((), device=device)  # over this epoch's steps, this rank's part
+        self.dtype = choose_dtype(settings.precision, device)
+        self.metric = metric_of(evaluation.test.name)
+        self.lr_backbone, self.lr_head = values.rates(settings.label_percent)
+        backbone = evaluation.subject.model
+        assert backbone is not None
+        self.learner = FineTuning(
+            backbone, classes=len(evaluation.train.classes), lr_backbone=self.lr_backbone,
+            lr_head=self.lr_head, momentum=values.momentum, weight_decay=values.weight_decay,
+            head_init=values.head_init, sync_bn=values.sync_bn, seed=settings.seed, dtype=self.dtype,
+            device=device,
+        )  # fmt: skip
+        self._resume()
+
+    def train(self) -> None:
+        """All epochs that are left, each with its look at the test images. All ranks must call."""
+        ask = ASK_EVERY[self.device.type]
+        progress = Progress(
+            self.total, label=f"fine-tuning on {self.settings.label_percent} %", start=self.step,
+            file=self.output / "progress.json",
+        )  # fmt: skip
+        with StopSignals() as stop, progress as bar:
+            while self.step < self.total:
+                epoch = self.step // self.steps
+                factor = rate_factor(
+                    self.values.schedule, step=self.step, steps_per_epoch=self.steps,
+                    epochs=self.values.epochs, milestones=self.values.milestones, gamma=self.values.gamma,
+                )  # fmt: skip
+                for images, labels_B, size in self._batches(epoch):
+                    loss = self.learner.step(images, labels_B, batch_global=size, factor=factor)
+                    self.loss_sum += loss
+                    self.step += 1
+                    at_end = self.step % self.steps == 0
+                    asked = at_end or self.step % ask == 0
+                    stopping = False
+                    if asked:
+                        mean = float(sum_over_ranks(self.loss_sum)) / (self.step - epoch * self.steps)
+                        if not math.isfinite(mean):
+                            raise self._diverged(f"the epoch's mean loss is {mean}", epoch, factor)
+                        stopping = any_rank(stop.requested, self.device)
+                    if at_end:
+                        self._judge(epoch, mean, factor)
+                        self.loss_sum.zero_()
+                    if at_end or stopping or self.step % self.settings.save_every == 0:
+                        self._save()
+                    bar.update(1, **(self._shown(mean) if asked else {}))
+                    if stopping and self.step < self.total:
+                        stop.hand_over()
+
+    def _shown(self, loss: float) -> dict[str, float]:
+        last = {self.metric: self.history[-1][self.metric]} if self.history else {}
+        return {"loss": loss} | last
+
+    def found(self) -> list[Result]:
+        """The last epoch's result, and that of the epoch best on the images reported, by the data
+        set's metric."""
+        last = len(self.history) - 1
+        best = max(range(len(self.history)), key=lambda e: (self.history[e][self.metric], -e))
+        return [self._line("last", last), self._line("best", best)]
+
+    def _line(self, selection: str, epoch: int) -> Result:
+        record = self.history[epoch]
+        extra: dict[str, Any] = {
+            "labels": self.subset.name, "labels_n": len(self.subset.indices),
+            "labels_sha256": self.subset.sha256, "lr_backbone": self.lr_backbone, "lr_head": self.lr_head,
+            "batch": self.values.batch, "epochs": self.values.epochs,
+            "precision": str(self.dtype).removeprefix("torch."), "train_loss": record["train_loss"],
+        }  # fmt: skip
+        metrics = {k: record[k] for k in ("top1", "top5", "mean_per_class")}
+        return self.evaluation.result(
+            metrics, self.device, epoch=epoch + 1, selection=selection, settings=extra
+        )
+
+    def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """This rank's images, labels and the number over all ranks, for each step left of the epoch."""
+        train = self.evaluation.train
+        cut = epoch_batches(len(self.subset.indices), self.values.batch, self.settings.seed, epoch)
+        cut = [self.subset.indices[b] for b in cut[self.step - epoch * self.steps :]]
+        images = Augmented(
+            train, size=self.evaluation.transform.size, seed=self.settings.seed, epoch=epoch,
+            interpolation=self.values.interpolation,
+        )  # fmt: skip
+        mine = [b[rank() :: world_size()] for b in cut]
+        stream = image_batches(images, mine, self.evaluation.transform, self.settings.workers)
+        for (pixels, positions), whole in zip(stream, cut):
+            labels = sent(train.labels_N[positions], self.device)
+            yield self._input(pixels), labels, len(whole)
+
+    def _input(self, pixels_B3HW: Tensor) -> Tensor:
+        x = self.evaluation.transform.normalise(pixels_B3HW.to(self.device, non_blocking=True))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _judge(self, epoch: int, train_loss: float, factor: float) -> None:
+        """Add this epoch's line: every test image once, whatever the number of ranks. All ranks must call."""
+        self.learner.share_buffers()
+        test, transform = self.evaluation.test, self.evaluation.transform
+        mine = np.arange(len(test))[rank() :: world_size()]
+        size = self.settings.batch_size
+        batches = [mine[s : s + size] for s in range(0, len(mine), size)]
+        place_N = torch.full((len(test),), -1)
+        finite = True
+        for pixels, positions in image_batches(
+            Decoded(test, transform), batches, transform, self.settings.workers
+        ):
+            labels = sent(test.labels_N[positions], self.device)
+            logits = self.learner.logits(self._input(pixels))
+            finite = finite and bool(logits.isfinite().all())
+            place_N[torch.from_numpy(positions)] = places(logits, labels).cpu()
+        if any_rank(not finite, self.device):  # the loss before the last step was finite, the weights are not
+            raise self._diverged("test images have no finite logits", epoch, factor)
+        metrics = percentages(
+            joined(place_N, self.device), torch.from_numpy(test.labels_N), len(test.classes)
+        )
+        guessing = math.log(len(test.classes))
+        at_end = epoch + 1 == self.values.epochs
+        if train_loss >= guessing * (1 if at_end else 3) and is_main():  # a new head starts near it
+            logger.warning(
+                "epoch %d: a training loss of %.2f is no better than guessing (%.2f) at %s: %s", epoch + 1,
+                train_loss, guessing, self._rates(factor),
+                "nothing was learnt" if at_end else "if it stays so, take smaller rates",
+            )  # fmt: skip
+        self.history.append({"epoch": epoch + 1, "lr_factor": factor, "train_loss": train_loss, **metrics})
+        if is_main():
+            write_json(self.output / EPOCHS, self.history)
+
+    def _diverged(self, what: str, epoch: int, factor: float) -> RunFailed:
+        precise = "" if self.dtype == torch.float32 else "try --precision float32, or "
+        return RunFailed(
+            f"fine-tuning diverged: {what} in epoch {epoch + 1}, step {self.step} of {self.total}, at "
+            f"{self._rates(factor)}; no result is written. To go on, {precise}copy the protocol "
+            f"{self.evaluation.protocol} into a file of your own with smaller lr_backbone and lr_head, and "
+            "give it as --protocol with another --output"
+        )
+
+    def _rates(self, factor: float) -> str:
+        return (
+            f"learning rates of {self.lr_backbone * factor:g} (backbone) and {self.lr_head * factor:g} (head)"
+        )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must be the same for a checkpoint to be gone on from."""
+        e = self.evaluation
+        return {
+            "weights": e.subject.key, "protocol": f"{e.protocol} {e.protocol.hash}",
+            "dataset": f"{e.train.name} {e.train.fingerprint} {e.test.fingerprint}",
+            "labels": f"{self.subset.name} {self.subset.sha256}", "seed": str(self.settings.seed),
+            "image_size": str(e.transform), "precision": str(self.dtype),
+        }  # fmt: skip
+
+    def _resume(self) -> None:
+        """Take up OUTPUT's checkpoint. Raises UserError for that of another fine-tuning, unless --force."""
+        path = self.output / CHECKPOINT
+        if not path.exists():
+            return
+        saved = load_checkpoint(path)
+        theirs = (saved.get("config") or {}).get("identity") or {}
+        other = [k for k, v in self.identity.items() if theirs.get(k) != v]
+        if other and not self.settings.force:
+            raise UserError(
+                f"{self.output} holds a run that differs in {', '.join(other)}; choose another --output, or "
+                "start this one anew there with --force"
+            )
+        if other or (self.settings.force and saved["step"] >= self.total):
+            return
+        self.learner.restore(saved)
+        self.step, self.history = int(saved["step"]), list(saved["history"])
+        if is_main():
+            self.loss_sum.fill_(saved["loss_sum"])
+        if self.step < self.total and is_main():
+            logger.info("going on from step %d of %d", self.step, self.total)
+
+    def _save(self) -> None:
+        """Write the checkpoint. All ranks must call."""
+        self.learner.share_buffers()
+        loss_sum = float(sum_over_ranks(self.loss_sum))
+        if is_main():
+            remove_leftovers(self.output)
+            save_checkpoint(
+                self.output / CHECKPOINT,
+                {
+                    "step": self.step, "epoch": self.step // self.steps, "history": self.history,
+                    "loss_sum": loss_sum, "config": {"identity": self.identity}, **self.learner.state(),
+                },
+            )  # fmt: skip
+        barrier()
+
+
+def epoch_batches(n: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """A permutation of range(n) drawn from (seed, epoch), cut into global batches.
+
+    A last batch of fewer than two images a rank, on which BatchNorm cannot be trained, is filled up from the
+    epoch's first images.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    cut = [order[s : s + batch] for s in range(0, n, batch)]
+    least = 2 * world_size()
+    if len(cut[-1]) < least:
+        cut[-1] = np.concatenate([cut[-1], np.resize(order, least - len(cut[-1]))])
+    return cut

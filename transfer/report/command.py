@@ -1,0 +1,103 @@
+"""Folders of runs enter; one report of all their results leaves: HTML, Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.common.cli import parse_settings, save_settings
+from pretrain.common.errors import UserError
+from pretrain.common.progress import Progress
+from transfer.report.evidence.collect import collect
+from transfer.report.evidence.grouping import group
+from transfer.report.pages import inventory, page, statements, tables
+from transfer.report.pages.statements import Finding
+from transfer.report.pages.tables import Table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What `python -m transfer report` needs to know."""
+
+    output: str
+    """Folder for index.html, report.md, tables/, plots/ and pictures/."""
+    dirs: list[str] = dataclasses.field(default_factory=list)
+    """Folders to search for results."""
+    title: str = "Transfer results"
+    """Heading of the report."""
+    pool: bool = False
+    """Take the same label in several DIRs for seeds of one method, instead of setting them side by side."""
+    pictures: int = 6
+    """At most so many pictures of each folder of pictures."""
+
+    def __post_init__(self) -> None:
+        if not self.dirs:
+            raise UserError("no folder given; usage: python -m transfer report DIR... --output DIR")
+        if self.pictures < 0:
+            raise UserError(f"--pictures {self.pictures}: a number of at least 0 is wanted")
+
+
+def main(argv: list[str]) -> None:
+    """`python -m transfer report DIR... --output DIR`."""
+    settings = parse_settings(
+        ReportSettings, argv, prog="python -m transfer report", positional=["dirs"],
+        description="Tables and plots of all results under DIR ..., beside published numbers.",
+    )  # fmt: skip
+    output = Path(settings.output)
+    with Progress(3, label="report", unit="part") as bar:
+        evidence = collect(settings.dirs, skip=output)
+        results = group(evidence, pool=settings.pool)
+        bar.update(1, now="tables, plots and pictures")
+        report = page.compose(evidence, results, title=settings.title, per_folder=settings.pictures)
+        bar.update(1, now="files")
+        page.write(report, output)
+        save_settings(settings, output / "config.yaml")
+        bar.update(1)
+    show(report.alarms, report.verdict, report.findings)
+    print(f"\nreport: {(output / 'index.html').resolve()}")
+
+
+def show_summary(folder: Path) -> None:
+    """Print the verdict over the results in `folder` without writing a report."""
+    evidence = collect([str(folder)], skip=folder / "report")
+    results = group(evidence, pool=False)
+    verdict = statements.verdict(results) if results.tasks else None
+    show(inventory.alarms(evidence), verdict, statements.differences(results)[1])
+
+
+def show(alarms: Sequence[str], verdict: Table | None, findings: Sequence[Finding]) -> None:
+    """Print what is missing, the verdict and its statements; coloured on a terminal, plain in a pipe."""
+    for alarm in alarms:
+        print(f"missing: {alarm}")
+    if verdict is None:
+        print("no result has been written yet")
+        return
+    if sys.stdout.isatty():
+        _show_rich(verdict)
+    else:
+        print(tables.to_text(verdict))
+    print()
+    for finding in findings:
+        print(f"- {finding.sentence}")
+
+
+def _show_rich(t: Table) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    styles = {"best": "bold green", "missing": "dim", "published": "italic", "stale": "yellow"}
+    shown = RichTable(title=t.title)
+    for c in t.columns:
+        shown.add_column(Text(c.text) + Text(f"\n{c.note}" if c.note else "", style="dim"))
+    for row in t.rows:
+        shown.add_row(
+            *(
+                Text(c.text, style=styles.get(c.kind, ""))
+                + Text(f"\n{c.note}" if c.note else "", style="dim")
+                for c in row
+            )
+        )
+    Console().print(shown)

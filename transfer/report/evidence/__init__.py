@@ -1,0 +1,1 @@
+"""Folders of runs in; results out, labelled, grouped, compared, and beside published figures."""

@@ -1,0 +1,237 @@
+"""Records enter; methods (rows) and comparable tasks (columns) with their trials leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.transfer_sets import metric_of
+from transfer.report.evidence.collect import Evidence
+from transfer.report.evidence.compare import Summary, Trial
+from transfer.report.evidence.labels import short_names
+from transfer.report.evidence.records import RAW_PIXELS, Record
+
+TASK_NAMES = {
+    "knn": "k-NN",
+    "linear": "Linear",
+    "semisup": "Semi-supervised",
+    "detection": "Box",
+    "segmentation": "Mask",
+}
+SELECTIONS = ("last", "held-out", "best")
+"""In the order in which one is taken for the headline: nothing selected on the reported split comes first."""
+PROPORTIONS = ("top1", "top5")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, order=True)
+class Task:
+    """What two results must have in common to be set against each other."""
+
+    order: int
+    name: str
+    label_percent: float
+    dataset: str
+    split: str
+    protocol: str
+    protocol_hash: str
+    images: int
+    ambiguous: bool = False
+    """Whether another protocol here has this name, but other content."""
+
+    @property
+    def partly(self) -> bool:
+        """Whether the share of the labels is worth naming."""
+        return self.name == "semisup" or self.label_percent != 100
+
+    @property
+    def title(self) -> str:
+        share = f" {self.label_percent:g} %" if self.partly else ""
+        return TASK_NAMES.get(self.name, self.name) + share
+
+    @property
+    def setting(self) -> str:
+        count = f", {self.images:,} images" if self.images else ""
+        which = f" ({self.protocol_hash[:6]})" if self.ambiguous else ""
+        return f"{self.dataset} {self.split}, {self.protocol}{which}{count}"
+
+    @property
+    def slug(self) -> str:
+        share = f"-{self.label_percent:g}" if self.partly else ""
+        kind = re.sub(r"\W+", "-", self.split.partition("(")[2]).rstrip("-")  # which split of several
+        data = f"{self.dataset}-{kind}" if kind else self.dataset
+        return f"{self.name}{share}-{data}-{self.protocol.replace('@', '-v')}-{self.protocol_hash[:6]}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+    """Trials by method, task and selection; later runs of the same trial replace earlier ones."""
+
+    methods: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    groups: dict[tuple[str, Task, str], tuple[Record, ...]]
+    notes: tuple[str, ...]
+    run_names: dict[Path, str]
+    """The method by the folder of its results."""
+
+    def records(self, method: str, task: Task, selection: str) -> tuple[Record, ...]:
+        return self.groups.get((method, task, selection), ())
+
+    def all_records(self, method: str, task: Task) -> list[Record]:
+        return [
+            r for selection in self.selections(method, task) for r in self.groups[method, task, selection]
+        ]
+
+    def selections(self, method: str, task: Task) -> list[str]:
+        known = [s for s in SELECTIONS if (method, task, s) in self.groups]
+        return known + sorted(
+            s for m, t, s in self.groups if (m, t) == (method, task) and s not in SELECTIONS
+        )
+
+    def metrics(self, task: Task) -> list[str]:
+        """Names of the task's metrics, in the order in which the records have them."""
+        names: dict[str, None] = {}
+        for (_, other, _), records in self.groups.items():
+            if other == task:
+                for record in records:
+                    names.update(dict.fromkeys(record["metrics"]))
+        return list(names)
+
+    def headline_metric(self, task: Task) -> str:
+        """The metric that stands for the task: AP, or what the data set is reported in (top-1, mean per
+        class); of several k, 20 or else the first."""
+        names = self.metrics(task)
+        kept = metric_of(task.dataset)
+        of_set = [kept, f"{kept}_k20", *(n for n in names if n.startswith(f"{kept}_k"))]
+        wanted = ("AP", *of_set, "top1", "top1_k20", "mean_per_class", "mAP")
+        return next((n for n in wanted if n in names), names[0])
+
+    def summary(self, method: str, task: Task, selection: str, metric: str) -> Summary | None:
+        """The trials' values; None where there is none. COCO's −1 for "no such objects" is none."""
+        trials = tuple(
+            Trial(value=float(value), images=task.images, seed=r["seed"], sha256=r.sha256)
+            for r in self.records(method, task, selection)
+            if isinstance(value := r["metrics"].get(metric), (int, float)) and value >= 0
+        )
+        return Summary(trials=trials, proportion=metric.startswith(PROPORTIONS)) if trials else None
+
+    def headline(self, method: str, task: Task, metric: str | None = None) -> Summary | None:
+        """The trials shown first: of the last epoch where there are any."""
+        metric = metric or self.headline_metric(task)
+        for selection in self.selections(method, task):
+            if (found := self.summary(method, task, selection, metric)) is not None:
+                return found
+        return None
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name as a paper has it: top1_k20 is 'top-1, k = 20'."""
+    head, _, k = metric.partition("_k")
+    spelt = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}.get(head, head)
+    return f"{spelt}, k = {k}" if k.isdigit() else spelt
+
+
+def task_of(record: Record, ambiguous: frozenset[str] = frozenset()) -> Task:
+    """The task of a record; protocols named in `ambiguous` are told apart by their hash."""
+    name = str(record["task"])
+    protocol: dict[str, Any] = record["protocol"] or {}
+    return Task(
+        order=list(TASK_NAMES).index(name) if name in TASK_NAMES else len(TASK_NAMES),
+        name=name,
+        label_percent=float(record["label_percent"] or 100),
+        dataset=str(record["dataset"]),
+        split=str(record["split"] or ""),
+        protocol=record.protocol,
+        protocol_hash=str(protocol.get("hash") or ""),
+        images=int(record["n"] or 0),
+        ambiguous=record.protocol in ambiguous,
+    )
+
+
+def group(evidence: Evidence, *, pool: bool = False) -> Results:
+    """Sort the records into methods and tasks.
+
+    A label found under several of the given folders with different weights or figures is several methods,
+    told apart by the folder's name; with `pool` it is one, its folders being further seeds.
+    """
+    names = _method_names(evidence, pool)
+    notes: list[str] = []
+    groups: dict[tuple[str, Task, str], dict[tuple[Any, ...], Record]] = defaultdict(dict)
+    replaced = 0
+    hashes = {(r.protocol, task_of(r).protocol_hash) for r in evidence.records}
+    counts = Counter(name for name, _ in hashes)
+    ambiguous = frozenset(name for name, count in counts.items() if count > 1)
+    order = {id(r): i for i, r in enumerate(evidence.records)}
+    by_time = sorted(evidence.records, key=lambda r: (str(r["started_at"] or ""), order[id(r)]))
+    for record in by_time:
+        key = (names[id(record)], task_of(record, ambiguous), str(record["selection"] or "last"))
+        same = (
+            record.sha256,
+            record["seed"],
+            *([record.root] if pool and record["seed"] is not None else []),
+        )
+        previous = groups[key].get(same)
+        if previous is not None and previous.values != record.values:
+            replaced += 1
+        groups[key][same] = record
+    if replaced:
+        notes.append(
+            f"{replaced} earlier {'results were' if replaced > 1 else 'result was'} replaced by a later run "
+            "of the same."
+        )
+    chosen = {key: _fresh(trials.values(), order) for key, trials in groups.items()}
+    methods = dict.fromkeys(
+        names[id(r)] for r in sorted(evidence.records, key=lambda r: (_rank(r), r.root, r.label))
+    )
+    return Results(
+        methods=tuple(methods),
+        tasks=tuple(sorted({task for _, task, _ in chosen})),
+        groups=dict(sorted(chosen.items(), key=lambda item: (item[0][1], item[0][0], item[0][2]))),
+        notes=tuple(notes),
+        run_names={r.folder: names[id(r)] for r in evidence.records},
+    )
+
+
+def _fresh(trials: Iterable[Record], order: dict[int, int]) -> tuple[Record, ...]:
+    """Stale trials are shown only where nothing newer stands in their place."""
+    records = sorted(trials, key=lambda r: (r["seed"] is not None, r["seed"] or 0, order[id(r)]))
+    fresh = [r for r in records if not r.stale]
+    return tuple(fresh or records)
+
+
+def _rank(record: Record) -> int:
+    """Checkpoints come first, then random weights, then raw pixels."""
+    path = (record["weights"] or {}).get("path")
+    if path == RAW_PIXELS:
+        return 2
+    untrained = not path or any(word in record.label.lower() for word in ("random", "control"))
+    return int(untrained)
+
+
+def _method_names(evidence: Evidence, pool: bool) -> dict[int, str]:
+    """The row of each record, by id."""
+    roots: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    figures: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for r in evidence.records:
+        roots[r.label][r.root].add(r.sha256)
+        figures[r.label, r.sha256, task_of(r), r["selection"], r["seed"]].add(
+            f"{r.root} {sorted(r['metrics'].items())}"
+        )
+    apart = set()
+    for label, weights in roots.items():
+        differ = len({frozenset(s) for s in weights.values()}) > 1
+        clash = any(
+            len({f.partition(" ")[2] for f in found}) > 1 and len({f.partition(" ")[0] for f in found}) > 1
+            for (other, *_), found in figures.items()
+            if other == label
+        )
+        if len(weights) > 1 and (differ or clash) and not pool:
+            apart.add(label)
+    folder_names = short_names([str(root.resolve()) for root in evidence.roots])
+    return {
+        id(r): f"{r.label} ({folder_names[r.root]})" if r.label in apart else r.label
+        for r in evidence.records
+    }

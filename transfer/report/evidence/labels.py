@@ -1,0 +1,68 @@
+"""Records enter; the same with labels that tell different weights apart, and one for the same, leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+
+from transfer.report.evidence.records import Record
+
+
+def named(records: Sequence[Record]) -> list[Record]:
+    """Each record with the label of its row.
+
+    A label given in one command names the same weights where another gave none. Without any, the file's name
+    is the label, with as much of its folder as tells it from other files; labels that were given alike are
+    seeds of one method. The momentum network of a file whose online one was judged too is "LABEL (ema)".
+    """
+    records = _told_apart(_named_alike(list(records)))
+    branches: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for r in records:
+        branches[r.label, r.sha256].add(r.identity[1])
+    return [
+        _labelled(r, f"{r.label} (ema)")
+        if r.identity[1] == "ema" and len(branches[r.label, r.sha256]) > 1
+        else r
+        for r in records
+    ]
+
+
+def _labelled(r: Record, label: str) -> Record:
+    return dataclasses.replace(r, values={**r.values, "label": label})
+
+
+def _named_alike(records: list[Record]) -> list[Record]:
+    given: dict[str, set[str]] = defaultdict(set)
+    for r in records:
+        if r.sha256 and r["label"]:
+            given[r.sha256].add(r.label)
+    return [
+        _labelled(r, *given[r.sha256]) if not r["label"] and len(given.get(r.sha256, ())) == 1 else r
+        for r in records
+    ]
+
+
+def _told_apart(records: list[Record]) -> list[Record]:
+    files: dict[str, dict[str, str]] = defaultdict(dict)
+    for r in records:
+        if not r["label"] and r.sha256:
+            files[r.label].setdefault(r.sha256, str((r["weights"] or {}).get("path") or ""))
+    names: dict[str, str] = {}
+    for paths in files.values():
+        places = list(dict.fromkeys(paths.values()))  # one place twice is a file that was changed
+        if len(places) > 1:
+            short = dict(zip(places, short_names(places)))
+            names |= {sha256: short[path] for sha256, path in paths.items()}
+    return [r if r["label"] or r.sha256 not in names else _labelled(r, names[r.sha256]) for r in records]
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The fewest last parts of each path that tell all of them apart."""
+    parts = [p.strip("/").split("/") for p in paths]
+    longest = max((len(p) for p in parts), default=1)
+    for count in range(1, longest + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(i + 1) for i in range(len(paths))]

@@ -1,0 +1,72 @@
+"""Published figures of published.yaml, by task and protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from transfer.report.evidence.grouping import Task
+
+FILE = Path(__file__).parent / "published.yaml"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """One published model's figures in one task, as its source prints them; nothing here was re-measured."""
+
+    method: str
+    arch: str
+    pretraining: str
+    """Epochs, batch, views."""
+    task: str
+    dataset: str
+    protocol: str
+    """name@version of our file of the same protocol; empty where there is none."""
+    note: str
+    metrics: dict[str, float]
+    spread: dict[str, float]
+    """Standard deviation where the source gives one."""
+    trials: int | None
+    source: str
+    """URL."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}, {self.arch}, {self.pretraining}"
+
+
+@functools.cache
+def load_published(path: Path = FILE) -> tuple[Published, ...]:
+    """All entries, in the file's order. Raises ValueError for an entry without a source URL or a figure."""
+    document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = []
+    for raw in document["results"]:
+        source = document["sources"].get(raw["source"], raw["source"])
+        entry = Published(**{
+            "arch": "resnet50", "protocol": "", "note": "", "spread": {}, "trials": None,
+            **raw, "source": source,
+        })  # fmt: skip
+        if not entry.source.startswith("https://") or not entry.metrics:
+            raise ValueError(f"{path}: {entry.name} needs metrics and the URL of its source")
+        entries.append(entry)
+    return tuple(entries)
+
+
+def same_protocol(task: Task) -> list[Published]:
+    """Published figures that may stand beside this task's: same task, data set and protocol."""
+    return [p for p in _of(task) if p.protocol and p.protocol == task.protocol]
+
+
+def other_protocols(task: Task) -> list[Published]:
+    """Published figures of the task's data set under other protocols: never ranked against ours."""
+    return [p for p in _of(task) if p.protocol != task.protocol or not p.protocol]
+
+
+def _of(task: Task) -> list[Published]:
+    """Of the same data set, as a whole: a split that says more than its name is another one, or a part."""
+    whole = " (" not in task.split
+    return [p for p in load_published() if whole and p.task == task.name and p.dataset == task.dataset]

@@ -1,0 +1,98 @@
+"""Lines of results.jsonl enter; records that know their name and whether they still hold leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from pretrain.common.errors import UserError
+from pretrain.common.files import sha256_of
+from transfer.evaluation.protocol import load_protocol
+
+RAW_PIXELS = "raw-pixels"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+    """One line of a results.jsonl and where it stands."""
+
+    values: dict[str, Any]
+    """The line as it was written (see transfer/evaluation/results.py for the fields)."""
+    folder: Path
+    """Folder of the results.jsonl."""
+    root: int
+    """Position on the command line of the DIR that it was found under."""
+    stale: str = ""
+    """Why the result no longer describes what is on the disk; empty when it does or nobody can tell."""
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values.get(key)
+
+    @property
+    def label(self) -> str:
+        """The name of its row: what --label gave, else the weights' file name."""
+        return str(self["label"] or weights_name(self["weights"] or {}))
+
+    @property
+    def sha256(self) -> str:
+        return str((self["weights"] or {}).get("sha256") or "")
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """What tells weights apart: sha256 and branch; the first empty where there is no file."""
+        return self.sha256, str((self["weights"] or {}).get("branch") or "")
+
+    @property
+    def protocol(self) -> str:
+        """name@version, the way it is given on the command line."""
+        return protocol_name(self["protocol"] or {})
+
+
+def weights_name(weights: dict[str, Any]) -> str:
+    """A short name for weights without a label: the file name, after its folder where it is a generic one."""
+    path = str(weights.get("path") or "")
+    if not path:
+        return "random initialisation"
+    if path == RAW_PIXELS:
+        return "raw pixels"
+    name = Path(path)
+    return (
+        f"{name.parent.name}/{name.name}" if name.stem.startswith(("backbone", "checkpoint")) else name.name
+    )
+
+
+def protocol_name(protocol: dict[str, Any]) -> str:
+    name, version = protocol.get("name", "unnamed"), protocol.get("version")
+    return name if version is None or "@" in str(name) else f"{name}@{version}"
+
+
+@functools.cache
+def _sha256_here(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_of(path)
+
+
+def why_stale(line: dict[str, Any]) -> str:
+    """Compare the record with today's weights file and protocol file, where they are at hand."""
+    weights = line.get("weights") or {}
+    path = Path(str(weights.get("path") or ""))
+    recorded = weights.get("sha256")
+    if recorded and path.is_file():
+        stat = path.stat()
+        if _sha256_here(path, stat.st_size, stat.st_mtime_ns) != recorded:
+            return "the weights file has changed since"
+    protocol = line.get("protocol") or {}
+    today = protocol_hash_today(protocol_name(protocol))
+    if today and protocol.get("hash") and today != protocol["hash"]:
+        return f"protocol {protocol_name(protocol)} has changed since"
+    return ""
+
+
+@functools.cache
+def protocol_hash_today(name: str) -> str:
+    """Hash of the protocol file of this name, empty where this version of the project has none."""
+    try:
+        return load_protocol(name).hash
+    except UserError:
+        return ""

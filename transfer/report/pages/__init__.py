@@ -1,0 +1,1 @@
+"""Comparisons in, pages out: statements, tables, plots, pictures, HTML and Markdown."""

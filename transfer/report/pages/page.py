@@ -1,0 +1,185 @@
+"""Evidence enters; index.html, report.md, tables/, plots/ and pictures/ leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from pretrain.common.files import atomic_path, write_text
+from transfer.report.evidence.collect import Evidence
+from transfer.report.evidence.grouping import Results
+from transfer.report.pages import inventory, pictures, plots, statements, tables
+from transfer.report.pages.pictures import Shown
+from transfer.report.pages.plots import Plot
+from transfer.report.pages.statements import Finding
+from transfer.report.pages.study import read_study
+from transfer.report.pages.tables import Table
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading with what stands below it."""
+
+    slug: str
+    title: str
+    text: str = ""
+    tables: tuple[Table, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    pictures: tuple[Shown, ...] = ()
+    points: tuple[str, ...] = ()
+    """Plain statements."""
+    notes: tuple[str, ...] = ()
+    """What could not be shown, and why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Page:
+    title: str
+    roots: tuple[str, ...]
+    verdict: Table | None
+    findings: tuple[Finding, ...]
+    alarms: tuple[str, ...]
+    sections: tuple[Section, ...]
+    measurements: Table
+
+    @property
+    def tables(self) -> list[Table]:
+        first = [self.verdict] if self.verdict else []
+        return [*first, *(t for s in self.sections for t in s.tables)]
+
+
+def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int) -> Page:
+    """Everything that the report says, in its order; sections with nothing in them are left out."""
+    studies = [read_study(folder, i) for i, folder in enumerate(evidence.studies)]
+    found = [*evidence.pictures, *(p for s in studies for p in s.pictures)]
+    shown, left_out = pictures.load(found, per_folder=per_folder)
+    evidence = dataclasses.replace(evidence, problems=[*evidence.problems, *left_out])
+    near, unseen = _neighbours(results)
+    difference_table, findings = statements.differences(results)
+    missing = inventory.gaps(evidence)
+    elsewhere = statements.published_elsewhere(results)
+    wall = inventory.costs(evidence)
+    weights = inventory.judged(evidence)
+    curves = plots.pretraining_plots(evidence.pretraining)
+    detection = plots.detection_plots(evidence.detection, results)
+    sections = [
+        Section(slug="differences", title="Differences", tables=_some(difference_table)),
+        Section(slug="missing", title="Missing, failed and stale", tables=_some(missing)),
+        Section(slug="judged", title="What was judged", tables=_some(weights)),
+        Section(
+            slug="tasks", title="Tasks",
+            text=" ".join([TASKS_TEXT, *results.notes]),
+            tables=tuple(statements.task_table(results, task) for task in results.tasks),
+            plots=tuple(plots.classification_plots(results)),
+        ),
+        Section(slug="elsewhere", title="Published under other protocols", tables=_some(elsewhere)),
+        Section(slug="pretraining", title="Pretraining", plots=tuple(curves)),
+        Section(slug="detection", title="Detection and segmentation", plots=tuple(detection)),
+        Section(
+            slug="predictions", title="Predictions beside ground truth",
+            pictures=tuple(p for p in shown if p.detection),
+        ),
+        Section(
+            slug="studies", title="Spectrum studies", tables=tuple(s.table for s in studies if s.table),
+            points=tuple(line for s in studies for line in s.statements),
+            pictures=tuple(p for p in shown if not p.detection),
+        ),
+        Section(
+            slug="neighbours", title="Nearest neighbours", pictures=tuple(near), text=NEIGHBOURS_TEXT,
+            notes=tuple(unseen),
+        ),
+        Section(slug="costs", title="Wall time", tables=_some(wall), plots=tuple(plots.cost_plots(evidence))),
+    ]  # fmt: skip
+    return Page(
+        title=title,
+        roots=tuple(str(r) for r in evidence.roots),
+        verdict=statements.verdict(results) if results.tasks else None,
+        findings=findings,
+        alarms=inventory.alarms(evidence),
+        sections=tuple(s for s in sections if s.tables or s.plots or s.pictures or s.notes),
+        measurements=inventory.measurements(results),
+    )
+
+
+TASKS_TEXT = "One table for each task and protocol; results of different protocols are never ranked."
+NEIGHBOURS_TEXT = (
+    "Left, a test image; right, its nearest training images in feature space, nearest first. Green: of its "
+    "class; red and struck through: of another."
+)
+
+
+def _neighbours(results: Results) -> tuple[list[Shown], list[str]]:
+    """Pictures of neighbours, and which could not be made; torch is imported only where there are any."""
+    if not any(task.name == "knn" for task in results.tasks):
+        return [], []
+    from transfer.report.pages.knn_pictures import neighbour_pictures
+
+    return neighbour_pictures(results)
+
+
+def _some(found: Table | None) -> tuple[Table, ...]:
+    return (found,) if found is not None else ()
+
+
+def write(page: Page, output: Path) -> None:
+    """Write the report; files of an earlier one that this one does not have are removed."""
+    for name, suffixes in (
+        ("tables", (".csv", ".tex")),
+        ("plots", (".svg",)),
+        ("pictures", (".png", ".jpg", ".svg")),
+    ):
+        folder = output / name
+        for file in folder.glob("*") if folder.is_dir() else ():
+            if file.suffix in suffixes:
+                file.unlink()
+    for t in page.tables:
+        write_text(output / "tables" / f"{t.name}.csv", tables.to_csv(t))
+        write_text(output / "tables" / f"{t.name}.tex", tables.to_tex(t))
+    write_text(output / "tables" / f"{page.measurements.name}.csv", tables.to_csv(page.measurements))
+    for section in page.sections:
+        for plot in section.plots:
+            write_text(output / "plots" / f"{plot.name}.svg", _standalone(plot))
+        for picture in section.pictures:
+            with atomic_path(output / "pictures" / picture.name) as aside:
+                aside.write_bytes(picture.data)
+    for name in ("tables", "plots", "pictures"):
+        if (output / name).is_dir() and not any((output / name).iterdir()):
+            shutil.rmtree(output / name)
+    write_text(output / "report.md", _render("report.md.j2", page))
+    write_text(output / "index.html", _render("report.html.j2", page))
+
+
+def _standalone(plot: Plot) -> str:
+    """The plot as a file of its own: dark ink on white."""
+    style = 'style="color:#1b1f24;background:#fff"'
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + plot.svg.replace("<svg ", f"<svg {style} ", 1) + "\n"
+
+
+def _breakable(text: str) -> Markup:
+    """Text that may be broken behind the marks inside a path or a name, not in the middle of a word."""
+    return Markup(re.sub(r"(?<=\w)([/_@]+|\.(?=[^\W\d]))(?=\w)", r"\1<wbr>", str(escape(text))))
+
+
+def _render(template: str, page: Page) -> str:
+    html = template.endswith(".html.j2")
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["markdown_table"] = tables.to_markdown
+    environment.filters["numeric"] = tables.numeric
+    environment.filters["breakable"] = _breakable
+    environment.globals["svg"] = lambda plot: Markup(plot.svg)
+    environment.globals["css"] = lambda: Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(page=page)

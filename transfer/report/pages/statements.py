@@ -1,0 +1,232 @@
+"""Results enter; the tables of figures, and plain statements about them, leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from itertools import combinations
+
+from transfer.report.evidence.compare import Summary, compare
+from transfer.report.evidence.grouping import Results, Task, metric_name
+from transfer.report.evidence.published import Published, other_protocols, same_protocol
+from transfer.report.evidence.records import Record
+from transfer.report.pages.tables import MISSING, PUBLISHED, STALE, Cell, Table, cell, table
+
+NONE_KNOWN = "Published figures of this protocol and data set: none known."
+
+
+def value_text(summary: Summary) -> str:
+    """`82.60 ± 0.31` over trials (standard deviation, n − 1), `82.60` for a single one."""
+    return f"{summary.mean:.2f}" + ("" if summary.std is None else f" ± {summary.std:.2f}")
+
+
+def spread_text(summary: Summary) -> str:
+    """n, and the binomial standard error where it is all that is known."""
+    error = summary.binomial_error if summary.n == 1 else None
+    return f"n {summary.n}" + ("" if error is None else f", SE {error:.2f}")
+
+
+def when(record: Record) -> str:
+    """The epoch or iteration that was judged."""
+    if record["epoch"] is not None:
+        return f"epoch {record['epoch']}"
+    return "" if record["iteration"] is None else f"iteration {record['iteration']}"
+
+
+def _published_value(p: Published, metric: str) -> Cell:
+    if metric not in p.metrics:
+        return cell("–", kind=MISSING)
+    spread = p.spread.get(metric)
+    trials = f"n {p.trials}" if p.trials else ""
+    return cell(
+        f"{p.metrics[metric]:.2f}" + ("" if spread is None else f" ± {spread:.2f}"),
+        note=trials, kind=PUBLISHED,
+    )  # fmt: skip
+
+
+def verdict(results: Results) -> Table:
+    """Every method in every task: the last epoch's headline metric, with the best epoch's beneath it."""
+    columns: list[str | Cell] = ["weights"]
+    for task in results.tasks:
+        metric = results.headline_metric(task)
+        columns.append(cell(f"{task.title} {metric_name(metric)}", note=task.setting))
+    rows = []
+    for method in results.methods:
+        rows.append([cell(method), *(_verdict_cell(results, method, task) for task in results.tasks)])
+    rows += _published_rows(results)
+    note = (
+        "Percent. ± is the standard deviation over n trials (n − 1); SE the binomial standard error of "
+        "one run over its images. Main figures are of the last epoch; beside it, a best epoch chosen on the "
+        "reported split, or one chosen on training images held out."
+    )
+    if len(results.methods) > 1:
+        note += " Bold: the highest of a column; whether that is beyond noise is told under Differences."
+    return table("verdict", "Verdict", columns, rows, note)
+
+
+def _published_rows(results: Results) -> list[list[Cell]]:
+    """A row for each published model with a figure under the protocol of one of our tasks, or of several."""
+    rows: dict[tuple[str, str, int], list[Cell]] = {}
+    for index, task in enumerate(results.tasks):
+        metric = results.headline_metric(task)
+        told: Counter[tuple[str, str]] = Counter()  # one model may have two figures, of two settings
+        for p in same_protocol(task):
+            if metric in p.metrics:
+                head = cell(p.name, note="published", link=p.source, kind=PUBLISHED)
+                row = rows.setdefault(
+                    (p.name, p.source, told[p.name, p.source]),
+                    [head, *(cell("", kind=MISSING) for _ in results.tasks)],
+                )
+                row[1 + index] = _published_value(p, metric)
+                told[p.name, p.source] += 1
+    return list(rows.values())
+
+
+def _verdict_cell(results: Results, method: str, task: Task) -> Cell:
+    summary = results.headline(method, task)
+    if summary is None:
+        return cell("–", kind=MISSING)
+    metric = results.headline_metric(task)
+    shown, *others = results.selections(method, task)
+    notes = [spread_text(summary)]
+    if shown == "best":
+        notes.append("best epoch")
+    for other in others:
+        second = results.summary(method, task, other, metric)
+        if second is not None:
+            at = when(results.records(method, task, other)[0]) if second.n == 1 else ""
+            notes.append(f"{other} {value_text(second)}" + (f" at {at}" if at else ""))
+    if any(r.stale for r in results.records(method, task, shown)):
+        return cell(value_text(summary), note="stale; " + "; ".join(notes), kind=STALE)
+    rivals = [s.mean for m in results.methods if (s := results.headline(m, task)) is not None]
+    best = len(rivals) > 1 and summary.mean == max(rivals)
+    return cell(value_text(summary), note="; ".join(notes), kind="best" if best else "")
+
+
+def task_table(results: Results, task: Task) -> Table:
+    """All metrics of one task under one protocol, published figures of that protocol below ours."""
+    metrics = results.metrics(task)
+    columns: list[str | Cell] = ["weights", "chosen", *(metric_name(m) for m in metrics)]
+    columns += ["n", "over", "seeds", "judged at", "source"]
+    rows = []
+    for method in results.methods:
+        for selection in results.selections(method, task):
+            records = results.records(method, task, selection)
+            values, first = [], None
+            for metric in metrics:
+                found = results.summary(method, task, selection, metric)
+                first = first or found
+                stale = STALE if any(r.stale for r in records) else ""
+                values.append(
+                    cell("–", kind=MISSING)
+                    if found is None
+                    else cell(value_text(found), note=_error_note(found, stale), kind=stale)
+                )
+            if first is None:
+                continue
+            at = ", ".join(dict.fromkeys(filter(None, (when(r) for r in records))))
+            name = cell(method, note=_input_note(records))
+            tail = [cell(first.n), cell(first.over), cell(first.seeds), cell(at or "-"), cell("this report")]
+            rows.append([name, cell(selection), *values, *tail])
+    published = same_protocol(task)
+    for p in published:
+        values = [_published_value(p, m) for m in metrics]
+        tail = [
+            cell(p.trials or "not given"),
+            cell("-"),
+            cell("-"),
+            cell("-"),
+            cell("published", link=p.source),
+        ]
+        rows.append([cell(p.name, note=p.note, kind=PUBLISHED), cell("-"), *values, *tail])
+    note = f"Protocol {task.protocol}" + (f", hash {task.protocol_hash[:12]}" if task.protocol_hash else "")
+    note += (f", {task.images:,} images judged, each once." if task.images else ".") + (
+        "" if published else f" {NONE_KNOWN}"
+    )
+    return table(f"task-{task.slug}", f"{task.title}: {task.setting}", columns, rows, note)
+
+
+def _error_note(summary: Summary, stale: str) -> str:
+    error = summary.binomial_error if summary.n == 1 else None
+    return "; ".join(filter(None, [stale, "" if error is None else f"SE {error:.2f}"]))
+
+
+def _input_note(records: tuple[Record, ...]) -> str:
+    sizes = sorted({r["image_size"] for r in records if isinstance(r["image_size"], int)})
+    return f"{', '.join(map(str, sizes))} px" if sizes else ""
+
+
+def published_elsewhere(results: Results) -> Table | None:
+    """Figures for the same data sets under other protocols: apart, never ranked."""
+    rows, seen = [], set()
+    for task in results.tasks:
+        for p in other_protocols(task):
+            stands_beside = any(p in same_protocol(other) for other in results.tasks)
+            if id(p) in seen or stands_beside:
+                continue
+            seen.add(id(p))
+            figures = ", ".join(
+                f"{metric_name(m)}: {v:.2f}" + (f" ± {p.spread[m]:.2f}" if m in p.spread else "")
+                for m, v in p.metrics.items()
+            )
+            rows.append([
+                cell(p.name, kind=PUBLISHED), cell(task.title), cell(p.dataset), cell(figures),
+                cell(p.protocol or p.note or "the source's own"), cell("published", link=p.source),
+            ])  # fmt: skip
+    if not rows:
+        return None
+    columns: list[str | Cell] = ["method", "task", "data set", "figures", "protocol", "source"]
+    note = "Other protocols than those used above: not comparable with this report's figures, and not ranked."
+    return table("published-elsewhere", "Published under other protocols", columns, rows, note)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One pair of methods in one task."""
+
+    sentence: str
+    verdict: str
+
+
+def differences(results: Results) -> tuple[Table | None, tuple[Finding, ...]]:
+    """Every pair of methods in every task that both have under one protocol, and the first's in words."""
+    rows, findings = [], []
+    for task in results.tasks:
+        metric = results.headline_metric(task)
+        have = [m for m in results.methods if results.headline(m, task) is not None]
+        for first, second in combinations(have, 2):
+            a, b = results.headline(first, task), results.headline(second, task)
+            assert a is not None and b is not None
+            found = compare(a, b)
+            sizes = [
+                _input_note(results.records(m, task, results.selections(m, task)[0])) for m in (first, second)
+            ]
+            if {t.sha256 for t in a.trials} == {t.sha256 for t in b.trials} != {""}:
+                found = dataclasses.replace(found, reason=f"{found.reason}; the same weights")
+            if len(set(filter(None, sizes))) > 1:
+                found = dataclasses.replace(found, reason=f"{found.reason}; judged at {' and '.join(sizes)}")
+            kind = {"beyond noise": "good", "within noise": "bad"}.get(found.verdict, MISSING)
+            rows.append([
+                cell(f"{task.title} {metric_name(metric)}", note=task.setting), cell(f"{first} − {second}"),
+                cell(f"{found.points:+.2f}"), cell(found.spread), cell(found.verdict, kind=kind),
+                cell(found.reason),
+            ])  # fmt: skip
+            if first == results.methods[0] or len(have) == 2:
+                lead = "above" if found.points > 0 else "below" if found.points < 0 else "level with"
+                points = f"{abs(found.points):.2f} points {lead}" if found.points else lead
+                findings.append(
+                    Finding(
+                        sentence=f"{task.title} {metric_name(metric)}: {first} is {points} {second}: "
+                        f"{found.verdict} ({found.reason}).",
+                        verdict=found.verdict,
+                    )
+                )
+    if not rows:
+        return None, ()
+    columns: list[str | Cell] = ["task", "difference", "points", "spread", "verdict", "test"]
+    note = (
+        "Welch's t test (two-sided, 5 %) where both sides have two trials or more, without correction for "
+        "the number of comparisons. A top-1 must also differ by more than twice the binomial error of its "
+        "images, taken as independent for both sides. Otherwise the reason why nothing can be said."
+    )
+    return table("differences", "Differences", columns, rows, note), tuple(findings)

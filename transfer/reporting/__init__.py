@@ -1,1 +1,0 @@
-"""Records of finished runs enter; tables, plots and pages leave."""

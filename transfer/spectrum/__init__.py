@@ -1,0 +1,1 @@
+"""Which spectral transformations avoid collapse: a study on a small data set."""

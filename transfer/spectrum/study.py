@@ -1,0 +1,263 @@
+"""A small real data set enters; which spectral transformations avoid collapse, with pictures, leaves.
+
+`python -m transfer spectrum-study` trains one small timm ResNet for each transformation and seed with
+2 − 2 cos between the transformed embeddings of two views, INTL with its penalty besides; runs of a seed
+start from the same weights and see the same batches. It asks what Section 3 of Weng et al. (ICLR 2024,
+https://arxiv.org/abs/2305.16789) asks, at a size for two cores.
+
+OUTPUT/runs.jsonl (one finished run a line, so that a stopped study goes on), study.md and three SVG pictures.
+Letters of shapes: N images of a batch, D features.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pretrain.common.cli import save_settings, settings_as_dict
+from pretrain.common.errors import UserError
+from pretrain.common.files import append_jsonl, read_jsonl
+from pretrain.common.progress import Progress
+from pretrain.common.signals import StopSignals
+from pretrain.data.augment import View
+from pretrain.data.datasets import ImageDataset, open_dataset
+from pretrain.data.loader import StepBatches, Views, batches, epoch_order
+from pretrain.loss import intl_loss, loss_floor, spectral_loss
+from pretrain.model import Encoder, build_projector
+from pretrain.optim import build_optimizer, lr_at
+from pretrain.spectral import (
+    IterNorm,
+    SpectralFunction,
+    Whitening,
+    collapse,
+    covariance,
+    diagnose,
+    iternorm,
+    power,
+    spectral_transform,
+    zca,
+)
+from transfer.evaluators.knn import knn_evaluate
+from transfer.options import StudySettings, parse
+from transfer.spectrum.study_pictures import write_study
+
+logger = logging.getLogger(__name__)
+
+SIZE = 32  # pixels a side
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instance:
+    """One way to transform: its name, what it does to the eigenvalues, and its loss."""
+
+    name: str
+    kind: str  # power, hard, iternorm, intl
+    g: SpectralFunction
+
+    def loss(self, views: list[Tensor], whitening: Whitening) -> Tensor:
+        if isinstance(self.g, IterNorm):
+            trade_off = None if self.kind == "intl" else 0.0
+            return intl_loss(
+                views, iterations=self.g.iterations, trade_off=trade_off, whitening=whitening
+            ).total
+        return spectral_loss(views, self.g, whitening=whitening)
+
+    def floor(self, settings: StudySettings) -> float:
+        """What the loss cannot fall under."""
+        if self.kind != "intl":
+            return 0.0
+        return loss_floor(settings.batch, settings.features, iterations=4, whitening=settings.whitening)
+
+
+def instances(settings: StudySettings) -> list[Instance]:
+    """The grid: powers in order with hard whitening among them, IterNorm by T, INTL."""
+    powers = [
+        Instance(name=f"λ^-{p:g}" if p else "none", kind="power", g=power(p))
+        for p in settings.powers if p != 0.5
+    ]  # fmt: skip
+    hard = Instance(name="hard whitening", kind="hard", g=zca())
+    newton = [Instance(name=f"IterNorm T={t}", kind="iternorm", g=iternorm(t)) for t in settings.iterations]
+    return [*powers, hard, *newton, Instance(name="INTL", kind="intl", g=iternorm(4))]
+
+
+def main(argv: list[str]) -> int | None:
+    """`python -m transfer spectrum-study`."""
+    study(parse("spectrum-study", argv))
+    return None
+
+
+def study(settings: StudySettings) -> Path:
+    """Do the runs that OUTPUT does not hold yet, then write study.md and the pictures; returns study.md."""
+    output = Path(settings.output)
+    train = open_dataset(settings.dataset, settings.data_dir, "train")
+    test = open_dataset(settings.dataset, settings.data_dir, "test")
+    if len(train) < settings.batch:
+        raise UserError(f"--batch {settings.batch} is more than the {len(train)} training images there are")
+    same = {k: v for k, v in settings_as_dict(settings).items() if k not in ("output", "data_dir", "seeds")}
+    same |= {"powers": None, "iterations": None}  # a larger grid adds runs to those that are there
+    done = read_jsonl(output / "runs.jsonl")
+    if any(run["settings"] != same for run in done):
+        raise UserError(f"{output} holds runs of other settings: take another --output, or those settings")
+    save_settings(settings, output / "config.yaml")
+    bank = _pixels(train, settings.bank, seed=0)
+    queries = _pixels(test, settings.queries, seed=0)
+    finished = {(run["instance"], run["seed"]) for run in done}
+    wanted = [(i, seed) for seed in range(settings.seeds) for i in instances(settings)]
+    missing = [(i, seed) for i, seed in wanted if (i.name, seed) not in finished]
+    progress = Progress(
+        len(wanted) * settings.steps, label="spectrum study",
+        start=(len(wanted) - len(missing)) * settings.steps, file=output / "progress.json",
+    )  # fmt: skip
+    with StopSignals() as stop, progress as bar:
+        for instance, seed in missing:
+
+            def on_step(loss: float, instance: Instance = instance, seed: int = seed) -> None:
+                bar.update(1, run=f"{instance.name} seed {seed}", loss=loss)
+                if stop.requested:  # this run is done again: finished ones are kept
+                    stop.hand_over()
+
+            run = _run(settings, instance, seed, train, bank, queries, on_step)
+            append_jsonl(output / "runs.jsonl", {**run, "settings": same})
+    names = [i.name for i in instances(settings)]
+    runs = [
+        {**r, "possible_rank": possible_rank(settings)}
+        for r in read_jsonl(output / "runs.jsonl")
+        if r["instance"] in names and r["seed"] < settings.seeds
+    ]
+    runs.sort(key=lambda r: (names.index(r["instance"]), r["seed"]))
+    path = write_study(runs, output, title=f"{settings.dataset}, {settings.whitening} whitening")
+    print(path.read_text())
+    return path
+
+
+def _run(
+    settings: StudySettings,
+    instance: Instance,
+    seed: int,
+    train: ImageDataset,
+    bank: tuple[Tensor, np.ndarray],
+    queries: tuple[Tensor, np.ndarray],
+    on_step: Callable[[float], None],
+) -> dict[str, Any]:
+    """Train one encoder and judge it; one line of runs.jsonl."""
+    began = time.monotonic()
+    torch.manual_seed(seed)
+    encoder = _encoder(settings.features)
+    optimizer = build_optimizer(encoder, name="sgd", momentum=0.9, weight_decay=1e-4)
+    view = View(
+        size=SIZE, min_scale=0.3, interpolation="bilinear", jitter=(0.4, 0.4, 0.2, 0.1), grey_p=0.1,
+        blur_p=0.0, solarise_p=0.0,
+    )  # fmt: skip
+    views = Views(train, [view, view], seed=seed, mean=MEAN, std=STD, finish_here=True)
+    order = StepBatches(
+        len(train), batch_global=settings.batch, rank=0, world=1, seed=seed, start=0, stop=settings.steps
+    )
+    every = max(1, settings.steps // 12)
+    log: list[dict[str, Any]] = []
+    failure = None
+    for step, batch in enumerate(batches(views, order, workers=0)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, base=settings.lr, warmup=settings.steps // 10, total=settings.steps)
+        embeddings = encoder(batch.views)
+        try:
+            loss = instance.loss(embeddings, settings.whitening)
+        except ValueError as error:  # the covariance is not finite
+            failure = f"step {step + 1}: {error}"
+            break
+        if not math.isfinite(float(loss.detach())):
+            failure = f"step {step + 1}: loss {float(loss.detach())}"
+            break
+        if step % every == 0 or step + 1 == settings.steps:
+            log.append(
+                {
+                    "step": step + 1,
+                    "loss": float(loss.detach()),
+                    **_spectra(embeddings[1], instance, settings),
+                }
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        on_step(float(loss.detach()))
+    verdict = failure
+    if verdict is None:  # a run that diverged may have nothing logged
+        last = {key: value for key, value in log[-1].items() if isinstance(value, float)}
+        verdict = collapse(last, n=settings.batch, d=settings.features)
+    return {
+        "instance": instance.name, "kind": instance.kind, "seed": seed, "log": log, "diverged": failure,
+        "verdict": verdict, "knn_top1": None if failure else _knn(encoder.backbone, bank, queries),
+        "floor": instance.floor(settings), "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+def possible_rank(settings: StudySettings) -> int:
+    """How many eigenvalues of the covariance can be positive: centring takes one from the averaged side."""
+    if settings.whitening == "channel":
+        return min(settings.batch, settings.features - 1)
+    return min(settings.features, settings.batch - 1)
+
+
+def _encoder(features: int) -> Encoder:
+    """A ResNet of four narrow blocks: some 10 MFLOP an image of 32 x 32, so that the study fits two cores."""
+    from timm.models.resnet import BasicBlock, ResNet
+
+    backbone = ResNet(
+        BasicBlock,  # type: ignore[arg-type]
+        (1, 1, 1, 1),
+        num_classes=0,
+        channels=(32, 64, 128, 256),
+        stem_width=32,
+    )
+    projector = build_projector(backbone.num_features, hidden=512, output=features, layers=3)
+    return Encoder(backbone, projector)
+
+
+@torch.no_grad()
+def _spectra(z_ND: Tensor, instance: Instance, settings: StudySettings) -> dict[str, Any]:
+    """The diagnosis, and eigenvalues as shares of their sum before and after the transformation."""
+    z = z_ND.detach().double()
+    axis = -1 if settings.whitening == "channel" else 0
+    before = covariance(z - z.mean(axis, keepdim=True), settings.whitening)
+    after = covariance(spectral_transform(z, instance.g, whitening=settings.whitening), settings.whitening)
+    return {
+        **diagnose(z),
+        "eigenvalues": _shares(before),
+        "transformed": torch.linalg.eigvalsh(after).flip(0).tolist(),
+    }
+
+
+def _shares(s_MM: Tensor) -> list[float]:
+    eigenvalues = torch.linalg.eigvalsh(s_MM).flip(0).clamp_min(0)
+    return (eigenvalues / eigenvalues.sum().clamp_min(1e-300)).tolist()
+
+
+def _pixels(images: ImageDataset, count: int, *, seed: int) -> tuple[Tensor, np.ndarray]:
+    """`count` images of the set, scaled to 32 x 32 and normalised, and their labels."""
+    chosen = epoch_order(len(images), seed, 0)[:count]
+    pixels = np.stack([np.asarray(images.image(int(i)).resize((SIZE, SIZE))) for i in chosen])
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    return (x - mean) / std, images.labels_N[chosen]
+
+
+@torch.no_grad()
+def _knn(
+    backbone: nn.Module, bank: tuple[Tensor, np.ndarray], queries: tuple[Tensor, np.ndarray]
+) -> float | None:
+    """Top-1 percent of the weighted 20-NN classifier on backbone features; None where they are not finite."""
+    backbone.eval()
+    bank_ND, query_MD = (torch.cat([backbone(x) for x in xs.split(500)]) for xs in (bank[0], queries[0]))
+    if not (torch.isfinite(bank_ND).all() and torch.isfinite(query_MD).all()):
+        return None
+    k = min(20, len(bank_ND))
+    return knn_evaluate(bank_ND, bank[1], query_MD, queries[1], ks=[k])[f"top1_k{k}"]
