@@ -35,7 +35,7 @@ from pretrain.data.augment import (
     uniforms,
 )
 from pretrain.data.datasets import ImageDataset
-from pretrain.data.loader import COLOUR_SLOTS
+from pretrain.data.loader import FIRST_COLOUR_SLOT
 
 SIZE, SMALL_SIZE = 224, 48  # px of a crop; of one whose image is decoded at 1/2 and 1/4
 JITTER = (0.4, 0.4, 0.2, 0.1)
@@ -141,7 +141,7 @@ def _shrunk(images: ImageDataset, by: int) -> Iterator[Pair]:
 
 def _whole(crops: list[Image.Image], view: View) -> Iterator[Pair]:
     """Jitter, greyscale, blur and solarisation with the parameters that training would draw."""
-    colours = draw_colours(uniforms(0, 0, np.arange(len(crops)), 0)[:, COLOUR_SLOTS:], view)
+    colours = draw_colours(uniforms(0, 0, np.arange(len(crops)), 0)[:, FIRST_COLOUR_SLOT:], view)
     for i, crop in enumerate(crops):
         part = colours.part(i, i + 1)
         pixels = torch.from_numpy(np.array(crop))[None]

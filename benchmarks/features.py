@@ -20,7 +20,7 @@ from benchmarks.images import photographs, small_labelled
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.model import build_backbone
-from transfer.evaluation.context import Subject
+from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.features import Extractor, extract, make_extractor
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators.knn import knn_evaluate
@@ -46,12 +46,12 @@ class Case:
     batch: int
     workers: int
 
-    def subject(self) -> Subject:
+    def backbone(self) -> Backbone:
         """Random weights from a seed: neither time nor agreement asks for trained ones."""
         torch.manual_seed(0)
         model = build_backbone(self.arch, zero_init_last=False).eval()
         weights = {"path": "random", "sha256": "random", "format": "random", "branch": "online"}
-        return Subject(model=model, arch=self.arch, weights=weights, metadata={})
+        return Backbone(model=model, arch=self.arch, weights=weights, metadata={})
 
 
 class Plain(Dataset[Tensor]):
@@ -80,11 +80,11 @@ def plain_loop(case: Case, model: nn.Module, device: torch.device) -> Tensor:
     return torch.cat([model(pixels.to(device)).cpu() for pixels in loader])
 
 
-def ours(case: Case, subject: Subject, by: Extractor) -> Tensor:
+def ours(case: Case, backbone: Backbone, by: Extractor) -> Tensor:
     """As an evaluation calls it, nothing kept from before; both have their model at hand."""
     with tempfile.TemporaryDirectory() as cache, contextlib.redirect_stderr(io.StringIO()):
         made = extract(
-            by, subject, case.images, cache=Path(cache), indices=case.indices, batch_size=case.batch,
+            by, backbone, case.images, cache=Path(cache), indices=case.indices, batch_size=case.batch,
             workers=case.workers,
         )  # fmt: skip
         return torch.from_numpy(np.array(made))
@@ -112,8 +112,8 @@ def ours_from_pixels(batches: list[Tensor], by: Extractor) -> Tensor:
     return torch.cat([by(b).cpu() for b in batches])
 
 
-def extractor(case: Case, subject: Subject, device: torch.device, precision: str) -> Extractor:
-    return make_extractor(subject, case.images, case.transform, device, precision)  # type: ignore[arg-type]
+def extractor(case: Case, backbone: Backbone, device: torch.device, precision: str) -> Extractor:
+    return make_extractor(backbone, case.images, case.transform, device, precision)  # type: ignore[arg-type]
 
 
 def cases(folder: Path, quick: bool) -> list[Case]:
@@ -148,10 +148,10 @@ def measure(quick: bool) -> list[Comparison]:
     comparisons = []
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(Path(folder), quick):
-            subject = case.subject()
-            assert subject.model is not None
-            model = subject.model.to(device)
-            chosen = extractor(case, subject, device, "auto").precision
+            backbone = case.backbone()
+            assert backbone.model is not None
+            model = backbone.model.to(device)
+            chosen = extractor(case, backbone, device, "auto").precision
             count = (256 if quick else GPU_IMAGES) if on_gpu else len(case.indices)
             batches = decoded(case, count) if on_gpu else []
             steps: dict[str, Step] = {
@@ -160,9 +160,9 @@ def measure(quick: bool) -> list[Comparison]:
                 else partial(plain_loop, case, model, device)
             }
             for name in dict.fromkeys((chosen, "float32")):
-                by = extractor(case, subject, device, name)
+                by = extractor(case, backbone, device, name)
                 steps[name] = (
-                    partial(ours_from_pixels, batches, by) if on_gpu else partial(ours, case, subject, by)
+                    partial(ours_from_pixels, batches, by) if on_gpu else partial(ours, case, backbone, by)
                 )
             times = interleave(steps, repeats=2 if quick else 3, warm_up=1)
             for name in list(steps)[1:]:
@@ -187,15 +187,15 @@ def tables(quick: bool) -> list[Table]:
         case = cases(Path(folder), quick)[-1]
         if len(case.images.classes) < 2:
             return []
-        subject = case.subject()
-        assert subject.model is not None
+        backbone = case.backbone()
+        assert backbone.model is not None
         labels = torch.from_numpy(case.images.labels_N[case.indices])
-        wanted = plain_loop(case, subject.model.to(device), device)
+        wanted = plain_loop(case, backbone.model.to(device), device)
         rows = [agreement("plain float32", wanted, wanted, labels)]
         for precision in ("float32", "auto"):
-            made = extractor(case, subject, device, precision)
+            made = extractor(case, backbone, device, precision)
             name = f"ours, {precision} ({made.precision})" if precision == "auto" else f"ours, {precision}"
-            rows.append(agreement(name, ours(case, subject, made), wanted, labels))
+            rows.append(agreement(name, ours(case, backbone, made), wanted, labels))
     return [
         Table(
             title=f"Agreement of the features with plain float32 ones: {case.arch} (random weights), "

@@ -13,7 +13,7 @@ from benchmarks.loss import plain_loss
 from pretrain.common.process_group import local_device
 from pretrain.learner import Learner, choose_dtype
 from pretrain.loss import intl_loss
-from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy
+from pretrain.model import Encoder, build_backbone, build_projector, target_encoder_of
 from pretrain.optim import build_optimizer
 
 TITLE = "One INTL step with a momentum encoder: forward, loss, backward, optimizer, average"
@@ -42,17 +42,17 @@ def plain_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Ste
     """The published loop: NCHW, autocast and with float16 a scaler, an average parameter by parameter."""
     device = views[0].device
     encoder = copy.deepcopy(encoder).to(device)
-    slow = copy.deepcopy(encoder)
+    average = copy.deepcopy(encoder)
     optimizer = torch.optim.SGD(encoder.parameters(), LR, momentum=MOMENTUM, foreach=False)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def step() -> float:
         with torch.no_grad():
-            for fast_p, slow_p in zip(encoder.parameters(), slow.parameters()):
+            for fast_p, slow_p in zip(encoder.parameters(), average.parameters()):
                 slow_p.data = slow_p.data * EMA + fast_p.data * (1 - EMA)
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):
-            target = slow.projector(slow.backbone(views[0])).detach()
+            target = average.projector(average.backbone(views[0])).detach()
             other = encoder.projector(encoder.backbone(views[1]))
         loss = plain_loss([z.float() if z.dtype.itemsize < 4 else z for z in (target, other)])
         scaler.scale(loss).backward()
@@ -69,17 +69,17 @@ def our_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Step:
     encoder = copy.deepcopy(encoder).to(device, memory_format=torch.channels_last)
     learner = Learner(
         encoder=encoder,
-        slow=momentum_copy(encoder),
+        target=target_encoder_of(encoder),
         optimizer=build_optimizer(encoder, name="sgd", momentum=MOMENTUM, weight_decay=0.0),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
     views = [v.contiguous(memory_format=torch.channels_last) for v in views]
 
     def step() -> Tensor:
-        learner.follow(EMA)
+        learner.update_target(EMA)
         # The plain loss penalises both views; the target's term is a constant to the gradient.
         loss = intl_loss(learner.embed(encoder, views, dtype)).total
-        learner.descend(loss, lr=LR)
+        learner.optimizer_step(loss, lr=LR)
         return loss.detach()
 
     return step

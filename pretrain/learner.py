@@ -1,4 +1,4 @@
-"""Settings enter; encoder, slow average, optimizer and scaler leave as one thing that learns and is saved."""
+"""What learns and is saved as one: encoder, target encoder, optimizer and gradient scaler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.process_group import world_size
 from pretrain.common.sync_batchnorm import convert_sync_batchnorm
-from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy, momentum_update
+from pretrain.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
 from pretrain.optim import build_optimizer
 from pretrain.settings import Settings
 
@@ -24,15 +24,15 @@ class Learner:
     """Everything that learns, and so everything that a checkpoint holds."""
 
     encoder: Encoder
-    slow: Encoder | None
+    target: Encoder | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
     @staticmethod
     def build(
-        settings: Settings, device: torch.device, dtype: torch.dtype, *, alone: bool = False
+        settings: Settings, device: torch.device, dtype: torch.dtype, *, sync_bn: bool = True
     ) -> Learner:
-        """The same weights from the same seed on every rank, and for the control, which one makes alone."""
+        """The same weights from the same seed on every rank; the control, built on rank 0, has no SyncBN."""
         torch.manual_seed(settings.seed)
         backbone = build_backbone(settings.arch, stem=settings.stem, zero_init_last=settings.zero_init_last)
         projector = build_projector(
@@ -41,34 +41,34 @@ class Learner:
         )  # fmt: skip
         encoder = Encoder(backbone, projector).to(device)
         encoder.to(memory_format=torch.channels_last)
-        if world_size() > 1 and not alone:
+        if world_size() > 1 and sync_bn:
             encoder = cast(Encoder, convert_sync_batchnorm(encoder, device))
-        slow = momentum_copy(encoder) if settings.ema else None
+        target = target_encoder_of(encoder) if settings.ema else None
         optimizer = build_optimizer(
             encoder, name=settings.optimizer, momentum=settings.momentum,
             weight_decay=settings.weight_decay, decay_1d=settings.decay_1d,
         )  # fmt: skip
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        return Learner(encoder=encoder, slow=slow, optimizer=optimizer, scaler=scaler)
+        return Learner(encoder=encoder, target=target, optimizer=optimizer, scaler=scaler)
 
-    def follow(self, momentum: float) -> None:
-        """The slow average, where there is one, moves towards the encoder."""
-        if self.slow is not None:
-            momentum_update(self.slow, self.encoder, momentum)
+    def update_target(self, momentum: float) -> None:
+        """Move the target encoder, where there is one, towards the encoder: an exponential average."""
+        if self.target is not None:
+            ema_update(self.target, self.encoder, momentum)
 
     def embed(self, encoder: nn.Module, views: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Embeddings of all views, the first by the slow average where there is one.
+        """Embeddings of all views, the first by the target encoder where there is one.
 
         `encoder` is the learner's as `parallel` gives it.
         """
         with torch.autocast(views[0].device.type, dtype, enabled=dtype.itemsize < 4):
-            if self.slow is None:
+            if self.target is None:
                 return encoder(views)
             with torch.no_grad():
-                target = self.slow(views[:1])
+                target = self.target(views[:1])
             return target + encoder(views[1:])
 
-    def descend(self, loss: Tensor, *, lr: float) -> None:
+    def optimizer_step(self, loss: Tensor, *, lr: float) -> None:
         """Backward and one step of the optimizer."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -80,15 +80,15 @@ class Learner:
     def state(self) -> dict[str, Any]:
         return {
             "model": self.encoder.state_dict(),
-            "ema": self.slow.state_dict() if self.slow is not None else None,
+            "ema": self.target.state_dict() if self.target is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.encoder.load_state_dict(state["model"])
-        if self.slow is not None:
-            self.slow.load_state_dict(state["ema"])
+        if self.target is not None:
+            self.target.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 

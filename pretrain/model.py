@@ -1,4 +1,4 @@
-"""An architecture's name enters; a timm ResNet, the projector and their slow average (EMA) leave.
+"""An architecture's name enters; a timm ResNet, the projector and the target encoder (EMA) leave.
 
 Letters of shapes: N images, D embedding features.
 """
@@ -79,15 +79,15 @@ class Encoder(nn.Module):
         return [self.projector(self.backbone(view)) for view in views]
 
 
-def momentum_copy(encoder: Encoder) -> Encoder:
+def target_encoder_of(encoder: Encoder) -> Encoder:
     """The EMA branch at its start: the same weights, no gradient, BN statistics of its own."""
-    slow = copy.deepcopy(encoder)
-    return slow.requires_grad_(False)
+    target = copy.deepcopy(encoder)
+    return target.requires_grad_(False)
 
 
 @torch.no_grad()
-def momentum_update(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
-    """slow <- momentum · slow + (1 - momentum) · fast; BN statistics stay those of each branch."""
+def ema_update(target: nn.Module, fast: nn.Module, momentum: float) -> None:
+    """target <- momentum · target + (1 - momentum) · fast; BN statistics stay those of each branch."""
     torch._foreach_lerp_(
-        list(slow.parameters()), [p.detach() for p in fast.parameters()], weight=1 - momentum
+        list(target.parameters()), [p.detach() for p in fast.parameters()], weight=1 - momentum
     )

@@ -173,7 +173,7 @@ def time_parts(
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.optimizer.zero_grad(set_to_none=True)
-        learner.follow(settings.ema_momentum)
+        learner.update_target(settings.ema_momentum)
         marks.append(_now(device))
         if step >= WARM_UP:
             for part, a, b in zip(PARTS, marks, marks[1:]):
@@ -199,8 +199,8 @@ def step_flops(settings: Settings) -> float:
     for place, size in enumerate(settings.view_sizes):
         count = FlopCountAnalysis(learner.encoder, ([torch.zeros(1, 3, size, size)],))
         count.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        slow = settings.ema and place == 0
-        total += 2 * count.total() * (1 if slow else 3)
+        target = settings.ema and place == 0
+        total += 2 * count.total() * (1 if target else 3)
     return total * settings.batch_global
 
 

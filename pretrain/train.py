@@ -83,7 +83,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Due:
+class StepEvents:
     """What the settings want once so many steps are done."""
 
     epoch: int
@@ -94,12 +94,12 @@ class Due:
     hook: bool
 
     @staticmethod
-    def after(done: int, plan: Plan, settings: Settings) -> Due:
+    def after(done: int, plan: Plan, settings: Settings) -> StepEvents:
         epoch, place = divmod(done, plan.steps_per_epoch)
         last, epoch_ends = done == plan.steps, place == 0
         keep = settings.keep_every_epochs
         copy = epoch_ends and keep is not None and epoch % keep == 0
-        return Due(
+        return StepEvents(
             epoch=epoch, last=last, copy=copy,
             log=done % settings.log_every == 0 or last,
             save=done % settings.save_every == 0 or last or copy,
@@ -125,7 +125,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
         if start >= plan.steps and (output / "backbone.safetensors").exists():
             logger.info("%s is finished: %d of %d steps; nothing to do", output, start, plan.steps)
             return
-    learner = Learner.build(settings, device, dtype, alone=plan.steps == 0)
+    learner = Learner.build(settings, device, dtype, sync_bn=plan.steps > 0)
     if saved is not None:
         learner.restore(saved)
         torch.set_rng_state(saved["rng"]["torch"])
@@ -219,20 +219,20 @@ def _loop(
             lr = lr_at(
                 step, base=plan.lr, warmup=plan.warmup, total=total, final_ratio=settings.lr_final_ratio
             )
-            learner.follow(ema_momentum_at(step, base=settings.ema_momentum, total=total))
+            learner.update_target(ema_momentum_at(step, base=settings.ema_momentum, total=total))
             embeddings = learner.embed(encoder, on_device(batch, views, device), dtype)
             loss = loss_of(settings, embeddings)
-            learner.descend(loss.total, lr=lr)
+            learner.optimizer_step(loss.total, lr=lr)
             losses.note(step, (loss.total, loss.alignment, loss.trace), lr)
 
-            done, due = step + 1, Due.after(step + 1, plan, settings)
+            done, events = step + 1, StepEvents.after(step + 1, plan, settings)
             stopping = stop.requested
             if world_size() > 1:
                 stopping = done % ASK_RANKS_EVERY[device.type] == 0 and any_rank(stop.requested, device)
-            if due.log:
+            if events.log:
                 skipped.agree()
                 record = _record(settings, plan, done, losses.take(), lr, floor, device)
-                diagnosis, collapsed = _diagnosis(embeddings[-1], alarm=done > plan.warmup or due.last)
+                diagnosis, collapsed = _diagnosis(embeddings[-1], alarm=done > plan.warmup or events.last)
                 if metrics is not None:
                     metrics.write(record | diagnosis)
                 if settings.on_collapse == "stop" and any_rank(collapsed is not None, device):
@@ -243,20 +243,20 @@ def _loop(
                     )
                     raise RunFailed(f"stopped: {collapsed or 'an embedding collapsed'}; {kept}")
                 shown = {"loss": record["loss"], "images/s": record["images_per_s"]}
-            if due.save or stopping:
+            if events.save or stopping:
                 skipped.agree()
                 unlogged = losses.check()
                 learner.check_weights(done)
                 if is_main():
                     state = _state(settings, learner, done, plan, unlogged, sorted(skipped.images))
-                    writer.save(state, also=_copy_of(output, due.epoch) if due.copy else None)
-            if hook is not None and due.hook:
+                    writer.save(state, also=_copy_of(output, events.epoch) if events.copy else None)
+            if hook is not None and events.hook:
                 if metrics is not None:
-                    _call(hook, settings, learner, metrics, done, due.epoch)
+                    _call(hook, settings, learner, metrics, done, events.epoch)
                 barrier()
             bar.update(1, **shown)
             shown = {}
-            if stopping and not due.last:
+            if stopping and not events.last:
                 writer.wait(must_be_saved=True)
                 barrier()
                 stop.hand_over()
@@ -362,15 +362,15 @@ def _catch_up(
     hook: Hook | None,
 ) -> None:
     """What follows an epoch's checkpoint and a kill may have cut off: its copy, and the hook. Rank 0 only."""
-    output, due = Path(settings.output), Due.after(start, plan, settings)
-    if due.copy and not _copy_of(output, due.epoch).exists():
-        with atomic_path(_copy_of(output, due.epoch)) as aside:
+    output, events = Path(settings.output), StepEvents.after(start, plan, settings)
+    if events.copy and not _copy_of(output, events.epoch).exists():
+        with atomic_path(_copy_of(output, events.epoch)) as aside:
             shutil.copyfile(output / "checkpoint.pt", aside)
-    if hook is None or not due.hook:
+    if hook is None or not events.hook:
         return
     lines = read_jsonl(output / "metrics.jsonl")
     if not any(line.get("step") == start and "loss" not in line for line in lines):
-        _call(hook, settings, learner, metrics, start, due.epoch)
+        _call(hook, settings, learner, metrics, start, events.epoch)
 
 
 def _state(
@@ -407,8 +407,8 @@ def _check_same_run(saved: Mapping[str, Any], settings: Settings, output: Path) 
 def _write_backbones(settings: Settings, learner: Learner, *, step: int, source: str) -> None:
     output = Path(settings.output)
     branches = {"online": (learner.encoder, "backbone.safetensors")}
-    if learner.slow is not None:
-        branches["ema"] = (learner.slow, "backbone_ema.safetensors")
+    if learner.target is not None:
+        branches["ema"] = (learner.target, "backbone_ema.safetensors")
     for branch, (encoder, file) in branches.items():
         zero = settings.zero_init_last
         metadata = {

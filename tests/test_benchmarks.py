@@ -144,14 +144,14 @@ def test_features_from_decoded_pixels_are_those_from_files(photographs: ImageDat
         arch="resnet18", images=photographs, indices=np.arange(8),
         transform=EvalTransform(size=32, resize=36), batch=4, workers=0,
     )  # fmt: skip
-    subject, cpu = case.subject(), torch.device("cpu")
-    assert subject.model is not None
-    wanted = features.plain_loop(case, subject.model, cpu)
+    backbone, cpu = case.backbone(), torch.device("cpu")
+    assert backbone.model is not None
+    wanted = features.plain_loop(case, backbone.model, cpu)
     batches = features.decoded(case, 10)
     assert [len(b) for b in batches] == [4, 4, 2] and batches[0].dtype == torch.uint8
-    by = features.extractor(case, subject, cpu, "float32")
+    by = features.extractor(case, backbone, cpu, "float32")
     for found in (
-        features.plain_from_pixels(batches, subject.model, cpu),
+        features.plain_from_pixels(batches, backbone.model, cpu),
         features.ours_from_pixels(batches, by),
     ):
         assert torch.allclose(found, torch.cat([wanted, wanted[:2]]), atol=1e-4)

@@ -12,7 +12,7 @@ from pretrain.checkpoint import to_host
 from pretrain.common.files import read_jsonl
 from pretrain.data.augment import View, draw_colours, finish, uniforms
 from pretrain.data.datasets import open_dataset
-from pretrain.data.loader import COLOUR_SLOTS
+from pretrain.data.loader import FIRST_COLOUR_SLOT
 from pretrain.loss import intl_loss
 from pretrain.model import build_backbone
 from pretrain.train import train
@@ -49,7 +49,7 @@ def test_colours_are_the_cpus(gpu: torch.device) -> None:
     g = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (16, 64, 64, 3), dtype=torch.uint8, generator=g)
     colours = draw_colours(
-        uniforms(0, 0, np.arange(16), 0)[:, COLOUR_SLOTS:], View(size=64, blur_p=1.0, solarise_p=0.0)
+        uniforms(0, 0, np.arange(16), 0)[:, FIRST_COLOUR_SLOT:], View(size=64, blur_p=1.0, solarise_p=0.0)
     )
     mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
     here = finish(pixels, colours, mean=mean, std=std)

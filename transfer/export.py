@@ -19,7 +19,7 @@ from pretrain.checkpoint import write_safetensors
 from pretrain.common.errors import UserError
 from pretrain.common.files import set_usual_mode, sha256_of, write_json, write_text
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
-from transfer.checkpoints.backbone import Loaded, load_backbone
+from transfer.checkpoints.backbone import Backbone, load_backbone
 from transfer.options import ExportSettings, parse
 
 RECORD = "export.json"
@@ -76,19 +76,19 @@ def _check_output(output: Path) -> None:
 # ------------------------------------------------------------------ writers: (difference, how to load it)
 
 
-def _timm(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
+def _timm(loaded: Backbone, settings: ExportSettings, folder: Path) -> tuple[float, str]:
     import timm
 
     path = folder / f"{loaded.arch}.safetensors"
     write_safetensors(path, _state(loaded), _metadata(loaded))
-    model = timm.create_model(loaded.arch, num_classes=0, checkpoint_path=str(path))
+    model = timm.create_model(str(loaded.arch), num_classes=0, checkpoint_path=str(path))
     return (
         _difference(loaded, model),
         f'timm.create_model("{loaded.arch}", num_classes=0, checkpoint_path="{settings.output / path.name}")',
     )
 
 
-def _torchvision(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
+def _torchvision(loaded: Backbone, settings: ExportSettings, folder: Path) -> tuple[float, str]:
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
@@ -107,7 +107,7 @@ def _torchvision(loaded: Loaded, settings: ExportSettings, folder: Path) -> tupl
     )
 
 
-def _detectron2(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
+def _detectron2(loaded: Backbone, settings: ExportSettings, folder: Path) -> tuple[float, str]:
     from transfer.detection.convert import ConvertSettings, convert
 
     path = folder / "backbone.pkl"
@@ -120,13 +120,13 @@ def _detectron2(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple
     )
 
 
-def _hub(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float, str]:
+def _hub(loaded: Backbone, settings: ExportSettings, folder: Path) -> tuple[float, str]:
     import timm
 
     # transformers reads only files whose metadata say "pt"
     write_safetensors(folder / "model.safetensors", _state(loaded), {**_metadata(loaded), "format": "pt"})
     write_json(folder / "config.json", {
-        "architecture": loaded.arch, "num_classes": 0, "num_features": loaded.model.num_features,
+        "architecture": loaded.arch, "num_classes": 0, "num_features": loaded.network().num_features,
         "global_pool": "avg", "pretrained_cfg": preprocessing(loaded),
     })  # fmt: skip
     difference = _difference(loaded, timm.create_model(f"local-dir:{folder}", pretrained=True))
@@ -134,22 +134,27 @@ def _hub(loaded: Loaded, settings: ExportSettings, folder: Path) -> tuple[float,
     return difference, f'timm.create_model("local-dir:{settings.output}", pretrained=True)'
 
 
-def _state(loaded: Loaded) -> dict[str, Tensor]:
-    return {key: value.contiguous() for key, value in loaded.model.state_dict().items()}
+def _state(loaded: Backbone) -> dict[str, Tensor]:
+    return {key: value.contiguous() for key, value in loaded.network().state_dict().items()}
 
 
-def _metadata(loaded: Loaded) -> dict[str, str]:
+def _metadata(loaded: Backbone) -> dict[str, str]:
     """This project's own, so that the file can be judged here again and still says where it came from."""
     found = {"source": loaded.format, **loaded.metadata}
-    found |= {"format": "intl-bench/1", "arch": loaded.arch, "stem": loaded.stem, "branch": loaded.branch}
+    found |= {
+        "format": "intl-bench/1",
+        "arch": str(loaded.arch),
+        "stem": str(loaded.stem),
+        "branch": loaded.branch,
+    }
     return found | {"origin": Path(loaded.path).name, "origin_sha256": loaded.sha256}
 
 
 @torch.inference_mode()
-def _difference(loaded: Loaded, model: nn.Module) -> float:
+def _difference(loaded: Backbone, model: nn.Module) -> float:
     """Largest difference of features on noise, relative to the largest; RuntimeError over TOLERANCE."""
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    wanted, got = loaded.model(images), model.eval()(images)
+    wanted, got = loaded.network()(images), model.eval()(images)
     difference = float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-12))
     if not difference <= TOLERANCE:
         raise RuntimeError(f"the exported model computes other features: they differ by {difference:.2g}")
@@ -159,7 +164,7 @@ def _difference(loaded: Loaded, model: nn.Module) -> float:
 # ------------------------------------------------------------------ the hub's folder
 
 
-def preprocessing(loaded: Loaded) -> dict[str, Any]:
+def preprocessing(loaded: Backbone) -> dict[str, Any]:
     """How timm is to prepare images: as the weights' own metadata say, else as ImageNet's evaluation."""
     said = loaded.metadata
     size = int(said.get("image_size", 224))
@@ -175,11 +180,11 @@ def preprocessing(loaded: Loaded) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def model_card(loaded: Loaded, settings: ExportSettings) -> str:
+def model_card(loaded: Backbone, settings: ExportSettings) -> str:
     """README.md of the folder: what it is, where it comes from, how to load it, what it scores."""
     source = loaded.metadata.get("source", "self-supervised pretraining")
     rows = {
-        "Architecture": f"{loaded.arch} (timm), without classifier, {loaded.model.num_features} features",
+        "Architecture": f"{loaded.arch} (timm), without classifier, {loaded.network().num_features} features",
         "Weights": source,
         "Converted from": f"`{Path(loaded.path).name}`, format: {loaded.format}, {loaded.branch} branch",
         "SHA-256 of that file": f"`{loaded.sha256}`",
@@ -221,7 +226,7 @@ The exported folder was loaded this way and computes the same features as the or
 """
 
 
-def _results(loaded: Loaded, folder: Path | None) -> str:
+def _results(loaded: Backbone, folder: Path | None) -> str:
     """The report's table of the results of exactly these weights."""
     if folder is None:
         return "None recorded here; `python -m transfer knn` and `linear` measure them."

@@ -17,7 +17,8 @@ from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import BrokenImage, ImageDataset, open_dataset
 from pretrain.model import build_backbone
 from pretrain.settings import Settings
-from transfer.evaluation.context import Subject, check_pair
+from transfer.checkpoints.backbone import Backbone
+from transfer.evaluation.context import check_pair
 from transfer.evaluation.features import Decoded, Extractor, image_batches, make_extractor
 from transfer.evaluation.transforms import eval_transform
 from transfer.evaluators.knn import knn_evaluate
@@ -59,9 +60,9 @@ def _knn(backbone: nn.Module, settings: Settings, device: torch.device) -> dict[
     )  # fmt: skip
     model = build_backbone(settings.arch, stem=settings.stem)  # whose BatchNorm is of no process group
     model.load_state_dict(backbone.state_dict())
-    subject = Subject(model=model.eval(), arch=settings.arch, weights={}, metadata={})
+    under_way = Backbone(model=model.eval(), arch=settings.arch, weights={})
     precision: Literal["float32", "auto"] = "float32" if settings.precision == "float32" else "auto"
-    extractor = make_extractor(subject, train, transform, device, precision, over_ranks=False)
+    extractor = make_extractor(under_way, train, transform, device, precision, over_ranks=False)
     workers = 0 if settings.workers == 0 else None
     parts = []
     for images, most in ((train, MOST_BANK), (test, MOST_QUERIES)):

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 MOST_BROKEN_IN_A_ROW = 100
 PARENT_LOOK_S = 5.0  # between two looks of a worker at the process it works for
-COLOUR_SLOTS = 22  # the first 22 uniform numbers place the crop
+FIRST_COLOUR_SLOT = 22  # the first 22 uniform numbers place the crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class Views(Dataset[Any]):
             parts = self._crops(int(index), [u[n] for u in numbers], broken)
             for out, part in zip(crops, parts):
                 out[n] = part
-        colours = [draw_colours(u[:, COLOUR_SLOTS:], v) for u, v in zip(numbers, self.views)]
+        colours = [draw_colours(u[:, FIRST_COLOUR_SLOT:], v) for u, v in zip(numbers, self.views)]
         if self.finish_here:
             crops = [finish(c, k, mean=self.mean, std=self.std) for c, k in zip(crops, colours)]
             colours = []

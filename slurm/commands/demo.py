@@ -21,7 +21,7 @@ from slurm.state.suite_lock import locked, refuse_other_configuration, set_aside
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import load_profile
-from slurm.steps.tasks import Images, Subject
+from slurm.steps.tasks import Images, Target
 
 DESCRIPTION = """The whole suite, small, on this machine, ending with a report.
 
@@ -127,26 +127,26 @@ def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
     extra = asked.pretrain_options.split()
     trained = tasks.pretraining(root, recipe, images, asked.seed, extra)
     untrained = tasks.control(root, recipe, images, asked.seed, tasks.without(extra, "--epochs"))
-    intl = Subject(
+    intl = Target(
         name="intl",
         label="INTL",
         weights=str(root / "pretrain" / "backbone.safetensors"),
-        needs=("pretrain",),
+        depends_on=("pretrain",),
     )
-    control = Subject(
+    control = Target(
         name="control",
         label="random control",
         weights=str(root / "control" / "backbone.safetensors"),
-        needs=("control",),
+        depends_on=("control",),
     )
-    pixels = Subject(name="raw-pixels", label="raw pixels", weights="raw-pixels")
+    pixels = Target(name="raw-pixels", label="raw pixels", weights="raw-pixels")
     evaluations = []
     # All of one kind before the next: a backbone's k-NN and probe read the same features, made by the first.
     for kind, protocol in (("knn", "solo_knn@1"), ("linear", "cached_linear@1")):
-        for subject in (intl, control, pixels):
+        for target in (intl, control, pixels):
             seed = None if kind == "knn" else asked.seed
             evaluations.append(
-                tasks.classification(root, subject, images, kind=kind, protocol=protocol, seed=seed)
+                tasks.classification(root, target, images, kind=kind, protocol=protocol, seed=seed)
             )
     scenes = _scenes(root, images, asked)
     converted = tasks.conversion(root, intl)
@@ -173,19 +173,19 @@ def _scenes(root: Path, images: Images, asked: Demo) -> Step:
     )
 
 
-def _detections(root: Path, intl: Subject, converted: Step, scenes: Step, asked: Demo) -> list[Step]:
+def _detections(root: Path, intl: Target, converted: Step, scenes: Step, asked: Demo) -> list[Step]:
     """Mask R-CNN from INTL and from random initialisation, in pairs of one seed."""
     sets = [f"scenes_{s}={root / 'scenes' / f'{s}.json'}:{root / 'scenes' / s}" for s in ("train", "test")]
-    random = Subject(name="random", label="random init", weights="")
+    random = Target(name="random", label="random init", weights="")
     config = tasks.detection_config(asked.detection_config)
     steps = []
     for seed in range(asked.seed, asked.seed + asked.detection_seeds):
-        for subject, weights in ((intl, converted.makes[0]), (random, None)):
-            needs = (scenes.name, converted.name) if weights else (scenes.name,)
+        for target, weights in ((intl, converted.makes[0]), (random, None)):
+            depends_on = (scenes.name, converted.name) if weights else (scenes.name,)
             steps.append(
                 tasks.detection(
-                    root, subject, task="scenes", config=config, seed=seed, weights=weights, needs=needs,
-                    datasets=sets, extra=asked.detection_options.split(),
+                    root, target, task="scenes", config=config, seed=seed, weights=weights,
+                    depends_on=depends_on, datasets=sets, extra=asked.detection_options.split(),
                 )
             )  # fmt: skip
     return steps

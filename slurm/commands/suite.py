@@ -62,7 +62,7 @@ def _dry_run(
     if asked.cluster == "slurm":
         planned = submit.plan(graph, root, redo)
         for batch in submit.in_order(planned.batches):
-            waits = ", ".join((*batch.needs, *batch.after))
+            waits = ", ".join((*batch.depends_on, *batch.after))
             print(f"== {', '.join(s.name for s in batch.steps)}" + (f"  (after {waits})" if waits else ""))
             for step in batch.steps:
                 print(f"   {step.shell}")
@@ -78,7 +78,7 @@ def _dry_run(
         machine = Machine.here()
         for step in graph:
             fit = machine.fit(resources[step.kind])
-            waits = ", ".join((*step.needs, *step.after))
+            waits = ", ".join((*step.depends_on, *step.after))
             print(
                 f"== {step.name}: {fit.tasks} x {fit.cpus_per_task} CPUs, {fit.gpus_per_node} GPUs"
                 + (f"  (after {waits})" if waits else "")

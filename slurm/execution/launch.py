@@ -25,7 +25,7 @@ Cluster = Literal["local", "slurm"]
 
 def job_of(step: Step, graph: Graph, root: Path, resources: Resources) -> Job:
     """The callable of one step."""
-    needed = {name: graph.keys[name] for name in step.needs}
+    needed = {name: graph.keys[name] for name in step.depends_on}
     return Job(step, key=graph.keys[step.name], root=root, needed=needed, max_requeues=resources.max_requeues)
 
 

@@ -160,12 +160,12 @@ class LocalRun:
         for step in self.graph:
             if step.name in self.ended or step.name in self.running:
                 continue
-            failed = [n for n in step.needs if self.ended.get(n) is False]
+            failed = [n for n in step.depends_on if self.ended.get(n) is False]
             if failed:
                 self.ended[step.name] = False
                 self.skipped[step.name] = f"not started: it needs {', '.join(failed)}"
                 continue
-            if not all(n in self.ended for n in (*step.needs, *step.after)):
+            if not all(n in self.ended for n in (*step.depends_on, *step.after)):
                 continue
             self._start_if_it_fits(step)
 

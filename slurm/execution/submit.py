@@ -26,7 +26,7 @@ class Batch:
     """Steps that go to SLURM in one submission: one job, or an array."""
 
     steps: tuple[Step, ...]
-    needs: tuple[str, ...]
+    depends_on: tuple[str, ...]
     after: tuple[str, ...]
 
     @property
@@ -90,8 +90,8 @@ def plan(graph: Graph, root: Path, redo: set[str]) -> Plan:
             fresh.add(step.name)
     groups: dict[tuple, list[Step]] = {}
     for step in todo:
-        groups.setdefault((step.kind, step.needs, step.after), []).append(step)
-    batches = [Batch(steps=tuple(s), needs=n, after=a) for (_, n, a), s in groups.items()]
+        groups.setdefault((step.kind, step.depends_on, step.after), []).append(step)
+    batches = [Batch(steps=tuple(s), depends_on=n, after=a) for (_, n, a), s in groups.items()]
     return Plan(batches=batches, done=done, live=live, superseded=superseded)
 
 
@@ -100,7 +100,7 @@ def in_order(batches: list[Batch]) -> list[Batch]:
     left, ordered = list(batches), []
     while left:
         waiting = {s.name for b in left for s in b.steps}
-        ready = [b for b in left if not waiting.intersection((*b.needs, *b.after))]
+        ready = [b for b in left if not waiting.intersection((*b.depends_on, *b.after))]
         assert ready, "the graph has no cycle, so its batches have none"
         ordered += ready
         left = [b for b in left if b not in ready]
@@ -109,7 +109,7 @@ def in_order(batches: list[Batch]) -> list[Batch]:
 
 def dependency(batch: Batch, ids: dict[str, str]) -> str | None:
     """sbatch's --dependency: afterok for what is needed, afterany for what is only waited for."""
-    ok = [ids[n] for n in batch.needs if n in ids]
+    ok = [ids[n] for n in batch.depends_on if n in ids]
     any_end = [ids[n] for n in batch.after if n in ids]
     parts = [f"afterok:{':'.join(ok)}"] if ok else []
     parts += [f"afterany:{':'.join(any_end)}"] if any_end else []
@@ -131,7 +131,7 @@ def prepared(
 
 def sbatch_text(batch: Batch, resources: dict[str, Resources], code: Path, root: Path) -> str:
     """The submission file of a batch, with the names of what it waits for in place of job ids."""
-    names = {n: f"<{n}>" for n in (*batch.needs, *batch.after)}
+    names = {n: f"<{n}>" for n in (*batch.depends_on, *batch.after)}
     auto = prepared(batch, resources, code, root / "jobs" / "logs" / "SUBMISSION", dependency(batch, names))
     inner: Any = auto._executor  # no public way to the text; submitit's own tests go this way
     if len(batch.steps) > 1:

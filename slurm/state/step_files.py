@@ -91,7 +91,7 @@ class Record:
         """Write the command down: what is to come is seen before it is submitted."""
         write_json(self.folder / "step.json", {
             "name": step.name, "kind": step.kind, "command": step.command, "argv": list(step.argv),
-            "key": key, "needs": list(step.needs),
+            "key": key, "depends_on": list(step.depends_on),
             "after": list(step.after), "output": str(step.output), "order": order,
         })  # fmt: skip
 

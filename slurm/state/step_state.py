@@ -63,7 +63,7 @@ def look(record: Record, live: str | None, now: float | None = None) -> View:
     if state:
         return view(CANCELLED, "goes on when submitted again", seconds)
     if sent.get("job_id"):
-        lacking = [n for n in record.step.get("needs", []) if not Record(record.root, n).done]
+        lacking = [n for n in record.step.get("depends_on", []) if not Record(record.root, n).done]
         return view(
             CANCELLED, f"never started: it needs {', '.join(lacking)}" if lacking else "before it started"
         )

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pretrain.common.errors import UserError
 from slurm.steps import tasks
@@ -15,22 +15,12 @@ from slurm.steps.resources import Resources
 from slurm.steps.suite import CLASSIFICATION, Suite
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from slurm.steps.suite import Suite
+    from transfer.checkpoints.backbone import Backbone
     from transfer.evaluation.protocol import Protocol
 
 CHECKPOINT_GB = 2.0
 """Disk that one training step may need: three checkpoints of a ResNet-50 with its projector."""
-
-
-class Backbone(NamedTuple):
-    """A network to judge."""
-
-    arch: str
-    model: nn.Module
-    metadata: Mapping[str, str]
-    """What its file says of it, as Loaded.metadata."""
 
 
 def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources]) -> list[str]:
@@ -71,7 +61,7 @@ def _images(asked: Suite) -> list[str]:
 def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
     """What is to be judged by the option that names it, and what cannot be loaded."""
     from pretrain.model import build_backbone
-    from transfer.checkpoints.backbone import load_backbone
+    from transfer.checkpoints.backbone import Backbone, load_backbone
 
     backbones, problems = {}, []
     for path in asked.weights or []:
@@ -80,7 +70,7 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
         except UserError as error:
             problems.append(f"--weights {path}: {error}")
         else:
-            backbones[f"--weights {path}"] = Backbone(loaded.arch, loaded.model, loaded.metadata)
+            backbones[f"--weights {path}"] = loaded
     settings = asked.pretraining
     if settings:
         name = f"--recipe {asked.recipe}"
@@ -89,7 +79,7 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
         except UserError as error:
             problems.append(f"{name}: {error}")
         else:
-            backbones[name] = Backbone(settings.arch, model, {})
+            backbones[name] = Backbone(model=model, arch=settings.arch, weights={})
     return backbones, problems
 
 
@@ -142,7 +132,7 @@ def _detection(asked: Suite, backbones: Mapping[str, Backbone]) -> list[str]:
     problems, records = [], {}
     for name, backbone in backbones.items():
         try:
-            options = convert.shape_of(convert.to_detectron2(backbone.model.state_dict())).options()
+            options = convert.shape_of(convert.to_detectron2(backbone.network().state_dict())).options()
             records[name] = {"arch": backbone.arch, "metadata": backbone.metadata, "options": options}
         except UserError as error:
             problems.append(f"--tasks {','.join(wanted)} with {name}: {error}")

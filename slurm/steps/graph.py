@@ -28,7 +28,7 @@ class Step:
     """Paths of the user are absolute; relative ones are the project's own and mean the pinned code."""
     output: Path
     """Folder the command writes to, with its progress.json and results.jsonl."""
-    needs: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
     """Steps that must have succeeded."""
     after: tuple[str, ...] = ()
     """Steps that must have ended, however: the report's."""
@@ -51,7 +51,7 @@ class Step:
         return f"{package}.__main__" if package == "pretrain" else package
 
     def keyed(self, needed: Mapping[str, str]) -> str:
-        """Hash of the command, the input files' content and the keys of the steps it needs.
+        """Hash of the command, the input files' content and the keys of the steps it depends_on.
 
         The command as users know it, not the module behind it: a suite under way outlives a move of code.
         """
@@ -59,7 +59,7 @@ class Step:
             "command": self.command,
             "argv": self.argv,
             "inputs": {str(p): sha256_of(p) for p in self.inputs if p.is_file()},
-            "needs": {name: needed[name] for name in self.needs},
+            "depends_on": {name: needed[name] for name in self.depends_on},
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -72,7 +72,7 @@ class Graph:
         for step in steps:
             if step.name in self.steps:
                 raise ValueError(f"two steps are named {step.name}")
-            for other in (*step.needs, *step.after):
+            for other in (*step.depends_on, *step.after):
                 if other not in self.steps:
                     raise ValueError(f"{step.name} waits for {other}, which no earlier step is named")
             self.steps[step.name] = step
@@ -90,7 +90,7 @@ class Graph:
         """`names` and every step that needs one of them, however far down."""
         found = set(names)
         for step in self:
-            if found.intersection(step.needs):
+            if found.intersection(step.depends_on):
                 found.add(step.name)
         return found
 

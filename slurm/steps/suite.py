@@ -12,7 +12,7 @@ from pretrain.settings import Settings as PretrainSettings
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import Resources
-from slurm.steps.tasks import DETECTION, Images, Subject
+from slurm.steps.tasks import DETECTION, Images, Target
 from transfer.evaluation.voc07 import NAME as VOC07
 
 CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
@@ -124,14 +124,14 @@ class Suite:
 def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Graph:
     """The steps that the settings ask for."""
     steps: list[Step] = []
-    subjects: list[Subject] = []
+    targets: list[Target] = []
     images = Images(dataset=asked.labelled, data_dir=Path(asked.data_dir or ".").resolve())
     if asked.recipe:
         extra = asked.pretrain_options.split()
         steps.append(tasks.pretraining(root, asked.recipe, images, asked.pretrain_seed, extra))
         file = "backbone.safetensors" if asked.branch == "online" else "backbone_ema.safetensors"
-        subjects.append(Subject(
-            name="intl", label="INTL", weights=str(root / "pretrain" / file), needs=("pretrain",)
+        targets.append(Target(
+            name="intl", label="INTL", weights=str(root / "pretrain" / file), depends_on=("pretrain",)
         ))  # fmt: skip
         if asked.control:
             untrained = tasks.control(
@@ -139,16 +139,16 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
             )
             steps.append(untrained)
             weights = str(root / "control" / "backbone.safetensors")
-            subjects.append(
-                Subject(name="control", label="random control", weights=weights, needs=("control",))
+            targets.append(
+                Target(name="control", label="random control", weights=weights, depends_on=("control",))
             )
     for name, path in _files(asked.weights or []).items():
-        subjects.append(Subject(name=name, label=name, weights=str(path), branch=asked.branch))
+        targets.append(Target(name=name, label=name, weights=str(path), branch=asked.branch))
     evaluations: list[Step] = []
-    for subject in subjects:
-        proved = tasks.proof(root, subject)
+    for target in targets:
+        proved = tasks.proof(root, target)
         steps.append(proved)
-        proven = tasks.after(subject, proved)
+        proven = tasks.after(target, proved)
         wanted = asked.tasks or []
         evaluations += [
             step
@@ -164,7 +164,7 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
                 for seed in range(asked.seeds):
                     evaluations.append(tasks.detection(
                         root, proven, task=Path(task).stem, config=tasks.detection_config(task), seed=seed,
-                        weights=converted.makes[0], needs=(converted.name,), num_gpus=gpus,
+                        weights=converted.makes[0], depends_on=(converted.name,), num_gpus=gpus,
                         datasets=asked.detection_data or [], extra=asked.detection_options.split(),
                     ))  # fmt: skip
     report = tasks.report(root, [*(s for s in steps if s.kind in ("pretrain", "control")), *evaluations])
@@ -187,11 +187,11 @@ def _files(weights: list[str]) -> dict[str, Path]:
     raise UserError(f"--weights: these differ in nothing but their suffix, rename one: {same}")
 
 
-def _judged(root: Path, subject: Subject, images: Images, task: str, asked: Suite) -> list[Step]:
+def _judged(root: Path, target: Target, images: Images, task: str, asked: Suite) -> list[Step]:
     """One classification task: k-NN once, the others for each seed."""
     if task == "knn":
         return [tasks.classification(
-            root, subject, images, kind="knn", protocol=asked.protocols["knn"], seed=None
+            root, target, images, kind="knn", protocol=asked.protocols["knn"], seed=None
         )]  # fmt: skip
     if task == "linear":
         kind, extra = "linear", asked.linear_options.split()
@@ -201,7 +201,7 @@ def _judged(root: Path, subject: Subject, images: Images, task: str, asked: Suit
     return [
         tasks.classification(
             root,
-            subject,
+            target,
             images,
             kind=kind,
             protocol=asked.protocols[kind],

@@ -12,7 +12,7 @@ from transfer.detection.availability import CONFIGS, find_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class Target:
     """A backbone to judge: a file, or `raw-pixels`."""
 
     name: str
@@ -21,7 +21,7 @@ class Subject:
     """Its name in the report."""
     weights: str
     """Absolute path of the file, or raw-pixels."""
-    needs: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
     """The steps that write or prove the file."""
     branch: str = "online"
     """online or ema."""
@@ -29,7 +29,7 @@ class Subject:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """A file of the user's own; what a step of the graph writes is known by that step's key."""
-        return (Path(self.weights),) if not self.needs and self.weights != "raw-pixels" else ()
+        return (Path(self.weights),) if not self.depends_on and self.weights != "raw-pixels" else ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,43 +124,43 @@ def without(words: list[str], option: str) -> list[str]:
     return words[:at] + words[at + 2 :]
 
 
-def after(subject: Subject, step: Step) -> Subject:
+def after(target: Target, step: Step) -> Target:
     """The same backbone, judged only after `step`."""
-    return replace(subject, needs=(*subject.needs, step.name))
+    return replace(target, depends_on=(*target.depends_on, step.name))
 
 
-def proof(root: Path, subject: Subject) -> Step:
+def proof(root: Path, target: Target) -> Step:
     """Whether the file loads as a complete backbone, before anything long is spent on it."""
-    output = root / "proof" / subject.name
+    output = root / "proof" / target.name
     return Step(
-        name=f"proof/{subject.name}",
+        name=f"proof/{target.name}",
         kind="export",
         command="transfer inspect",
-        argv=(subject.weights,),
+        argv=(target.weights,),
         output=output,
-        needs=subject.needs,
-        inputs=subject.inputs,
+        depends_on=target.depends_on,
+        inputs=target.inputs,
     )
 
 
-def conversion(root: Path, subject: Subject) -> Step:
+def conversion(root: Path, target: Target) -> Step:
     """detectron2's weights in `root`/convert, proved equal."""
-    target = root / "convert" / f"{subject.name}.pkl"
+    file = root / "convert" / f"{target.name}.pkl"
     return Step(
-        name=f"convert/{subject.name}",
+        name=f"convert/{target.name}",
         kind="export",
         command="transfer convert",
-        argv=("--weights", subject.weights, "--branch", subject.branch, "--output", str(target)),
-        output=root / "convert" / subject.name,
-        needs=subject.needs,
-        inputs=subject.inputs,
-        makes=(target,),
+        argv=("--weights", target.weights, "--branch", target.branch, "--output", str(file)),
+        output=root / "convert" / target.name,
+        depends_on=target.depends_on,
+        inputs=target.inputs,
+        makes=(file,),
     )
 
 
 def classification(
     root: Path,
-    subject: Subject,
+    target: Target,
     images: Images,
     *,
     kind: str,
@@ -170,14 +170,14 @@ def classification(
     folder: str | None = None,
 ) -> Step:
     """k-NN, linear or semi-supervised evaluation; `seed` None for what has no randomness."""
-    name = f"{folder or kind}/{subject.name}" + ("" if seed is None else f"/seed{seed}")
+    name = f"{folder or kind}/{target.name}" + ("" if seed is None else f"/seed{seed}")
     output = root / name
-    words = ["--weights", subject.weights, "--protocol", protocol, *images.argv, "--output", str(output)]
-    if subject.weights != "raw-pixels":
-        words += ["--branch", subject.branch]
+    words = ["--weights", target.weights, "--protocol", protocol, *images.argv, "--output", str(output)]
+    if target.weights != "raw-pixels":
+        words += ["--branch", target.branch]
     if kind != "semisup":
         words += ["--cache-dir", str(root / "features")]
-    words += ["--label", subject.label]
+    words += ["--label", target.label]
     if seed is not None:
         words += ["--seed", str(seed)]
     return Step(
@@ -186,32 +186,32 @@ def classification(
         command=f"transfer {kind}",
         argv=(*words, *extra),
         output=output,
-        needs=subject.needs,
-        inputs=subject.inputs,
+        depends_on=target.depends_on,
+        inputs=target.inputs,
         makes=(output / "results.jsonl",),
     )
 
 
 def detection(
     root: Path,
-    subject: Subject,
+    target: Target,
     *,
     task: str,
     config: str,
     seed: int,
     weights: Path | None,
-    needs: tuple[str, ...],
+    depends_on: tuple[str, ...],
     datasets: Sequence[str] = (),
     num_gpus: int = 0,
     extra: Sequence[str] = (),
 ) -> Step:
-    """Fine-tuning into `root`/detection/<task>/<subject>/seedN; no `weights`: random initialisation."""
-    name = f"detection/{task}/{subject.name}/seed{seed}"
+    """Fine-tuning into `root`/detection/<task>/<target>/seedN; no `weights`: random initialisation."""
+    name = f"detection/{task}/{target.name}/seed{seed}"
     output = root / name
     words = ["--config-file", config, "--num-gpus", str(num_gpus)]
     for dataset in datasets:
         words += ["--dataset", dataset]
-    words += ["--label", subject.label]
+    words += ["--label", target.label]
     words += ["--random-init"] if weights is None else ["MODEL.WEIGHTS", str(weights)]
     words += ["OUTPUT_DIR", str(output), "SEED", str(seed), *extra]
     return Step(
@@ -220,7 +220,7 @@ def detection(
         command="transfer.train_net",
         argv=tuple(words),
         output=output,
-        needs=needs,
+        depends_on=depends_on,
         inputs=(Path(config),) if Path(config).is_absolute() else (),
         makes=(output / "results.jsonl",),
     )

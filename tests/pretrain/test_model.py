@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 from pretrain.common.errors import UserError
-from pretrain.model import Encoder, build_backbone, build_projector, momentum_copy, momentum_update
+from pretrain.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
 from pretrain.optim import ema_momentum_at
 
 
@@ -82,14 +82,14 @@ def test_views_of_different_sizes_share_the_encoder() -> None:
 
 def test_ema_by_hand() -> None:
     fast = Encoder(torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
-    slow = momentum_copy(fast)
-    for module, value in ((fast, 10.0), (slow, 2.0)):
+    target = target_encoder_of(fast)
+    for module, value in ((fast, 10.0), (target, 2.0)):
         torch.nn.init.constant_(module.backbone.weight, value)
     fast.projector.running_mean.fill_(5.0)
-    momentum_update(slow, fast, 0.75)
-    assert slow.backbone.weight.item() == 0.75 * 2 + 0.25 * 10 == 4.0
-    assert slow.projector.running_mean.item() == 0  # statistics are each branch's own
-    assert not any(p.requires_grad for p in slow.parameters())
+    ema_update(target, fast, 0.75)
+    assert target.backbone.weight.item() == 0.75 * 2 + 0.25 * 10 == 4.0
+    assert target.projector.running_mean.item() == 0  # statistics are each branch's own
+    assert not any(p.requires_grad for p in target.parameters())
     assert all(p.requires_grad for p in fast.parameters())
 
 

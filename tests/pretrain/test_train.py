@@ -140,8 +140,10 @@ def test_stopped_and_continued_equals_uninterrupted_to_the_bit(
     assert logged == [2, 4, 6, 8]
     assert sum("momentum_buffer" in k for k in weights(whole)) > 60
     if changes.get("ema"):
-        online, slow = (load_file(cut / f) for f in ("backbone.safetensors", "backbone_ema.safetensors"))
-        assert online.keys() == slow.keys() and not torch.equal(online["conv1.weight"], slow["conv1.weight"])
+        online, target = (load_file(cut / f) for f in ("backbone.safetensors", "backbone_ema.safetensors"))
+        assert online.keys() == target.keys() and not torch.equal(
+            online["conv1.weight"], target["conv1.weight"]
+        )
 
 
 def test_lines_of_a_continued_run_are_those_of_an_uninterrupted_one(

@@ -8,6 +8,7 @@ as no backbone.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,31 +27,74 @@ from transfer.checkpoints.safe_load import RawFile, load_file
 
 OWN_FORMAT = "intl-bench/"
 BRANCHES = ("online", "ema")
+RAW_PIXELS = "raw-pixels"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A backbone and where each of its tensors came from."""
+class Backbone:
+    """A network that maps images to features, with where its weights came from."""
 
-    model: nn.Module
-    """timm ResNet without classifier, in eval mode: images N x 3 x H x W to features N x num_features."""
-    format: str
-    branch: str
-    arch: str
-    stem: str
-    """imagenet: 7x7, stride 2, max pooling. cifar: 3x3, stride 1, no pooling."""
-    stem_padding: int
-    """Effective zero padding of the stem's convolution."""
-    sha256: str
-    used: dict[str, str]
+    model: nn.Module | None
+    """N x 3 x H x W normalised images -> N x num_features, in eval mode; None: the pixels themselves."""
+    arch: str | None
+    """timm's name; None where there is none."""
+    weights: dict[str, Any]
+    """What a result says of the weights: path, sha256, format, branch (online or ema); of a ResNet from a
+    file also stem (imagenet: 7x7, stride 2, max pooling; cifar: 3x3, stride 1, no pooling) and stem_padding,
+    the effective zero padding of its convolution."""
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What is known of its training: image_size, mean, std, source ..."""
+    used: dict[str, str] = dataclasses.field(default_factory=dict)
     """Key in the file -> key in the model."""
-    dropped: dict[str, str]
+    dropped: dict[str, str] = dataclasses.field(default_factory=dict)
     """Key in the file -> why it is no part of this backbone."""
-    metadata: dict[str, str]
-    """Of this project's files: image_size, mean, std, source, ... Empty for others."""
-    path: str
     notes: tuple[str, ...] = ()
     """What was assumed or left out, for the reader to check."""
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.arch}, {self.format}, {self.branch}, sha256 {self.sha256[:12]})"
+
+    @property
+    def format(self) -> str:
+        return self.weights["format"]
+
+    @property
+    def branch(self) -> str:
+        return self.weights["branch"]
+
+    @property
+    def sha256(self) -> str:
+        return self.weights["sha256"]
+
+    @property
+    def path(self) -> str:
+        return self.weights["path"]
+
+    @property
+    def stem(self) -> str | None:
+        return self.weights.get("stem")
+
+    @property
+    def stem_padding(self) -> int | None:
+        return self.weights.get("stem_padding")
+
+    @property
+    def key(self) -> str:
+        """What identifies the weights in the feature cache."""
+        return f"{self.sha256} {self.branch} {self.arch}"
+
+    def network(self) -> Any:
+        """The model. Raises UserError for raw pixels, which have none."""
+        if self.model is None:
+            raise UserError(f"{RAW_PIXELS} have no backbone")
+        return self.model
+
+
+def raw_pixels() -> Backbone:
+    """The pixels themselves in place of features: what a backbone has to beat."""
+    digest = hashlib.sha256(RAW_PIXELS.encode()).hexdigest()
+    weights = {"path": RAW_PIXELS, "sha256": digest, "format": RAW_PIXELS, "branch": "online"}
+    return Backbone(model=None, arch=None, weights=weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +132,7 @@ def load_state(path: str | Path) -> Any:
     return load_file(path).value
 
 
-def load_backbone(path: str | Path, *, arch: str | None = None, branch: str = "online") -> Loaded:
+def load_backbone(path: str | Path, *, arch: str | None = None, branch: str = "online") -> Backbone:
     """Load the backbone of `branch` ("online" or "ema") from a checkpoint of any known format.
 
     `arch` names a timm ResNet where several have the same shapes. Raises UserError when the backbone is not
@@ -117,7 +161,7 @@ def _identity(path: str | Path) -> tuple[int, ...]:
 
 def load_reading(
     raw: RawFile, readings: list[Reading], path: str | Path, *, arch: str | None, branch: str
-) -> Loaded:
+) -> Backbone:
     """The backbone of `branch` by the complete one of `readings`; raises UserError as `load_backbone`."""
     try:
         reading = choose(readings, branch, Path(path))
@@ -135,20 +179,21 @@ def load_reading(
     check_metadata(metadata, path)
     model = _build(reading, metadata)
     assert reading.arch is not None
-    return Loaded(
-        model=model,
-        format=reading.format.name,
-        branch=branch,
-        arch=reading.arch,
-        stem=reading.stem,
-        stem_padding=int(_first_conv(model).padding[0]),
-        sha256=sha256_of(path),
-        used=reading.used,
-        dropped=reading.dropped,
-        metadata=metadata,
-        path=str(path),
-        notes=tuple(filter(None, notes_of(reading, readings, raw, arch))),
-    )
+    if reading.stem == "cifar" and reading.format in FOREIGN:  # the notes say so
+        metadata |= {"mean": numbers_text(CIFAR_MEAN), "std": numbers_text(CIFAR_STD)}
+    weights = {
+        "path": str(path), "sha256": sha256_of(path), "format": reading.format.name, "branch": branch,
+        "stem": reading.stem, "stem_padding": int(_first_conv(model).padding[0]),
+    }  # fmt: skip
+    return Backbone(
+        model=model, arch=reading.arch, weights=weights, metadata=metadata, used=reading.used,
+        dropped=reading.dropped, notes=tuple(filter(None, notes_of(reading, readings, raw, arch))),
+    )  # fmt: skip
+
+
+def numbers_text(values: Iterable[float]) -> str:
+    """Numbers as metadata have them: "0.1,0.2,0.3"."""
+    return ",".join(map(str, values))
 
 
 # ------------------------------------------------------------------ reading the file as each format

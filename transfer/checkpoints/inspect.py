@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain.common.errors import UserError
 from transfer.checkpoints.backbone import (
     BRANCHES,
-    Loaded,
+    Backbone,
     Reading,
     choose,
     faults_of,
@@ -38,7 +38,7 @@ class Inspection:
     """Top-level key -> what is under it."""
     branches: dict[str, str]
     """online, ema -> complete, or what is wrong with the nearest reading."""
-    loaded: Loaded | None
+    loaded: Backbone | None
     """The backbone of the branch asked for, or of the only complete one; None when none is complete."""
     problem: str
     """Why nothing could be loaded; "" otherwise."""
@@ -115,13 +115,14 @@ def as_dict(found: Inspection) -> dict[str, Any]:
     out["loads"] = found.loaded is not None
     if found.loaded is not None:
         loaded = found.loaded
-        out |= {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded) if f.name != "model"}
-        out |= {"parameters": _parameters(loaded), "features": loaded.model.num_features}
+        out |= {"arch": loaded.arch, **loaded.weights, "metadata": loaded.metadata, "used": loaded.used}
+        out |= {"dropped": loaded.dropped, "notes": loaded.notes}
+        out |= {"parameters": _parameters(loaded), "features": loaded.network().num_features}
     return out
 
 
-def _parameters(loaded: Loaded) -> int:
-    return sum(p.numel() for p in loaded.model.parameters())
+def _parameters(loaded: Backbone) -> int:
+    return sum(p.numel() for p in loaded.network().parameters())
 
 
 def rows(found: Inspection) -> list[tuple[str, str]]:
@@ -136,7 +137,7 @@ def rows(found: Inspection) -> list[tuple[str, str]]:
         out += [
             ("format", loaded.format),
             ("architecture", f"{loaded.arch}, {loaded.stem} stem{stem}"),
-            ("backbone", f"{_parameters(loaded):,} parameters, {loaded.model.num_features} features"),
+            ("backbone", f"{_parameters(loaded):,} parameters, {loaded.network().num_features} features"),
         ]
     out += [("branches", "\n".join(f"{name}: {state}" for name, state in found.branches.items()))]
     if loaded is not None:

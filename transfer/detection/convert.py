@@ -32,8 +32,8 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
     from transfer.checkpoints.backbone import load_backbone
 
     loaded = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
-    weights = to_detectron2(loaded.model.state_dict())
-    origin = {
+    weights = to_detectron2(loaded.network().state_dict())
+    origin: dict[str, Any] = {
         "path": str(settings.weights), "sha256": loaded.sha256, "format": loaded.format,
         "branch": loaded.branch, "arch": loaded.arch, "metadata": dict(loaded.metadata),
         "options": shape_of(weights).options(), "verified": settings.verify,
@@ -46,7 +46,7 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
                 from transfer.detection.proof import prove
 
                 logger.info("proving in detectron2 that %s computes the same", settings.output)
-                origin["difference"] = prove(loaded.model, candidate)
+                origin["difference"] = prove(loaded.network(), candidate)
                 write_pickle(candidate, weights, origin)
             candidate.replace(aside)
         finally:

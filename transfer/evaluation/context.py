@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from pretrain.common.cli import save_settings
 from pretrain.common.errors import UserError
 from pretrain.common.process_group import is_main, world_size
 from pretrain.data.datasets import ImageDataset, open_dataset
-from pretrain.data.normalization import CIFAR_MEAN, CIFAR_STD
+from transfer.checkpoints.backbone import RAW_PIXELS, Backbone, load_backbone, numbers_text, raw_pixels
 from transfer.evaluation import results
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
@@ -26,56 +24,26 @@ from transfer.options import EvaluationSettings
 
 logger = logging.getLogger(__name__)
 
-RAW_PIXELS = "raw-pixels"
 ANY_IMAGES = ("imagefolder", "webdataset")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A backbone (None: raw pixels) with its origin."""
-
-    model: nn.Module | None
-    arch: str | None
-    weights: dict[str, Any]
-    metadata: dict[str, str]
-
-    @property
-    def key(self) -> str:
-        """What identifies the weights in the feature cache."""
-        return f"{self.weights['sha256']} {self.weights['branch']} {self.arch}"
-
-
-def load_subject(settings: EvaluationSettings) -> Subject:
+def backbone_of(settings: EvaluationSettings) -> Backbone:
     """The backbone named by --weights; its metadata have the normalisation that --mean and --std ask for.
 
-    Raises UserError where the file is none.
+    Raises UserError where the file holds none.
     """
     given = {
-        name: _text(values) for name in ("mean", "std") if (values := getattr(settings, name)) is not None
+        name: numbers_text(values)
+        for name in ("mean", "std")
+        if (values := getattr(settings, name)) is not None
     }
     if settings.weights == RAW_PIXELS:
-        digest = hashlib.sha256(RAW_PIXELS.encode()).hexdigest()
-        pixels = {"path": RAW_PIXELS, "sha256": digest, "format": RAW_PIXELS, "branch": "online"}
-        return Subject(model=None, arch=None, weights=pixels, metadata=given)
-    from transfer.checkpoints.backbone import load_backbone
-    from transfer.checkpoints.formats import FOREIGN
-
-    loaded = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
-    for note in loaded.notes:
+        backbone = raw_pixels()
+    else:
+        backbone = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
+    for note in backbone.notes:
         logger.info("%s", note)
-    weights: dict[str, Any] = {
-        "path": str(loaded.path), "sha256": loaded.sha256, "format": loaded.format, "branch": loaded.branch,
-        "stem": loaded.stem, "stem_padding": loaded.stem_padding,
-    }  # fmt: skip
-    metadata = dict(loaded.metadata)
-    if loaded.stem == "cifar" and loaded.format in {f.name for f in FOREIGN}:
-        metadata |= {"mean": _text(CIFAR_MEAN), "std": _text(CIFAR_STD)}  # loaded.notes say so
-    return Subject(model=loaded.model.eval(), arch=loaded.arch, weights=weights, metadata=metadata | given)
-
-
-def _text(values: Sequence[float]) -> str:
-    """Numbers as metadata have them."""
-    return ",".join(map(str, values))
+    return replace(backbone, metadata=backbone.metadata | given)
 
 
 def open_pair(settings: EvaluationSettings) -> tuple[ImageDataset, ImageDataset]:
@@ -123,7 +91,7 @@ class Evaluation:
 
     settings: EvaluationSettings
     protocol: Protocol
-    subject: Subject
+    backbone: Backbone
     train: ImageDataset
     test: ImageDataset
     transform: EvalTransform
@@ -145,7 +113,7 @@ class Evaluation:
         return Result(
             task=self.task, dataset=self.test.name, split=split, n=len(self.test),
             metrics={k: round(v, 4) for k, v in metrics.items()}, protocol=self.protocol.reference,
-            weights=self.subject.weights | normalised, arch=self.subject.arch, label=self.settings.label,
+            weights=self.backbone.weights | normalised, arch=self.backbone.arch, label=self.settings.label,
             seed=self.seed, label_percent=self.label_percent, image_size=self.transform.size,
             **(self.clock.stamp(device) | more),
         )  # fmt: skip
@@ -153,7 +121,7 @@ class Evaluation:
     @property
     def precision(self) -> str:
         """The one that results must have to be this evaluation's; auto: any. Raw pixels know none."""
-        return self.settings.precision if self.subject.model is not None else "auto"
+        return self.settings.precision if self.backbone.model is not None else "auto"
 
     def finished(self) -> bool:
         """Whether OUTPUT holds this result already; says so. False with --force."""

@@ -32,7 +32,7 @@ from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import BrokenImage, ImageDataset
 from pretrain.data.loader import set_up_worker
-from transfer.evaluation.context import Subject
+from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.pooled_features import LAST, Stages, widths_of
 from transfer.evaluation.transforms import EvalTransform
 
@@ -113,7 +113,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def make_extractor(
-    subject: Subject,
+    backbone: Backbone,
     data: ImageDataset,
     transform: EvalTransform,
     device: torch.device,
@@ -126,14 +126,14 @@ def make_extractor(
 
     `auto` takes bfloat16 where it suits every rank: all must call, unless `over_ranks` is False.
     """
-    if subject.model is None:
+    if backbone.model is None:
         grey = data.pixels is not None and data.pixels.ndim == 3
         return Extractor(None, transform, device, "float32", grey=grey)
-    exact = Extractor(subject.model, transform, device, "float32", stages=stages)
+    exact = Extractor(backbone.model, transform, device, "float32", stages=stages)
     anywhere = partial(any_rank, device=device) if over_ranks else bool
     if precision == "float32" or (precision == "auto" and anywhere(not computes_bfloat16(device))):
         return exact
-    fast = Extractor(subject.model, transform, device, "bfloat16", stages=stages)
+    fast = Extractor(backbone.model, transform, device, "bfloat16", stages=stages)
     if precision == "bfloat16":
         return fast
     picks = np.linspace(0, len(data) - 1, min(128, len(data)), dtype=int)
@@ -146,7 +146,7 @@ def make_extractor(
 
 def extract(
     extractor: Extractor,
-    subject: Subject,
+    backbone: Backbone,
     data: ImageDataset,
     *,
     cache: Path,
@@ -162,7 +162,7 @@ def extract(
     """
     indices = np.arange(len(data)) if indices is None else np.asarray(indices)
     meta = {
-        "format": FORMAT, "weights": subject.key, "dataset": data.name, "split": data.split,
+        "format": FORMAT, "weights": backbone.key, "dataset": data.name, "split": data.split,
         "data": data.fingerprint, "transform": extractor.transform.as_dict(),
         "precision": extractor.precision, "grey": extractor.grey, "n": len(indices),
         "indices": hashlib.sha256(np.ascontiguousarray(indices, np.int64).tobytes()).hexdigest(),

@@ -19,7 +19,7 @@ from pretrain.common.process_group import local_device, process_group, rank, wor
 from pretrain.common.progress import Progress
 from pretrain.data.normalization import IMAGENET_STD
 from pretrain.data.transfer_sets import metric_of
-from transfer.evaluation.context import Evaluation, load_subject, open_pair
+from transfer.evaluation.context import Evaluation, backbone_of, open_pair
 from transfer.evaluation.features import extract, make_extractor
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Clock
@@ -170,23 +170,23 @@ def main(argv: list[str]) -> int | None:
         raise UserError(
             f"{protocol} needs {max(values.ks)} neighbours and {train.root} holds {len(train)} images"
         )
-    subject = load_subject(settings)
+    backbone = backbone_of(settings)
     transform = eval_transform(
-        native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
+        native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
         resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
     )  # fmt: skip
     evaluation = Evaluation(
-        settings=settings, protocol=protocol, subject=subject, train=train, test=test, transform=transform,
+        settings=settings, protocol=protocol, backbone=backbone, train=train, test=test, transform=transform,
         clock=clock, seed=None, task="knn",
     )  # fmt: skip
     if evaluation.finished():
         return 0
     evaluation.begin()
     with process_group(timeout_min=24 * 60) as device:  # another job may be extracting the same features
-        extractor = make_extractor(subject, train, transform, device, settings.precision)
+        extractor = make_extractor(backbone, train, transform, device, settings.precision)
         bank, queries = (
             extract(
-                extractor, subject, part, cache=settings.cache, batch_size=settings.batch_size,
+                extractor, backbone, part, cache=settings.cache, batch_size=settings.batch_size,
                 workers=settings.workers, progress=settings.output / "progress.json",
             )
             for part in (train, test)

@@ -25,7 +25,7 @@ from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
 from transfer.evaluation.augment import Augmented
-from transfer.evaluation.context import Evaluation, load_subject, open_pair
+from transfer.evaluation.context import Evaluation, backbone_of, open_pair
 from transfer.evaluation.features import Extractor, image_batches, make_extractor
 from transfer.evaluation.pooled_features import LAST, columns, stages_of
 from transfer.evaluation.protocol import load_protocol
@@ -64,17 +64,17 @@ def main(argv: list[str]) -> int | None:
             f"{values.held_out_percent:g} % of each class's held out; wanted two or more of at least one "
             "class, or a protocol of one head, which holds out none"
         )
-    subject = load_subject(settings)
-    if subject.model is None and values.augmentation:
+    backbone = backbone_of(settings)
+    if backbone.model is None and values.augmentation:
         raise UserError(f"{protocol} augments images for a backbone; judge raw-pixels with cached_linear@1")
-    if subject.model is None and values.features != LAST:
+    if backbone.model is None and values.features != LAST:
         raise UserError(f"{protocol} looks into a backbone; judge raw-pixels with cached_linear@1")
     transform = eval_transform(
-        native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
+        native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
         resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
     )  # fmt: skip
     evaluation = Evaluation(
-        settings=settings, protocol=protocol, subject=subject, train=train, test=test, transform=transform,
+        settings=settings, protocol=protocol, backbone=backbone, train=train, test=test, transform=transform,
         clock=clock, seed=settings.seed,
     )  # fmt: skip
     if evaluation.finished():
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int | None:
     # logreg's ranks wait while rank 0 fits, and all while another job extracts the same features
     with process_group(timeout_min=24 * 60) as device:
         extractor = make_extractor(
-            subject, train, transform, device, settings.precision, stages_of(values.features)
+            backbone, train, transform, device, settings.precision, stages_of(values.features)
         )
         before = extractor.digest()
         if values.method == "logreg":
@@ -127,7 +127,7 @@ def run_heads(
     )  # fmt: skip
     steps = values.steps_per_epoch or math.ceil(len(fit) / values.batch)
     identity = (
-        f"heads/3 {evaluation.subject.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
+        f"heads/3 {evaluation.backbone.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
         f"{evaluation.test.fingerprint} {len(fit)} {evaluation.transform} {extractor.precision}"
     )
     path = settings.output / CHECKPOINT

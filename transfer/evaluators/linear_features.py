@@ -50,7 +50,7 @@ def cached_parts(
 
     def features(part: Any, indices: np.ndarray | None) -> np.ndarray:
         return extract(
-            extractor, evaluation.subject, part, cache=settings.cache, indices=indices,
+            extractor, evaluation.backbone, part, cache=settings.cache, indices=indices,
             batch_size=settings.batch_size, workers=settings.workers,
             progress=settings.output / "progress.json",
         )  # fmt: skip

@@ -27,9 +27,10 @@ from pretrain.common.signals import StopSignals
 from pretrain.data.normalization import IMAGENET_STD
 from pretrain.data.transfer_sets import metric_of
 from pretrain.learner import choose_dtype
+from transfer.checkpoints.backbone import RAW_PIXELS
 from transfer.evaluation import results
 from transfer.evaluation.augment import Augmented
-from transfer.evaluation.context import RAW_PIXELS, Evaluation, load_subject, open_pair, spell
+from transfer.evaluation.context import Evaluation, backbone_of, open_pair, spell
 from transfer.evaluation.features import Decoded, image_batches
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Clock, Result
@@ -101,16 +102,16 @@ def main(argv: list[str]) -> int | None:
         raise UserError("raw-pixels cannot be fine-tuned; knn and linear judge them")
     refuse_voc07(settings.dataset)
     train, test = open_pair(settings)
-    subject = load_subject(settings)
+    backbone = backbone_of(settings)
     subset = choose_subset(  # last, as it may go to the network
         train, settings.label_percent, lists=settings.lists, seed=settings.subset_seed, folder=settings.cache
     )
     transform = eval_transform(
-        native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
+        native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
         resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
     )  # fmt: skip
     evaluation = Evaluation(
-        settings=settings, protocol=protocol, subject=subject, train=train, test=test, transform=transform,
+        settings=settings, protocol=protocol, backbone=backbone, train=train, test=test, transform=transform,
         clock=clock, seed=settings.seed, label_percent=settings.label_percent, task="semisup",
     )  # fmt: skip
     written = _written(evaluation, subset)
@@ -161,7 +162,7 @@ class Run:
         self.dtype = choose_dtype(settings.precision, device)
         self.metric = metric_of(evaluation.test.name)
         self.lr_backbone, self.lr_head = values.rates(settings.label_percent)
-        backbone = evaluation.subject.model
+        backbone = evaluation.backbone.model
         assert backbone is not None
         self.learner = FineTuning(
             backbone, classes=len(evaluation.train.classes), lr_backbone=self.lr_backbone,
@@ -301,7 +302,7 @@ class Run:
         """What must be the same for a checkpoint to be gone on from."""
         e = self.evaluation
         return {
-            "weights": e.subject.key, "protocol": f"{e.protocol} {e.protocol.hash}",
+            "weights": e.backbone.key, "protocol": f"{e.protocol} {e.protocol.hash}",
             "dataset": f"{e.train.name} {e.train.fingerprint} {e.test.fingerprint}",
             "labels": f"{self.subset.name} {self.subset.sha256}", "seed": str(self.settings.seed),
             "image_size": str(e.transform), "precision": str(self.dtype),

@@ -30,7 +30,7 @@ from pretrain.common.process_group import barrier, is_main, process_group, rank,
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import ImageDataset
-from transfer.evaluation.context import Evaluation, load_subject, open_pair
+from transfer.evaluation.context import Evaluation, backbone_of, open_pair
 from transfer.evaluation.feature_scaling import to_unit_length
 from transfer.evaluation.features import extract, make_extractor
 from transfer.evaluation.protocol import Protocol
@@ -145,30 +145,30 @@ def evaluate_voc(
     parts = _open(settings)
     (train, train_targets), (test, test_targets) = parts
     check_shots(train, train_targets, test_targets, values)
-    subject = load_subject(settings)
+    backbone = backbone_of(settings)
     transform = eval_transform(
-        native_size=train.native_size, image_size=settings.image_size, metadata=subject.metadata,
+        native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
         resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
     )  # fmt: skip
     evaluation = Evaluation(
-        settings=settings, protocol=protocol, subject=subject, train=train, test=test, transform=transform,
+        settings=settings, protocol=protocol, backbone=backbone, train=train, test=test, transform=transform,
         clock=clock, seed=settings.seed,
     )  # fmt: skip
     if evaluation.finished():
         return 0
     evaluation.begin()
     with process_group(timeout_min=24 * 60) as device:
-        extractor = make_extractor(subject, train, transform, device, settings.precision)
+        extractor = make_extractor(backbone, train, transform, device, settings.precision)
         train_ND, test_ND = (
             unit_length(
                 extract(
-                    extractor, subject, data, cache=settings.cache, batch_size=settings.batch_size,
+                    extractor, backbone, data, cache=settings.cache, batch_size=settings.batch_size,
                     workers=settings.workers, progress=settings.output / "progress.json",
                 )
             )
             for data, _ in parts
         )  # fmt: skip
-        digest = hashlib.sha256(f"{subject.key} {protocol.hash} {settings.seed} {transform}".encode())
+        digest = hashlib.sha256(f"{backbone.key} {protocol.hash} {settings.seed} {transform}".encode())
         digest.update(f"{extractor.precision} {train.fingerprint} {test.fingerprint}".encode())
         for targets in (train_targets, test_targets):
             digest.update(np.ascontiguousarray(targets).tobytes())

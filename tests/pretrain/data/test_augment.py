@@ -28,7 +28,7 @@ from pretrain.data.augment import (
     uniforms,
 )
 from pretrain.data.datasets import open_dataset
-from pretrain.data.loader import COLOUR_SLOTS, StepBatches, Views, batches
+from pretrain.data.loader import FIRST_COLOUR_SLOT, StepBatches, Views, batches
 
 HALF_LEVEL = 0.5 / 255
 ZERO, ONE = torch.zeros(3), torch.ones(3)
@@ -71,7 +71,7 @@ def test_the_whole_colour_step_equals_torchvision_image_by_image(real_N3HW: torc
     """With all probabilities at 1 the batched step is torchvision's functionals in each image's own order."""
     view = View(size=32, jitter_p=1, grey_p=0, blur_p=1, solarise_p=1, flip_p=1)
     n = len(real_N3HW)
-    u = uniforms(5, 0, np.arange(n), 0)[:, COLOUR_SLOTS:]
+    u = uniforms(5, 0, np.arange(n), 0)[:, FIRST_COLOUR_SLOT:]
     colours = draw_colours(u, view)
     crops = (real_N3HW * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
     ours = finish(crops, colours, mean=ZERO, std=ONE)
@@ -102,7 +102,7 @@ def test_probability_zero_leaves_the_crop_and_one_changes_all(real_N3HW: torch.T
     real_N3HW = real_N3HW * torch.tensor([1.0, 0.8, 0.5])[:, None, None]  # grey images exist: give all a hue
     real_N3HW = (real_N3HW * 255).round() / 255
     crops = (real_N3HW * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    u = uniforms(0, 0, np.arange(len(crops)), 0)[:, COLOUR_SLOTS:]
+    u = uniforms(0, 0, np.arange(len(crops)), 0)[:, FIRST_COLOUR_SLOT:]
     never = View(size=32, jitter_p=0, grey_p=0, blur_p=0, solarise_p=0, flip_p=0)
     same = finish(crops, draw_colours(u, never), mean=ZERO, std=ONE)
     assert torch.allclose(same, real_N3HW, atol=1e-6)
@@ -115,7 +115,7 @@ def test_probability_zero_leaves_the_crop_and_one_changes_all(real_N3HW: torch.T
 def test_probabilities_and_ranges_by_counts() -> None:
     n = 20_000
     view = View(size=32, jitter=(0.4, 0.3, 0.2, 0.1), jitter_p=0.8, grey_p=0.2, blur_p=0.5, solarise_p=0.1)
-    colours = draw_colours(uniforms(1, 2, np.arange(n), 1)[:, COLOUR_SLOTS:], view)
+    colours = draw_colours(uniforms(1, 2, np.arange(n), 1)[:, FIRST_COLOUR_SLOT:], view)
     counts = {"grey": 0.2, "blur": 0.5, "solarise": 0.1, "flip": 0.5}
     for name, p in counts.items():
         spread = 4 * (n * p * (1 - p)) ** 0.5  # four binomial standard deviations
@@ -220,7 +220,7 @@ def test_the_number_of_threads_changes_nothing(side: int) -> None:
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(finish(pixels, draw_colours(numbers[:, COLOUR_SLOTS:], view), mean=mean, std=std))
+        found.append(finish(pixels, draw_colours(numbers[:, FIRST_COLOUR_SLOT:], view), mean=mean, std=std))
     torch.set_num_threads(1)
     assert torch.equal(*found)
 

@@ -20,7 +20,7 @@ from slurm.state.step_state import DONE, FAILED, View, look
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import KINDS, Resources
-from slurm.steps.tasks import Images, Subject
+from slurm.steps.tasks import Images, Target
 from tests.slurm.cluster.conftest import Cluster, wait_for
 
 pytestmark = pytest.mark.faults
@@ -72,8 +72,8 @@ def pretraining(root: Path, recipe: Path, images: Path, *extra: str) -> Step:
 def detection(root: Path, scenes: Path) -> Step:
     sets = [f"scenes_{s}={scenes / f'{s}.json'}:{scenes / s}" for s in ("train", "test")]
     return tasks.detection(
-        root, Subject(name="random", label="random init", weights=""), task="scenes", config="scenes_R18_FPN",
-        seed=0, weights=None, needs=(), datasets=sets, extra=DETECTION.split(),
+        root, Target(name="random", label="random init", weights=""), task="scenes", config="scenes_R18_FPN",
+        seed=0, weights=None, depends_on=(), datasets=sets, extra=DETECTION.split(),
     )  # fmt: skip
 
 

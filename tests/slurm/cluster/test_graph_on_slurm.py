@@ -61,10 +61,10 @@ def test_failures_cancel_what_needs_them_and_nothing_else(cluster: Cluster, tmp_
     mended = tmp_path / "mended"
     steps = [
         step(tmp_path, "first"),
-        *(step(tmp_path, f"linear/x/seed{i}", kind="linear", needs=("first",)) for i in range(3)),
-        step(tmp_path, "bad", "fail-unless", str(mended), needs=("first",)),
-        step(tmp_path, "child", needs=("bad",)),
-        step(tmp_path, "grandchild", needs=("child",)),
+        *(step(tmp_path, f"linear/x/seed{i}", kind="linear", depends_on=("first",)) for i in range(3)),
+        step(tmp_path, "bad", "fail-unless", str(mended), depends_on=("first",)),
+        step(tmp_path, "child", depends_on=("bad",)),
+        step(tmp_path, "grandchild", depends_on=("child",)),
         step(tmp_path, "ranks", "fail-rank-1", kind="pretrain"),
     ]
     steps.append(step(tmp_path, "report", kind="report", after=tuple(s.name for s in steps)))
@@ -74,7 +74,7 @@ def test_failures_cancel_what_needs_them_and_nothing_else(cluster: Cluster, tmp_
     now = ended(tmp_path)
     assert now["bad"].state == FAILED and now["bad"].detail == f"{mended}: no such file"
     assert now["child"].state == now["grandchild"].state == CANCELLED
-    assert "needs bad" in now["child"].detail
+    assert "depends_on bad" in now["child"].detail
     assert {now[n].state for n in ("first", "report", *(f"linear/x/seed{i}" for i in range(3)))} == {DONE}
 
     mended.touch()
@@ -115,7 +115,7 @@ def test_queued_again_too_often_is_a_clear_failure(cluster: Cluster, tmp_path: P
 def test_cancelled_goes_on_when_submitted_again(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    steps = step(tmp_path, "long", "train", "60"), step(tmp_path, "next", needs=("long",))
+    steps = step(tmp_path, "long", "train", "60"), step(tmp_path, "next", depends_on=("long",))
     first = send(tmp_path, *steps)
     wait_for(lambda: Record(tmp_path, "long").progress.get("done", 0) > 12)
     assert send(tmp_path, *steps) == {}  # what runs is left alone

@@ -27,7 +27,7 @@ def record(tmp_path: Path) -> Record:
         command="m",
         argv=("a",),
         output=tmp_path / "knn" / "intl",
-        needs=("pretrain",),
+        depends_on=("pretrain",),
     )
     (tmp_path / "knn" / "intl").mkdir(parents=True)
     record.submit(step, "key", 0, cluster="slurm")

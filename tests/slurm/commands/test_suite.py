@@ -43,8 +43,8 @@ def test_the_graph_is_the_one_asked_for(tmp_path: Path, recipe: Path) -> None:
         *(f"detection/coco_c4_2x/intl/seed{i}" for i in range(3)),
         "report",
     ]  # fmt: skip
-    assert graph.steps["knn/intl"].needs == ("pretrain", "proof/intl")
-    assert graph.steps["detection/coco_c4_2x/intl/seed1"].needs == ("convert/intl",)
+    assert graph.steps["knn/intl"].depends_on == ("pretrain", "proof/intl")
+    assert graph.steps["detection/coco_c4_2x/intl/seed1"].depends_on == ("convert/intl",)
     assert "--label-percent" in graph.steps["semisup1/intl/seed0"].argv
     assert set(graph.steps["report"].after) == set(graph.steps) - {"proof/intl", "convert/intl", "report"}
 
@@ -149,9 +149,9 @@ def test_a_detector_that_the_backbone_does_not_suit_is_refused(
         assert code == (2 if lines else 0)
         return lines
 
-    for subject in (from_weights, pretrained):
-        (told,) = problems(*subject, "--tasks", "small_R18_FPN,small_R50_FPN")
-        assert f"--tasks small_R50_FPN with {' '.join(subject[:2])}: {mismatch}" in told
+    for target in (from_weights, pretrained):
+        (told,) = problems(*target, "--tasks", "small_R18_FPN,small_R50_FPN")
+        assert f"--tasks small_R50_FPN with {' '.join(target[:2])}: {mismatch}" in told
     assert not problems(*pretrained, "--pretrain-options", "--arch resnet50", "--tasks", "small_R50_FPN")
     cifar = [*pretrained, "--pretrain-options", "--stem cifar"]
     (told,) = problems(*cifar, "--tasks", "small_R18_FPN")

@@ -33,13 +33,13 @@ def step(
     name: str,
     what: str = "work",
     *more: str,
-    needs: tuple[str, ...] = (),
+    depends_on: tuple[str, ...] = (),
     kind: str = "knn",
     **rest,
 ) -> Step:
     return Step(
         name=name, kind=kind, command="tiny_steps", argv=(what, str(root / name), *more), output=root / name,
-        needs=needs, makes=(root / name / "made",), **rest,
+        depends_on=depends_on, makes=(root / name / "made",), **rest,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def runs(root: Path, name: str) -> int:
 
 
 def test_the_graph_runs_in_order_and_only_once(world: Path) -> None:
-    steps = (step(world, "a"), step(world, "b", needs=("a",)), step(world, "c", needs=("a", "b")))
+    steps = (step(world, "a"), step(world, "b", depends_on=("a",)), step(world, "c", depends_on=("a", "b")))
     views = run(world, *steps)
     assert {v.state for v in views.values()} == {"done"}
     began = [float((world / n / "runs.txt").read_text().split()[1]) for n in "abc"]
@@ -76,7 +76,7 @@ def test_a_failure_is_told_and_what_can_go_on_does(world: Path) -> None:
     views = run(
         world,
         step(world, "bad", "fail"),
-        step(world, "child", needs=("bad",)),
+        step(world, "child", depends_on=("bad",)),
         step(world, "mistake", "mistake"),
         step(world, "code", "code"),
         step(world, "empty", "nothing"),
@@ -85,7 +85,7 @@ def test_a_failure_is_told_and_what_can_go_on_does(world: Path) -> None:
     )
     assert views["bad"].state == "failed" and views["bad"].detail == "RuntimeError: the reason why"
     assert 'raise RuntimeError("the reason why")' in Record(world, "bad").failure["traceback"]
-    assert views["child"].state == "waiting" and "needs bad" in views["child"].detail
+    assert views["child"].state == "waiting" and "depends_on bad" in views["child"].detail
     assert views["mistake"].detail == "this is not a folder: nowhere"
     assert Record(world, "mistake").failure["traceback"] is None
     assert views["code"].detail == "error: said on the way out"
@@ -106,7 +106,7 @@ def test_two_ranks_form_one_group(world: Path) -> None:
 
 
 def test_stopped_by_a_signal_it_goes_on_where_it_was(world: Path) -> None:
-    steps = (step(world, "long", "train", "25", kind="pretrain"), step(world, "next", needs=("long",)))
+    steps = (step(world, "long", "train", "25", kind="pretrain"), step(world, "next", depends_on=("long",)))
 
     told = world / "long" / "steps0.txt"
 

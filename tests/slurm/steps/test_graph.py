@@ -13,15 +13,21 @@ from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import PROFILES, Resources, load_profile
 
 
-def step(name: str, *argv: str, needs: tuple[str, ...] = (), **rest) -> Step:
+def step(name: str, *argv: str, depends_on: tuple[str, ...] = (), **rest) -> Step:
     return Step(
-        name=name, kind="knn", command="m", argv=argv, output=Path("/out") / name, needs=needs, **rest
+        name=name,
+        kind="knn",
+        command="m",
+        argv=argv,
+        output=Path("/out") / name,
+        depends_on=depends_on,
+        **rest,
     )
 
 
 def test_a_step_comes_after_what_it_waits_for() -> None:
     with pytest.raises(ValueError, match="b waits for c"):
-        Graph([step("a"), step("b", needs=("c",)), step("c")])
+        Graph([step("a"), step("b", depends_on=("c",)), step("c")])
     with pytest.raises(ValueError, match="two steps are named a"):
         Graph([step("a"), step("a")])
 
@@ -31,7 +37,7 @@ def test_the_key_covers_command_input_content_and_what_is_needed(tmp_path: Path)
     weights.write_bytes(b"one")
 
     def keys(*, option: str = "1", inputs: tuple[Path, ...] = (weights,)) -> dict[str, str]:
-        return Graph([step("a", option, inputs=inputs), step("b", needs=("a",)), step("c")]).keys
+        return Graph([step("a", option, inputs=inputs), step("b", depends_on=("a",)), step("c")]).keys
 
     first = keys()
     assert keys() == first
@@ -42,7 +48,9 @@ def test_the_key_covers_command_input_content_and_what_is_needed(tmp_path: Path)
 
 
 def test_force_takes_what_needs_it_along() -> None:
-    graph = Graph([step("a"), step("knn/x", needs=("a",)), step("knn/y"), step("z", needs=("knn/x",))])
+    graph = Graph(
+        [step("a"), step("knn/x", depends_on=("a",)), step("knn/y"), step("z", depends_on=("knn/x",))]
+    )
     assert graph.forced(["knn/x"]) == {"knn/x", "z"}
     assert graph.forced(["a"]) == {"a", "knn/x", "z"}
     assert Graph([step("lin/x"), step("lin/y")]).forced(["lin"]) == {"lin/x", "lin/y"}

@@ -20,7 +20,7 @@ from pretrain.common.errors import UserError
 from pretrain.common.signals import Stopped
 from pretrain.data.datasets import open_dataset
 from pretrain.model import build_backbone
-from transfer.evaluation.context import Subject
+from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.features import Extractor, extract, make_extractor
 from transfer.evaluation.transforms import EvalTransform, eval_transform
 
@@ -29,14 +29,14 @@ TRANSFORM = EvalTransform(size=32)
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
+def backbone() -> Backbone:
     torch.manual_seed(0)
     model = build_backbone("resnet18", zero_init_last=False).train()
     with torch.no_grad():
         for _ in range(3):
             model(torch.randn(16, 3, 32, 32))
     weights = {"path": "w", "sha256": "s", "format": "f", "branch": "online"}
-    return Subject(model=model.eval(), arch="resnet18", weights=weights, metadata={})
+    return Backbone(model=model.eval(), arch="resnet18", weights=weights, metadata={})
 
 
 @pytest.fixture(scope="module")
@@ -44,24 +44,24 @@ def images(cifar_folder: Path):
     return open_dataset("cifar10", cifar_folder, "test")
 
 
-def plain(subject: Subject, images, indices) -> torch.Tensor:
+def plain(backbone: Backbone, images, indices) -> torch.Tensor:
     """One image at a time with torchvision's transforms."""
     steps = v2.Compose([
         v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(TRANSFORM.mean, TRANSFORM.std),
     ])  # fmt: skip
     with torch.no_grad():
-        return torch.cat([subject.model(steps(images.image(int(i)))[None]) for i in indices])
+        return torch.cat([backbone.model(steps(images.image(int(i)))[None]) for i in indices])
 
 
-def test_features_are_right_and_made_once(subject, images, tmp_path, monkeypatch) -> None:
+def test_features_are_right_and_made_once(backbone, images, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(transfer.evaluation.features, "PART", 48)  # several parts, the last one shorter
-    extractor = Extractor(subject.model, TRANSFORM, CPU, "float32")
-    got = extract(extractor, subject, images, cache=tmp_path, batch_size=20)
+    extractor = Extractor(backbone.model, TRANSFORM, CPU, "float32")
+    got = extract(extractor, backbone, images, cache=tmp_path, batch_size=20)
     assert isinstance(got, np.memmap) and got.shape == (160, 512)
     picks = [0, 47, 48, 159]
     torch.testing.assert_close(
-        torch.from_numpy(got[picks]), plain(subject, images, picks), rtol=1e-4, atol=1e-5
+        torch.from_numpy(got[picks]), plain(backbone, images, picks), rtol=1e-4, atol=1e-5
     )
     assert [p.name for p in sorted(next(tmp_path.iterdir()).iterdir())] == [
         "features.npy",
@@ -69,27 +69,27 @@ def test_features_are_right_and_made_once(subject, images, tmp_path, monkeypatch
         "meta.json",
     ]
     monkeypatch.setattr(Extractor, "__call__", lambda *_: pytest.fail("extracted again"))
-    np.testing.assert_array_equal(extract(extractor, subject, images, cache=tmp_path), got)
+    np.testing.assert_array_equal(extract(extractor, backbone, images, cache=tmp_path), got)
 
 
-def test_a_part_of_the_images_and_workers(subject, images, tmp_path) -> None:
-    extractor = Extractor(subject.model, TRANSFORM, CPU, "float32")
+def test_a_part_of_the_images_and_workers(backbone, images, tmp_path) -> None:
+    extractor = Extractor(backbone.model, TRANSFORM, CPU, "float32")
     picks = np.array([5, 3, 100])
-    some = extract(extractor, subject, images, cache=tmp_path, indices=picks, workers=1)
+    some = extract(extractor, backbone, images, cache=tmp_path, indices=picks, workers=1)
     torch.testing.assert_close(
-        torch.from_numpy(np.array(some)), plain(subject, images, picks), rtol=1e-4, atol=1e-5
+        torch.from_numpy(np.array(some)), plain(backbone, images, picks), rtol=1e-4, atol=1e-5
     )
 
 
-def test_what_changed_is_extracted_anew(subject, images, tmp_path, cifar_folder) -> None:
-    def count(subject=subject, transform=TRANSFORM, images=images, precision="float32") -> int:
-        extract(Extractor(None, transform, CPU, precision), subject, images, cache=tmp_path / "cache")
+def test_what_changed_is_extracted_anew(backbone, images, tmp_path, cifar_folder) -> None:
+    def count(backbone=backbone, transform=TRANSFORM, images=images, precision="float32") -> int:
+        extract(Extractor(None, transform, CPU, precision), backbone, images, cache=tmp_path / "cache")
         return len(list((tmp_path / "cache").iterdir()))
 
     shutil.copytree(cifar_folder / "test", tmp_path / "test")
     copied = open_dataset("imagefolder", tmp_path, "test")
     assert count() == count() == 1
-    assert count(subject=dataclasses.replace(subject, weights=subject.weights | {"sha256": "t"})) == 2
+    assert count(backbone=dataclasses.replace(backbone, weights=backbone.weights | {"sha256": "t"})) == 2
     assert count(transform=dataclasses.replace(TRANSFORM, size=16)) == 3
     assert count(images=copied) == 4
     first = tmp_path / "test" / copied.key(0)
@@ -97,10 +97,10 @@ def test_what_changed_is_extracted_anew(subject, images, tmp_path, cifar_folder)
     assert count(images=open_dataset("imagefolder", tmp_path, "test")) == 5
 
 
-def test_a_stopped_run_goes_on(subject, images, tmp_path, monkeypatch) -> None:
+def test_a_stopped_run_goes_on(backbone, images, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(transfer.evaluation.features, "PART", 40)
     wanted = np.array(
-        extract(Extractor(None, TRANSFORM, CPU, "float32"), subject, images, cache=tmp_path / "a")
+        extract(Extractor(None, TRANSFORM, CPU, "float32"), backbone, images, cache=tmp_path / "a")
     )
     seen: list[int] = []
 
@@ -116,16 +116,16 @@ def test_a_stopped_run_goes_on(subject, images, tmp_path, monkeypatch) -> None:
 
     extractor = Slow(None, TRANSFORM, CPU, "float32")
     with pytest.raises(Stopped):
-        extract(extractor, subject, images, cache=tmp_path / "b", batch_size=20)
+        extract(extractor, backbone, images, cache=tmp_path / "b", batch_size=20)
     assert len(seen) < 8
-    got = extract(extractor, subject, images, cache=tmp_path / "b", batch_size=20)
+    got = extract(extractor, backbone, images, cache=tmp_path / "b", batch_size=20)
     np.testing.assert_array_equal(got, wanted)
     assert sum(seen) < 160 + 40  # the finished part was not made again
 
 
-def test_rank_0_says_whether_the_features_are_there(subject, images, tmp_path, monkeypatch) -> None:
+def test_rank_0_says_whether_the_features_are_there(backbone, images, tmp_path, monkeypatch) -> None:
     extractor = Extractor(None, TRANSFORM, CPU, "float32")
-    wanted = np.array(extract(extractor, subject, images, cache=tmp_path))
+    wanted = np.array(extract(extractor, backbone, images, cache=tmp_path))
     # Another rank, whose view of the folder is behind: it takes rank 0's word and does not look itself.
     told: list[bool] = []
     monkeypatch.setattr(transfer.evaluation.features, "is_main", lambda: False)
@@ -135,11 +135,11 @@ def test_rank_0_says_whether_the_features_are_there(subject, images, tmp_path, m
     )
     (meta,) = tmp_path.glob("*/meta.json")
     meta.unlink()
-    np.testing.assert_array_equal(extract(extractor, subject, images, cache=tmp_path), wanted)
+    np.testing.assert_array_equal(extract(extractor, backbone, images, cache=tmp_path), wanted)
     assert told == [False]
     (meta.parent / "features.npy").unlink()
     with pytest.raises(UserError, match="a folder all ranks see"):
-        extract(extractor, subject, images, cache=tmp_path)
+        extract(extractor, backbone, images, cache=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +159,9 @@ def test_ranks_wait_for_hours_for_features_and_fits(
         importlib.import_module(f"transfer.{command}").main(words[1:])
 
 
-def test_one_rank_against_bfloat16_is_enough(subject, images, monkeypatch) -> None:
+def test_one_rank_against_bfloat16_is_enough(backbone, images, monkeypatch) -> None:
     monkeypatch.setattr(transfer.evaluation.features, "computes_bfloat16", lambda _: True)
-    assert make_extractor(subject, images, TRANSFORM, CPU, "auto").precision == "bfloat16"
+    assert make_extractor(backbone, images, TRANSFORM, CPU, "auto").precision == "bfloat16"
     asked: list[bool] = []
 
     def other_rank_disagrees(flag: bool, **_: object) -> bool:
@@ -169,17 +169,17 @@ def test_one_rank_against_bfloat16_is_enough(subject, images, monkeypatch) -> No
         return len(asked) == 2  # both compute it natively; there it does not agree with float32
 
     monkeypatch.setattr(transfer.evaluation.features, "any_rank", other_rank_disagrees)
-    assert make_extractor(subject, images, TRANSFORM, CPU, "auto").precision == "float32"
+    assert make_extractor(backbone, images, TRANSFORM, CPU, "auto").precision == "float32"
     assert asked == [False, False]
-    alone = make_extractor(subject, images, TRANSFORM, CPU, "auto", over_ranks=False)
+    alone = make_extractor(backbone, images, TRANSFORM, CPU, "auto", over_ranks=False)
     assert alone.precision == "bfloat16" and len(asked) == 2
 
 
-def test_nan_features_name_the_image(subject, images, tmp_path) -> None:
+def test_nan_features_name_the_image(backbone, images, tmp_path) -> None:
     broken = build_backbone("resnet18")
     torch.nn.init.constant_(broken.conv1.weight, float("nan"))
     with pytest.raises(UserError, match=images.key(0)):
-        extract(Extractor(broken.eval(), TRANSFORM, CPU, "float32"), subject, images, cache=tmp_path)
+        extract(Extractor(broken.eval(), TRANSFORM, CPU, "float32"), backbone, images, cache=tmp_path)
 
 
 def test_a_broken_image_met_by_a_worker_is_one_line(cifar_folder: Path, tmp_path: Path) -> None:
@@ -199,10 +199,10 @@ def test_a_broken_image_met_by_a_worker_is_one_line(cifar_folder: Path, tmp_path
     assert not (output / "results.jsonl").exists()
 
 
-def test_bfloat16_keeps_the_neighbours(subject, images) -> None:
+def test_bfloat16_keeps_the_neighbours(backbone, images) -> None:
     pixels = TRANSFORM.square([TRANSFORM.decode(images.image(i)) for i in range(0, 160, 2)])
-    exact = Extractor(subject.model, TRANSFORM, CPU, "float32")(pixels)
-    fast = Extractor(subject.model, TRANSFORM, CPU, "bfloat16")(pixels)
+    exact = Extractor(backbone.model, TRANSFORM, CPU, "float32")(pixels)
+    fast = Extractor(backbone.model, TRANSFORM, CPU, "bfloat16")(pixels)
     centred, centred_fast = exact - exact.mean(0), fast - exact.mean(0)
     assert torch.cosine_similarity(centred, centred_fast).mean() > 0.99
     assert not torch.equal(exact, fast)
@@ -210,7 +210,7 @@ def test_bfloat16_keeps_the_neighbours(subject, images) -> None:
     transfer_agreement = transfer.evaluation.features.AGREEMENT
     try:
         transfer.evaluation.features.AGREEMENT = 0.0
-        chosen = make_extractor(subject, images, TRANSFORM, CPU, "auto")
+        chosen = make_extractor(backbone, images, TRANSFORM, CPU, "auto")
     finally:
         transfer.evaluation.features.AGREEMENT = transfer_agreement
     assert chosen.precision == "float32"

@@ -12,8 +12,8 @@ import transfer.evaluators.linear
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import open_dataset
 from pretrain.model import build_backbone
+from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import results
-from transfer.evaluation.context import Subject
 from transfer.evaluation.features import Extractor, extract, make_extractor
 from transfer.evaluation.pooled_features import Stages, columns, stages_of, widths_of
 from transfer.evaluation.transforms import EvalTransform
@@ -130,11 +130,11 @@ def test_judging_block_by_block_is_judging_at_once(monkeypatch: pytest.MonkeyPat
 def test_other_stages_are_other_features_in_the_cache(backbone, cifar_folder: Path, tmp_path: Path) -> None:
     images = open_dataset("cifar10", cifar_folder, "test")
     weights = {"path": "w", "sha256": "s", "format": "f", "branch": "online"}
-    subject = Subject(model=backbone, arch="resnet18", weights=weights, metadata={})
+    backbone = Backbone(model=backbone, arch="resnet18", weights=weights, metadata={})
     last, both = (
         extract(
-            make_extractor(subject, images, TRANSFORM, CPU, "float32", stages),
-            subject,
+            make_extractor(backbone, images, TRANSFORM, CPU, "float32", stages),
+            backbone,
             images,
             cache=tmp_path,
         )

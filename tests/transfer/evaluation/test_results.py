@@ -13,7 +13,7 @@ import torch
 from pretrain.common.errors import UserError
 from tests.helpers import checkpoint_zoo as zoo
 from transfer.__main__ import main
-from transfer.evaluation.context import load_subject
+from transfer.evaluation.context import backbone_of
 from transfer.evaluation.results import FILE, Clock, Result, append, find, read
 from transfer.evaluation.transforms import eval_transform
 from transfer.options import parse
@@ -92,7 +92,7 @@ def test_a_line_says_on_how_many_ranks_and_gpus(monkeypatch: pytest.MonkeyPatch)
 
     evaluation = context.Evaluation(
         settings=SimpleNamespace(label=None), protocol=SimpleNamespace(reference=RESULT.protocol),
-        subject=SimpleNamespace(weights=RESULT.weights, arch="resnet18"), seed=0, train=Images(notes=()),
+        backbone=SimpleNamespace(weights=RESULT.weights, arch="resnet18"), seed=0, train=Images(notes=()),
         test=Images(name="d", split="test", notes=()),
         transform=SimpleNamespace(size=32, mean=(0.5,) * 3, std=(0.2,) * 3),
         clock=SimpleNamespace(stamp=lambda _: {}),
@@ -120,7 +120,7 @@ def test_images_are_normalised_as_the_weights_want_or_as_told(name: str, wanted,
     def used(*words: str) -> list[float]:
         given = ["--weights", str(tmp_path / "m.pth"), "--protocol", "solo_knn@1", "--dataset", "cifar10"]
         settings = parse("knn", [*given, "--data-dir", "d", "--output", "o", *words])
-        metadata = load_subject(settings).metadata
+        metadata = backbone_of(settings).metadata
         found = eval_transform(native_size=32, image_size=None, metadata=metadata)
         return [*found.mean, *found.std]
 

@@ -18,14 +18,14 @@ from pretrain.common.process_group import rank
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.model import build_backbone
 from tests.helpers.ranks import finish_ranks, fork_ranks, kill_ranks
+from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import results
-from transfer.evaluation.context import Subject
 from transfer.evaluation.features import Extractor, extract
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
 from transfer.evaluators.heads import HeadGrid, HeadGrids
 
-SUBJECT = Subject(model=None, arch=None, weights={"sha256": "s", "branch": "online"}, metadata={})
+BACKBONE = Backbone(model=None, arch=None, weights={"sha256": "s", "branch": "online"}, metadata={})
 PART = 24  # of 160 images: seven parts, the last one shorter
 WORLDS = [1, 2, 3]
 
@@ -57,7 +57,7 @@ def extract_here(images: ImageDataset, cache: Path, notes: Path, die_at: int | N
     transfer.evaluation.features.PART = PART
     victim = rank() == min(1, int(os.environ["WORLD_SIZE"]) - 1)
     extractor = Noted(notes, die_at if victim else None)
-    got = extract(extractor, SUBJECT, images, cache=cache, batch_size=10)
+    got = extract(extractor, BACKBONE, images, cache=cache, batch_size=10)
     assert got.shape == (160, 3 * 32 * 32)
 
 
