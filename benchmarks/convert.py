@@ -10,7 +10,7 @@ import timm
 import torch
 
 from benchmarks.harness import Comparison, Step, interleave
-from transfer.detection.convert import ConvertSettings, convert
+from transfer.conversion.convert import ConvertSettings, convert
 
 TITLE = "Conversion to detectron2: torch.save of the backbone (reference) beside converting it and proving it"
 ARCHS = ("resnet18", "resnet50", "resnet101", "wide_resnet50_2", "resnext50_32x4d")

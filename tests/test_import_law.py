@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,27 @@ from transfer.options import SETTINGS
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pretrain", "transfer", "slurm")
 MAY_IMPORT = {"pretrain": {"pretrain"}, "transfer": {"pretrain", "transfer"}, "slurm": set(PACKAGES)}
+LAYERS = {
+    "pretrain": ("pretrain.data", "pretrain.common"),
+    "pretrain.data": ("pretrain.common",),
+    "pretrain.common": (),
+    "transfer.checkpoints": (),
+    "transfer.evaluation": ("transfer.checkpoints",),
+    "transfer.evaluators": ("transfer.evaluation", "transfer.checkpoints"),
+    "transfer.conversion": ("transfer.checkpoints",),
+    "transfer.detection": ("transfer.conversion", "transfer.evaluation", "transfer.checkpoints"),
+    "transfer.spectrum": ("transfer.evaluators", "transfer.evaluation", "transfer.checkpoints"),
+    "transfer.report": ("transfer.report.pages", "transfer.report.evidence"),
+    "transfer.report.pages": ("transfer.report.evidence", "transfer.evaluators", "transfer.evaluation"),
+    "transfer.report.evidence": ("transfer.evaluation",),
+    "slurm.commands": ("slurm.execution", "slurm.state", "slurm.steps"),
+    "slurm.execution": ("slurm.state", "slurm.steps"),
+    "slurm.state": ("slurm.steps",),
+    "slurm.steps": (),
+}
+"""Each sub-package, and those of its own package that it may import."""
+LEAVES = {"transfer.options"}
+"""Modules on top that anything may import: they import nothing of their package."""
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -66,10 +88,46 @@ def test_imports_point_one_way(path: Path):
     assert ours <= MAY_IMPORT[package]
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_sub_packages_import_those_below_them(path: Path):
+    """... and nothing beside or above, inside functions and by import_module either."""
+    home = ".".join(path.relative_to(ROOT).parts[:-1])
+    known = [p for p in LAYERS if p.split(".")[0] == home.split(".")[0]]
+    for name in imported(path):
+        there = max((p for p in known if name == p or name.startswith(f"{p}.")), key=len, default=home)
+        if home in LAYERS and there != home and name not in LEAVES:
+            assert there in LAYERS[home], f"{home} imports {name}"
+
+
+def test_there_is_no_circle():
+    """By strongly connected components: a lazy import in a function counts as well."""
+    modules = {name_of(p)[:-3].replace("/", "."): p for p in FILES if p.name != "__init__.py"}
+    graph = {m: {n for n in imported(p) if n in modules and n != m} for m, p in modules.items()}
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen, pending = set(), [start]
+        while pending:
+            new = graph[pending.pop()] - seen
+            seen |= new
+            pending += new
+        reached[start] = seen
+    assert [m for m, seen in reached.items() if m in seen] == []
+    assert "pretrain.common.files" in reached["slurm.commands.suite"]  # the graph is not empty
+
+
+def test_no_folder_is_crowded():
+    count = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert {name_of(folder): n for folder, n in count.items() if n > 14} == {}
+
+
+def test_every_package_says_what_it_is_for():
+    for init in (p for p in FILES if p.name == "__init__.py"):
+        assert ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))), name_of(init)
+
+
 def test_detectron2_is_imported_by_detection_alone():
-    users = {name_of(path) for path in FILES if uses(path, "detectron2")}
-    detection = {f for f in users if Path(f).name.startswith("detection_") or f == "transfer/train_net.py"}
-    assert users == detection
+    users = {name_of(path.parent) for path in FILES if uses(path, "detectron2")}
+    assert users == {"transfer/conversion", "transfer/detection"}
 
 
 def test_submitit_is_imported_by_slurm_alone():
@@ -77,8 +135,9 @@ def test_submitit_is_imported_by_slurm_alone():
 
 
 def test_the_foundation_needs_no_heavy_library():
-    for name in ("cli", "files", "signals"):
-        names = {module.split(".")[0] for module in imported(ROOT / f"pretrain/{name}.py", top_level=True)}
+    for name in ("cli", "errors", "files", "progress", "signals"):
+        path = ROOT / f"pretrain/common/{name}.py"
+        names = {module.split(".")[0] for module in imported(path, top_level=True)}
         assert not names & {"torch", "torchvision", "timm", "numpy", "matplotlib"}, name
 
 

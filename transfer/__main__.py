@@ -19,7 +19,7 @@ COMMANDS = {
     "knn": ("transfer.evaluators.knn", "classify by nearest neighbours in feature space"),
     "linear": ("transfer.evaluators.linear", "train linear heads on the frozen backbone"),
     "semisup": ("transfer.evaluators.semisup", "fine-tune with 1 %, 10 % or all of the labels"),
-    "convert": ("transfer.detection.convert", "turn a checkpoint into detectron2 weights, proved equal"),
+    "convert": ("transfer.conversion.convert", "turn a checkpoint into detectron2 weights, proved equal"),
     "plan": ("transfer.detection.schedule", "say what a detection run will cost before it starts"),
     "export": ("transfer.export", "write the backbone as another library's files, loaded there"),
     "report": ("transfer.report.command", "tables and plots of all results, beside published numbers"),

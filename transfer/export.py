@@ -108,7 +108,7 @@ def _torchvision(loaded: Backbone, settings: ExportSettings, folder: Path) -> tu
 
 
 def _detectron2(loaded: Backbone, settings: ExportSettings, folder: Path) -> tuple[float, str]:
-    from transfer.detection.convert import ConvertSettings, convert
+    from transfer.conversion.convert import ConvertSettings, convert
 
     path = folder / "backbone.pkl"
     origin = convert(

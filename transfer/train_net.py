@@ -14,7 +14,7 @@ import argparse
 
 from pretrain.common.cli import Parser, run
 from pretrain.common.errors import UserError
-from transfer.detection.availability import need_detectron2
+from transfer.conversion.availability import need_detectron2
 
 
 def parser() -> argparse.ArgumentParser:

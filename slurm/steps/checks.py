@@ -121,18 +121,19 @@ def _detection(asked: Suite, backbones: Mapping[str, Backbone]) -> list[str]:
     wanted = [t for t in asked.tasks or [] if t not in CLASSIFICATION]
     if not wanted:
         return []
-    from transfer.detection.availability import need_detectron2
+    from transfer.conversion.availability import need_detectron2
 
     try:
         need_detectron2()
     except UserError as error:
         return [f"--tasks {','.join(wanted)}: {error}"]
-    from transfer.detection import config, convert, data
+    from transfer.conversion.layout import shape_of, to_detectron2
+    from transfer.detection import config, data
 
     problems, records = [], {}
     for name, backbone in backbones.items():
         try:
-            options = convert.shape_of(convert.to_detectron2(backbone.network().state_dict())).options()
+            options = shape_of(to_detectron2(backbone.network().state_dict())).options()
             records[name] = {"arch": backbone.arch, "metadata": backbone.metadata, "options": options}
         except UserError as error:
             problems.append(f"--tasks {','.join(wanted)} with {name}: {error}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pretrain.settings import Settings, parse_recipe
 from slurm.steps.graph import Step
-from transfer.detection.availability import CONFIGS, find_config
+from transfer.conversion.availability import CONFIGS, find_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,8 +72,8 @@ def test_the_branch_asked_for_is_exported(moco: Path, features: torch.Tensor, tm
 
 def test_detectron2(moco: Path, features: torch.Tensor, tmp_path: Path):
     pytest.importorskip("detectron2")
-    from transfer.detection.layout import from_detectron2
-    from transfer.detection.weights_file import read_detectron2
+    from transfer.conversion.layout import from_detectron2
+    from transfer.conversion.weights_file import read_detectron2
 
     assert run("--weights", moco, "--output", tmp_path, "--format", "detectron2") == 0
     model = timm.create_model("resnet18", num_classes=0)

@@ -23,8 +23,9 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
 from pretrain.common.signals import StopSignals
 from transfer import train_net
-from transfer.detection import convert, scenes, train_loop
-from transfer.detection.availability import CONFIGS
+from transfer.conversion import convert
+from transfer.conversion.availability import CONFIGS
+from transfer.detection import scenes, train_loop
 from transfer.detection.config import load_config, protocol_of
 from transfer.detection.data import check, index_batches, register
 

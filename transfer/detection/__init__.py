@@ -1,1 +1,1 @@
-"""Conversion to detectron2 with proof, fine-tuning there, AP: the only importer of detectron2."""
+"""Detection and segmentation in detectron2: fine-tuning, AP, pictures, what a run will cost."""

@@ -16,7 +16,7 @@ from detectron2.utils.file_io import PathManager
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import atomic_path, write_text
-from transfer.detection.weights_file import read_pickle
+from transfer.conversion.weights_file import read_pickle
 
 # New in a detector that starts from a backbone file.
 HEADS = re.compile(

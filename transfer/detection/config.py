@@ -19,8 +19,8 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from pretrain.common.errors import UserError
+from transfer.conversion.availability import find_config
 from transfer.detection import heads  # noqa: F401 - registers the head that C4 configs name
-from transfer.detection.availability import find_config
 
 # Not part of the protocol: the place, the machine, the seed, and what belongs to the weights.
 NOT_PROTOCOL = (

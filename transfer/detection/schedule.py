@@ -17,7 +17,7 @@ import yaml
 from pretrain.common.cli import parse_settings
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_text
-from transfer.detection.availability import need_detectron2
+from transfer.conversion.availability import need_detectron2
 
 SCHEDULE = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
 REFERENCE_GPUS = 8  # what published detectron2 schedules were run on
@@ -64,7 +64,7 @@ def equivalent(solver: dict[str, Any], *, batch: int) -> dict[str, Any]:
 def plan(settings: PlanSettings) -> dict[str, Any]:
     """The schedule before and after, the norm types, the rule in words, and the overrides."""
     need_detectron2()
-    from transfer.detection.availability import find_config
+    from transfer.conversion.availability import find_config
     from transfer.detection.config import flat, load_config
 
     path = find_config(settings.config_file)

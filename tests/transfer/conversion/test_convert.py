@@ -14,8 +14,8 @@ from torch import nn
 from pretrain.common.cli import run
 from pretrain.common.errors import UserError
 from pretrain.model import build_backbone
-from transfer.detection import convert
-from transfer.detection.proof import prove, prove_state
+from transfer.conversion import convert
+from transfer.conversion.proof import prove, prove_state
 
 
 def lively(model: nn.Module, seed: int = 0) -> Any:

@@ -15,9 +15,9 @@ import torch
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import atomic_path, sha256_of
-from transfer.detection.availability import need_detectron2
-from transfer.detection.layout import from_detectron2, shape_of, to_detectron2
-from transfer.detection.weights_file import read_detectron2, write_pickle
+from transfer.conversion.availability import need_detectron2
+from transfer.conversion.layout import from_detectron2, shape_of, to_detectron2
+from transfer.conversion.weights_file import read_detectron2, write_pickle
 from transfer.options import ConvertSettings, parse
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
         try:
             write_pickle(candidate, weights, origin)
             if settings.verify:
-                from transfer.detection.proof import prove
+                from transfer.conversion.proof import prove
 
                 logger.info("proving in detectron2 that %s computes the same", settings.output)
                 origin["difference"] = prove(loaded.network(), candidate)
@@ -75,7 +75,7 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
             f"({', '.join(missing[:3])}), {len(unexpected)} too many ({', '.join(unexpected[:3])})"
         )
     if settings.verify:
-        from transfer.detection.proof import prove_state
+        from transfer.conversion.proof import prove_state
 
         prove_state(model, {k: torch.from_numpy(np.array(v)) for k, v in backbone.items()})
     metadata = {

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.common.errors import UserError
-from transfer.detection.layout import shape_of
-from transfer.detection.weights_file import read_pickle
+from transfer.conversion.layout import shape_of
+from transfer.conversion.weights_file import read_pickle
 
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 TOLERANCE = 1e-5  # of a stage's largest absolute value; on a CPU in float32 the difference is 0
