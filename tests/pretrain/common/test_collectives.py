@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pretrain.common import process_group
+from pretrain.common import collectives, process_group, sync_batchnorm
 from pretrain.loss import intl_loss, spectral_loss
 from pretrain.spectral import power
 
@@ -70,14 +70,14 @@ def _rank(rank: int, world: int, port: int, folder: str) -> None:
         own = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
         found = []
         for width, options in CASES:
-            bare = process_group.convert_sync_batchnorm(_network(width), torch.device("cpu"))
+            bare = sync_batchnorm.convert_sync_batchnorm(_network(width), torch.device("cpu"))
             # Three forward passes a step: buffers must not be broadcast between them.
             model = nn.parallel.DistributedDataParallel(bare, broadcast_buffers=False)
             found.append(_outcome(model, bare, _views()[:, own], options))
         x = torch.full((2, 3), float(rank), requires_grad=True)
-        y = process_group.gather_rows(x)
+        y = collectives.gather_rows(x)
         (y * torch.arange(2 * world)[:, None]).sum().backward()
-        helpers = {"gathered": y.detach(), "gather_grad": x.grad, "any": process_group.any_rank(rank == 0)}
+        helpers = {"gathered": y.detach(), "gather_grad": x.grad, "any": collectives.any_rank(rank == 0)}
         torch.save((found, helpers), Path(folder) / f"{rank}.pt")
         dist.barrier()
 
@@ -118,19 +118,19 @@ def test_local_batchnorm_would_differ() -> None:
 def test_one_process_answers() -> None:
     x = torch.randn(2, 3)
     assert process_group.world_size() == 1 and process_group.rank() == 0 and process_group.is_main()
-    for helper in (process_group.all_reduce, process_group.gather_rows, process_group.split_features):
+    for helper in (collectives.all_reduce, collectives.gather_rows, collectives.split_features):
         assert helper(x) is x
-    assert torch.equal(process_group.sum_over_ranks(x), x)
+    assert torch.equal(collectives.sum_over_ranks(x), x)
 
 
 def test_conversion_keeps_parameters_and_names() -> None:
     model = _network(8)
     before = dict(model.named_parameters()) | dict(model.named_buffers())
     expected = copy.deepcopy(model)(_views()[0])
-    converted = process_group.convert_sync_batchnorm(model, torch.device("cpu"))
+    converted = sync_batchnorm.convert_sync_batchnorm(model, torch.device("cpu"))
     after = dict(converted.named_parameters()) | dict(converted.named_buffers())
     assert list(after) == list(before) and all(after[k] is before[k] for k in before)
-    assert sum(isinstance(m, process_group.SyncBatchNorm) for m in converted.modules()) == 2
+    assert sum(isinstance(m, sync_batchnorm.SyncBatchNorm) for m in converted.modules()) == 2
     assert torch.equal(converted(_views()[0]), expected)
     converted.eval()
     assert torch.isfinite(converted(_views()[0])).all()

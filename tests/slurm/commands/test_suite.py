@@ -199,7 +199,7 @@ def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean status?" in capsys.readouterr().err
     assert main([]) == 2 and main(["--help"]) == 0
     assert "suite" in capsys.readouterr().out
-    assert (SOURCE / "slurm" / "suite.py").exists()
+    assert (SOURCE / "slurm" / "steps" / "suite.py").exists()
 
 
 def test_every_detection_task_has_its_config() -> None:

@@ -53,7 +53,7 @@ def test_done_is_marked_and_not_done_again(tmp_path: Path) -> None:
 
 def test_what_is_needed_must_be_done(tmp_path: Path) -> None:
     """A dependency that SLURM has forgotten counts as met there: the job looks itself."""
-    with pytest.raises(StepFailed, match="depends_on other, which has not finished"):
+    with pytest.raises(StepFailed, match="needs other, which has not finished"):
         job(tmp_path, "work", str(tmp_path / "s"), needed={"other": "x"})()
     Record(tmp_path, "other").folder.mkdir(parents=True)
     Record(tmp_path, "other").finish("x")
@@ -71,9 +71,9 @@ def test_a_signal_heard_before_the_job_is_not_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StopSignals, "heard", int(signal.SIGTERM))
-    with pytest.raises(StepFailed, match="depends_on other"):
+    with pytest.raises(StepFailed, match="needs other"):
         job(tmp_path, "work", str(tmp_path / "s"), needed={"other": "x"})()
-    assert "depends_on other" in Record(tmp_path, "s").failure["error"]
+    assert "needs other" in Record(tmp_path, "s").failure["error"]
 
 
 def test_the_first_rank_to_fail_is_the_cause(tmp_path: Path) -> None:

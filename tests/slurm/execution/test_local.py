@@ -85,7 +85,7 @@ def test_a_failure_is_told_and_what_can_go_on_does(world: Path) -> None:
     )
     assert views["bad"].state == "failed" and views["bad"].detail == "RuntimeError: the reason why"
     assert 'raise RuntimeError("the reason why")' in Record(world, "bad").failure["traceback"]
-    assert views["child"].state == "waiting" and "depends_on bad" in views["child"].detail
+    assert views["child"].state == "waiting" and "needs bad" in views["child"].detail
     assert views["mistake"].detail == "this is not a folder: nowhere"
     assert Record(world, "mistake").failure["traceback"] is None
     assert views["code"].detail == "error: said on the way out"

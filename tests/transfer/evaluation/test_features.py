@@ -152,11 +152,11 @@ def test_ranks_wait_for_hours_for_features_and_fits(
         raise Stopped(f"{timeout_min / 60} h")
 
     for module in ("knn", "linear", "svm"):
-        monkeypatch.setattr(f"transfer.{module}.process_group", group)
+        monkeypatch.setattr(f"transfer.evaluators.{module}.process_group", group)
     words = [command, "--weights", "raw-pixels", "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
     words += ["--protocol", protocol, "--output", str(tmp_path)]
     with pytest.raises(Stopped, match=r"24\.0 h"):
-        importlib.import_module(f"transfer.{command}").main(words[1:])
+        importlib.import_module(f"transfer.evaluators.{command}").main(words[1:])
 
 
 def test_one_rank_against_bfloat16_is_enough(backbone, images, monkeypatch) -> None:

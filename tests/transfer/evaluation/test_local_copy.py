@@ -99,11 +99,11 @@ def test_a_copy_cut_off_is_not_taken_for_whole_and_goes_on(
 
 def test_processes_of_a_node_make_one_copy(source: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom transfer import staging\n"
+        "import sys\nfrom transfer.evaluation import local_copy\n"
         "real = local_copy._copy_file\n"
         "def noted(source, target, name):\n"
         "    open(sys.argv[3], 'a').write(name + chr(10))\n    real(source, target, name)\n"
-        "staging._copy_file = noted\nprint(local_copy.stage(sys.argv[1], sys.argv[2]))\n"
+        "local_copy._copy_file = noted\nprint(local_copy.stage(sys.argv[1], sys.argv[2]))\n"
     )
     log = tmp_path / "copied"
     words = [sys.executable, "-c", code, str(source), str(tmp_path / "local"), str(log)]

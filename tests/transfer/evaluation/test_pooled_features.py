@@ -130,11 +130,11 @@ def test_judging_block_by_block_is_judging_at_once(monkeypatch: pytest.MonkeyPat
 def test_other_stages_are_other_features_in_the_cache(backbone, cifar_folder: Path, tmp_path: Path) -> None:
     images = open_dataset("cifar10", cifar_folder, "test")
     weights = {"path": "w", "sha256": "s", "format": "f", "branch": "online"}
-    backbone = Backbone(model=backbone, arch="resnet18", weights=weights, metadata={})
+    loaded = Backbone(model=backbone, arch="resnet18", weights=weights)
     last, both = (
         extract(
-            make_extractor(backbone, images, TRANSFORM, CPU, "float32", stages),
-            backbone,
+            make_extractor(loaded, images, TRANSFORM, CPU, "float32", stages),
+            loaded,
             images,
             cache=tmp_path,
         )
