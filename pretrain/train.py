@@ -25,8 +25,8 @@ from pretrain.common.process_group import barrier, is_main, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.control import estimate_bn
-from pretrain.corrupt_images import Skipped
 from pretrain.data.augment import View, finish
+from pretrain.data.corrupt_images import Skipped
 from pretrain.data.datasets import BrokenImage, ImageDataset, open_dataset
 from pretrain.data.loader import (
     Batch,

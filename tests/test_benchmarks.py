@@ -22,7 +22,7 @@ from benchmarks.harness import Table, as_markdown, as_record
 from benchmarks.images import natural_images
 from pretrain.data.augment import View, draw_colours, finish, uniforms
 from pretrain.data.datasets import ImageDataset
-from pretrain.data.loader import COLOUR_SLOTS
+from pretrain.data.loader import FIRST_COLOUR_SLOT
 from transfer.evaluation.transforms import EvalTransform
 
 
@@ -55,7 +55,7 @@ def test_each_operation_is_near_pillows_on_real_images(photographs: ImageDataset
 def test_a_wrong_parameter_is_far_from_pillows(photographs: ImageDataset) -> None:
     """The control of the comparison above: it can fail."""
     view = View(size=64, jitter_p=1, grey_p=0, blur_p=0, solarise_p=0, flip_p=0)
-    colours = draw_colours(uniforms(0, 0, np.arange(1), 0)[:, COLOUR_SLOTS:], view)
+    colours = draw_colours(uniforms(0, 0, np.arange(1), 0)[:, FIRST_COLOUR_SLOT:], view)
     crop = photographs.image(0).resize((64, 64), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(crop))[None]
     theirs = np.asarray(deviation.by_pillow(crop, colours), float)

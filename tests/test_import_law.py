@@ -151,6 +151,7 @@ def test_the_foundation_needs_no_heavy_library():
         *((f"transfer {name} --help", 0) for name in ("protocols", "plan", *SETTINGS)),
         ("transfer knn --weigths w", 2),
         ("transfer.train_net --help", 0),
+        ("pretrain.profile --help", 0),
         ("slurm --help", 0),
         *((f"slurm {name} --help", 0) for name in SLURM),
         ("slurm status SUITE", 0),

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.common.cli import parse_settings
+from pretrain.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,11 +220,61 @@ class StudySettings:
             raise ValueError(f"--iterations must be at least 1 each, got {list(self.iterations)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """Tables and plots of all results under DIR ..., beside published numbers."""
+
+    output: str
+    """Folder for index.html, report.md, tables/, plots/ and pictures/."""
+    dirs: list[str] = field(default_factory=list)
+    """Folders to search for results."""
+    title: str = "Transfer results"
+    """Heading of the report."""
+    pool: bool = False
+    """Take the same label in several DIRs for seeds of one method, instead of setting them side by side."""
+    pictures: int = 6
+    """At most so many pictures of each folder of pictures."""
+
+    def __post_init__(self) -> None:
+        if not self.dirs:
+            raise UserError("no folder given; usage: python -m transfer report DIR... --output DIR")
+        if self.pictures < 0:
+            raise UserError(f"--pictures {self.pictures}: a number of at least 0 is wanted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScenesSettings:
+    """Compose detection scenes with boxes and masks from a data set's test images."""
+
+    data_dir: Path
+    """Folder of the data set."""
+    output: Path
+    """Folder to write: {train,test}/*.jpg and {train,test}.json."""
+    source: Literal["fashion_mnist", "cifar10", "imagefolder"] = "fashion_mnist"
+    """Where objects come from: garments cut along their silhouette, or whole images as rectangles."""
+    train: int = 400
+    """Scenes to train on."""
+    test: int = 100
+    """Scenes to test on, of other source images."""
+    size: int = 128
+    """Side of a scene, pixels."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        if self.train < 0 or self.test < 0 or self.train + self.test == 0:
+            raise ValueError(f"--train {self.train} --test {self.test}: wanted at least one scene")
+        if not 32 <= self.size <= 4096:
+            raise ValueError(f"--size {self.size}: wanted 32 to 4096 pixels")
+
+
 SETTINGS: dict[str, type] = {
     "inspect": InspectSettings, "knn": KnnSettings, "linear": LinearSettings, "semisup": SemisupSettings,
     "convert": ConvertSettings, "export": ExportSettings, "spectrum-study": StudySettings,
+    "report": ReportSettings, "scenes": ScenesSettings,
 }  # fmt: skip
 """By the names of their commands."""
+POSITIONAL = {"inspect": ["file"], "report": ["dirs"]}
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:
@@ -231,5 +282,5 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     settings = SETTINGS[command]
     return parse_settings(
         settings, argv, prog=f"python -m transfer {command}", description=settings.__doc__ or "",
-        positional=["file"] if settings is InspectSettings else [],
+        positional=POSITIONAL.get(command, []),
     )  # fmt: skip

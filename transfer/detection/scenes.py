@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +19,12 @@ import pycocotools.mask as mask_codec
 from PIL import Image
 from scipy import ndimage
 
-from pretrain.common.cli import parse_settings, settings_as_dict
+from pretrain.common.cli import settings_as_dict
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.progress import Progress
 from pretrain.data.datasets import ImageDataset, open_dataset
+from transfer.options import ScenesSettings, parse
 
 VERSION = 1  # of the recipe below: a folder composed by another one is made anew
 MARKER = "scenes.json"
@@ -33,32 +33,6 @@ OBJECT_SIDE = (0.22, 0.55)  # of the scene's side
 LEAST_VISIBLE = 0.4  # of an object's silhouette; a later object that would hide more is put elsewhere
 LEAST_PIXELS = 24
 PLACES_TRIED = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScenesSettings:
-    """Compose detection scenes with boxes and masks from a data set's test images."""
-
-    data_dir: Path
-    """Folder of the data set."""
-    output: Path
-    """Folder to write: {train,test}/*.jpg and {train,test}.json."""
-    source: Literal["fashion_mnist", "cifar10", "imagefolder"] = "fashion_mnist"
-    """Where objects come from: garments cut along their silhouette, or whole images as rectangles."""
-    train: int = 400
-    """Scenes to train on."""
-    test: int = 100
-    """Scenes to test on, of other source images."""
-    size: int = 128
-    """Side of a scene, pixels."""
-    seed: int = 0
-    """Seed of everything random."""
-
-    def __post_init__(self) -> None:
-        if self.train < 0 or self.test < 0 or self.train + self.test == 0:
-            raise ValueError(f"--train {self.train} --test {self.test}: wanted at least one scene")
-        if not 32 <= self.size <= 4096:
-            raise ValueError(f"--size {self.size}: wanted 32 to 4096 pixels")
 
 
 def compose(
@@ -240,9 +214,7 @@ def texture(size: int, rng: np.random.Generator) -> np.ndarray:
 
 def main(argv: list[str]) -> int | None:
     """`python -m transfer scenes`."""
-    settings = parse_settings(
-        ScenesSettings, argv, prog="python -m transfer scenes", description=ScenesSettings.__doc__ or ""
-    )
+    settings: ScenesSettings = parse("scenes", argv)
     folder = compose(**{k: getattr(settings, k) for k in settings.__dataclass_fields__})
     print(f"{folder}: {settings.train} scenes to train on, {settings.test} to test on")
     return None

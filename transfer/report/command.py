@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.common.cli import parse_settings, save_settings
-from pretrain.common.errors import UserError
+from pretrain.common.cli import save_settings
 from pretrain.common.progress import Progress
+from transfer.options import ReportSettings, parse
 from transfer.report.evidence.collect import collect
 from transfer.report.evidence.grouping import group
 from transfer.report.pages import inventory, page, statements, tables
@@ -17,34 +16,9 @@ from transfer.report.pages.statements import Finding
 from transfer.report.pages.tables import Table
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReportSettings:
-    """What `python -m transfer report` needs to know."""
-
-    output: str
-    """Folder for index.html, report.md, tables/, plots/ and pictures/."""
-    dirs: list[str] = dataclasses.field(default_factory=list)
-    """Folders to search for results."""
-    title: str = "Transfer results"
-    """Heading of the report."""
-    pool: bool = False
-    """Take the same label in several DIRs for seeds of one method, instead of setting them side by side."""
-    pictures: int = 6
-    """At most so many pictures of each folder of pictures."""
-
-    def __post_init__(self) -> None:
-        if not self.dirs:
-            raise UserError("no folder given; usage: python -m transfer report DIR... --output DIR")
-        if self.pictures < 0:
-            raise UserError(f"--pictures {self.pictures}: a number of at least 0 is wanted")
-
-
 def main(argv: list[str]) -> None:
     """`python -m transfer report DIR... --output DIR`."""
-    settings = parse_settings(
-        ReportSettings, argv, prog="python -m transfer report", positional=["dirs"],
-        description="Tables and plots of all results under DIR ..., beside published numbers.",
-    )  # fmt: skip
+    settings: ReportSettings = parse("report", argv)
     output = Path(settings.output)
     with Progress(3, label="report", unit="part") as bar:
         evidence = collect(settings.dirs, skip=output)
