@@ -86,13 +86,16 @@ def _dry_run(
             print(f"   {step.shell}")
         print(f"{len(graph)} steps on {machine.cpus} CPU cores and {len(machine.gpus)} GPUs")
     problems = checks.check(asked, graph, root, resources)
+    unseen = asked.cluster == "slurm" and not checks.has_slurm()
+    if unseen:
+        print("note: there is no sbatch on this machine, so partition, account and qos were not looked up")
     for problem in problems:
         print(f"check failed: {problem}")
     if problems:
         raise UserError(
             f"{len(problems)} check{'s' if len(problems) > 1 else ''} failed; nothing would be submitted"
         )
-    print("all checks passed; nothing was submitted")
+    print(f"all {'other ' if unseen else ''}checks passed; nothing was submitted")
     return None
 
 

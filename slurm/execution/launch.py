@@ -23,6 +23,15 @@ from slurm.steps.resources import Resources
 Cluster = Literal["local", "slurm"]
 
 
+class SubmissionFiles(submitit.SlurmExecutor):
+    """Writes what would be submitted; submitit's own class refuses to be built where there is no srun."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """More than 0: to write a submission file nothing of SLURM is needed."""
+        return 1
+
+
 def job_of(step: Step, graph: Graph, root: Path, resources: Resources) -> Job:
     """The callable of one step."""
     needed = {name: graph.keys[name] for name in step.depends_on}
@@ -54,8 +63,12 @@ def executor(
     threads: int,
     gpus: list[int] | None = None,
     dependency: str | None = None,
-) -> submitit.AutoExecutor:
-    """submitit's executor for steps with these resources; `gpus` are the local ones to use."""
+    dry: bool = False,
+) -> submitit.AutoExecutor | submitit.SlurmExecutor:
+    """submitit's executor for steps with these resources; `gpus` are the local ones to use.
+
+    A `dry` one for SLURM writes submission files, also where no SLURM is installed.
+    """
     python = python_command(code, threads)
     if cluster == "local":
         auto = submitit.AutoExecutor(folder=logs, cluster="local", local_python=python)
@@ -68,32 +81,39 @@ def executor(
         # The local executor knows these two, AutoExecutor refuses to pass them on; the dict is shared.
         auto.parameters.update(visible_gpus=tuple(gpus or []), signal_delay_s=resources.signal_delay_s)
         return auto
-    auto = submitit.AutoExecutor(
-        folder=logs, cluster="slurm", slurm_python=python, slurm_max_num_timeout=resources.max_timeouts
-    )
+    kind = SubmissionFiles if dry else submitit.SlurmExecutor
+    queue = kind(logs, max_num_timeout=resources.max_timeouts, python=python)
     extra: dict[str, Any] = {"kill-on-invalid-dep": "yes", "requeue": True, **resources.sbatch}
-    auto.update_parameters(
-        name=name,
-        nodes=resources.nodes,
-        tasks_per_node=resources.tasks,
-        gpus_per_node=resources.gpus_per_node or None,
-        cpus_per_task=resources.cpus_per_task,
-        mem_gb=resources.mem_gb,
-        timeout_min=resources.timeout_min,
-        slurm_signal_delay_s=resources.signal_delay_s,
-        slurm_partition=resources.partition,
-        slurm_account=resources.account,
-        slurm_qos=resources.qos,
-        slurm_constraint=resources.constraint,
-        slurm_exclude=resources.exclude,
-        slurm_array_parallelism=resources.array_parallelism,
-        slurm_setup=list(resources.setup) or None,
-        slurm_dependency=dependency,
-        slurm_additional_parameters=extra,
+    wanted = {
+        "job_name": name,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks,
+        "gpus_per_node": resources.gpus_per_node or None,
+        "cpus_per_task": resources.cpus_per_task,
+        "mem": _memory(resources.mem_gb),
+        "time": resources.timeout_min,
+        "signal_delay_s": resources.signal_delay_s,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "constraint": resources.constraint,
+        "exclude": resources.exclude,
+        "array_parallelism": resources.array_parallelism,
+        "setup": list(resources.setup) or None,
+        "dependency": dependency,
+        "additional_parameters": extra,
         # A rank that dies takes the others along, which would wait for it for half an hour.
-        slurm_srun_args=["--kill-on-bad-exit=1"],
-    )
-    return auto
+        "srun_args": ["--kill-on-bad-exit=1"],
+    }
+    queue.update_parameters(**{k: v for k, v in wanted.items() if v is not None})
+    return queue
+
+
+def _memory(gb: float | None) -> str | None:
+    """sbatch takes whole numbers alone."""
+    if gb is None:
+        return None
+    return f"{gb:.0f}GB" if gb == int(gb) else f"{gb * 1024:.0f}MB"
 
 
 @contextlib.contextmanager

@@ -117,26 +117,36 @@ def dependency(batch: Batch, ids: dict[str, str]) -> str | None:
 
 
 def prepared(
-    batch: Batch, resources: dict[str, Resources], code: Path, logs: Path, depends_on: str | None
-) -> submitit.AutoExecutor:
-    """The executor that a batch is submitted with."""
+    batch: Batch,
+    resources: dict[str, Resources],
+    code: Path,
+    logs: Path,
+    depends_on: str | None,
+    *,
+    dry: bool = False,
+) -> submitit.Executor:
+    """The executor that a batch is submitted with, or that writes its submission file alone."""
     asked = resources[batch.kind]
     if asked.cpus_per_task == "all":
         raise UserError(f"{batch.kind}: cpus_per_task is `all`; on SLURM a number is wanted")
     return executor(
         "slurm", name=batch.title, resources=asked, code=code, logs=logs,
-        threads=asked.cpus_per_task, dependency=depends_on,
+        threads=asked.cpus_per_task, dependency=depends_on, dry=dry,
     )  # fmt: skip
 
 
 def sbatch_text(batch: Batch, resources: dict[str, Resources], code: Path, root: Path) -> str:
-    """The submission file of a batch, with the names of what it waits for in place of job ids."""
+    """The submission file of a batch, with the names of what it waits for in place of job ids.
+
+    It needs no SLURM on this machine.
+    """
     names = {n: f"<{n}>" for n in (*batch.depends_on, *batch.after)}
-    auto = prepared(batch, resources, code, root / "jobs" / "logs" / "SUBMISSION", dependency(batch, names))
-    inner: Any = auto._executor  # no public way to the text; submitit's own tests go this way
+    logs = root / "jobs" / "logs" / "SUBMISSION"
+    queue: Any = prepared(batch, resources, code, logs, dependency(batch, names), dry=True)
     if len(batch.steps) > 1:
-        inner.parameters["map_count"] = len(batch.steps)
-    return inner._make_submission_file_text(inner._submitit_command_str, "dry")
+        queue.parameters["map_count"] = len(batch.steps)
+    # No public way to the text; submitit's own tests go this way.
+    return queue._make_submission_file_text(queue._submitit_command_str, "dry")
 
 
 def submit(
@@ -148,14 +158,14 @@ def submit(
     order = {name: i for i, name in enumerate(graph.steps)}
     for batch in in_order(planned.batches):
         logs = log_folder(root)
-        auto = prepared(batch, resources, code, logs, dependency(batch, ids))
+        queue = prepared(batch, resources, code, logs, dependency(batch, ids))
         for step in batch.steps:
             Record(root, step.name).submit(
                 step, graph.keys[step.name], order[step.name], cluster="slurm", code=str(code)
             )
         callables = [job_of(s, graph, root, resources[s.kind]) for s in batch.steps]
         try:
-            jobs = auto.submit_array(callables) if len(callables) > 1 else [auto.submit(callables[0])]
+            jobs = queue.submit_array(callables) if len(callables) > 1 else [queue.submit(callables[0])]
         except FailedJobError as error:
             raise UserError(
                 f"sbatch refused {batch.title}: {' '.join(str(error).split())}; submitted before: "

@@ -33,9 +33,14 @@ def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources
         *_detection(asked, backbones),
         *_disk(graph, root),
     ]
-    if asked.cluster == "slurm":
+    if asked.cluster == "slurm" and not (asked.dry_run and not has_slurm()):
         problems += _cluster(graph, resources)
     return problems
+
+
+def has_slurm() -> bool:
+    """Whether jobs can be submitted from this machine."""
+    return shutil.which("sbatch") is not None
 
 
 def _images(asked: Suite) -> list[str]:
@@ -168,7 +173,7 @@ def _disk(graph: Graph, root: Path) -> list[str]:
 
 def _cluster(graph: Graph, resources: dict[str, Resources]) -> list[str]:
     """Partition, account and qos are known to SLURM, and the job's size fits the partition."""
-    if shutil.which("sbatch") is None:
+    if not has_slurm():
         return [
             "--cluster slurm: there is no sbatch here; call this on a login node, or take --cluster local"
         ]

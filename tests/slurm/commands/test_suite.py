@@ -129,6 +129,31 @@ def test_a_dry_run_prints_commands_that_run(
     assert f"{folder}/pretrain/backbone.safetensors" in capsys.readouterr().err
 
 
+def test_a_dry_run_for_a_cluster_needs_no_slurm_on_this_machine(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where no program at all is found; submission itself is refused, and so is what another check finds."""
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    out = tmp_path / "out"
+    words = ["suite", "--recipe", str(recipe), "--data-dir", str(cifar_folder), "--output", str(out)]
+    words += ["--tasks", "knn,linear", "--seeds", "3", "--cluster", "slurm", "--profile", "slurm_gpu"]
+    small = ["--override", "knn.mem_gb=1.5", "knn.timeout_min=90"]
+    assert main([*words, *small, "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert "note: there is no sbatch on this machine" in told and "all other checks passed" in told
+    headers = {x.splitlines()[0].split("  (after")[0]: set(x.splitlines()) for x in told.split("== ")[1:]}
+    assert {"   #SBATCH --mem=1536MB", "   #SBATCH --time=90"} <= headers["knn/intl"]
+    linear = headers["linear/intl/seed0, linear/intl/seed1, linear/intl/seed2"]
+    assert "   #SBATCH --array=0-2%3" in linear and "   #SBATCH --mem=64GB" in linear
+    assert "   #SBATCH --dependency='afterok:<pretrain>:<proof/intl>'" in linear
+    assert main([*words, "--dry-run", "--knn-protocol", "nope@1"]) == 2
+    assert capsys.readouterr().out.count("check failed") == 1
+    assert main(words) == 2
+    assert "there is no sbatch here; call this on a login node" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_detector_that_the_backbone_does_not_suit_is_refused(
     tmp_path: Path, recipe: Path, cifar_folder: Path, coco_mini: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
