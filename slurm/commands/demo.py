@@ -28,6 +28,7 @@ DESCRIPTION = """The whole suite, small, on this machine, ending with a report.
 INTL is pretrained and judged beside its untrained control and raw pixels by k-NN and linear probe, then
 converted, and Mask R-CNN is trained from it and from random initialisation, on the same budget.
 """
+TEXTS = ("--pretrain-options", "--scenes-options", "--detection-options")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class Demo:
 def main(argv: list[str]) -> int | None:
     """Prepare the data, run the graph, print the table."""
     asked = parse_settings(
-        Demo, spread(argv, ["--force"]), prog="python -m slurm demo", description=DESCRIPTION
+        Demo, spread(argv, ["--force"], TEXTS), prog="python -m slurm demo", description=DESCRIPTION
     )
     root = Path(asked.output).resolve()
     images = Images(dataset=asked.dataset, data_dir=find_images(asked.dataset, asked.data_dir))
@@ -124,9 +125,9 @@ def _fetch_cifar10() -> Path:
 def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
     """The demo's steps; what comes first is started first."""
     recipe = asked.recipe or f"demo_{asked.dataset}"
-    extra = asked.pretrain_options.split()
+    extra = tasks.split_words("--pretrain-options", asked.pretrain_options)
     trained = tasks.pretraining(root, recipe, images, asked.seed, extra)
-    untrained = tasks.control(root, recipe, images, asked.seed, tasks.without(extra, "--epochs"))
+    untrained = tasks.control(root, recipe, images, asked.seed, extra)
     intl = Target(
         name="intl",
         label="INTL",
@@ -167,7 +168,7 @@ def _scenes(root: Path, images: Images, asked: Demo) -> Step:
         name="scenes",
         kind="prepare",
         command="transfer scenes",
-        argv=(*words, *asked.scenes_options.split()),
+        argv=(*words, *tasks.split_words("--scenes-options", asked.scenes_options)),
         output=output,
         makes=(output / "train.json", output / "test.json"),
     )
@@ -178,6 +179,7 @@ def _detections(root: Path, intl: Target, converted: Step, scenes: Step, asked: 
     sets = [f"scenes_{s}={root / 'scenes' / f'{s}.json'}:{root / 'scenes' / s}" for s in ("train", "test")]
     random = Target(name="random", label="random init", weights="")
     config = tasks.detection_config(asked.detection_config)
+    extra = tasks.split_words("--detection-options", asked.detection_options)
     steps = []
     for seed in range(asked.seed, asked.seed + asked.detection_seeds):
         for target, weights in ((intl, converted.makes[0]), (random, None)):
@@ -185,7 +187,7 @@ def _detections(root: Path, intl: Target, converted: Step, scenes: Step, asked: 
             steps.append(
                 tasks.detection(
                     root, target, task="scenes", config=config, seed=seed, weights=weights,
-                    depends_on=depends_on, datasets=sets, extra=asked.detection_options.split(),
+                    depends_on=depends_on, datasets=sets, extra=extra,
                 )
             )  # fmt: skip
     return steps

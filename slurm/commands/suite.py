@@ -21,8 +21,8 @@ from slurm.steps.suite import Suite, suite_graph
 SUBMIT_LOCK_WAIT_S = 120
 DESCRIPTION = """Pretrain by a recipe, or take checkpoints; judge them; report. On SLURM or on this machine.
 
-pretrain ─▶ proof ─▶ k-NN, linear, semi-supervised (x seeds) ─▶ report
-              └────▶ conversion ─▶ detection (x seeds) ────────┘
+pretrain ─▶ k-NN, linear, semi-supervised (x seeds) ─▶ report
+    └─────▶ conversion ─▶ detection (x seeds) ───────────┘
 """
 GROUPS = {
     "output": "what to judge", "tasks": "how to judge it", "dataset": "data",
@@ -30,13 +30,18 @@ GROUPS = {
     "dry_run": "this call",
 }  # fmt: skip
 """The first option of each group of --help, and the group's title."""
+LISTS = ("--weights", "--tasks", "--override", "--force", "--detection-data")
+TEXTS = ("--pretrain-options", "--linear-options", "--semisup-options", "--detection-options")
 
 
 def main(argv: list[str]) -> int | None:
     """Check, then submit or run what is missing."""
-    lists = ["--weights", "--tasks", "--override", "--force", "--detection-data"]
     asked = parse_settings(
-        Suite, spread(argv, lists), prog="python -m slurm suite", description=DESCRIPTION, groups=GROUPS
+        Suite,
+        spread(argv, LISTS, TEXTS),
+        prog="python -m slurm suite",
+        description=DESCRIPTION,
+        groups=GROUPS,
     )
     root = Path(asked.output).resolve()
     resources = load_profile(asked.profile or "local", asked.override or [])

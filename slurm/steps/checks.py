@@ -79,6 +79,11 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
     settings = asked.pretraining
     if settings:
         name = f"--recipe {asked.recipe}"
+        if asked.branch == "ema" and not settings.ema:
+            problems.append(
+                f"--branch ema: {name} trains without an EMA encoder; take --branch online, or "
+                'let it have one: --pretrain-options "--ema"'
+            )
         try:
             model = build_backbone(settings.arch, stem=settings.stem)
         except UserError as error:
@@ -143,7 +148,7 @@ def _detection(asked: Suite, backbones: Mapping[str, Backbone]) -> list[str]:
         except UserError as error:
             problems.append(f"--tasks {','.join(wanted)} with {name}: {error}")
     for task in wanted:
-        file, words = tasks.detection_config(task), asked.detection_options.split()
+        file, words = tasks.detection_config(task), asked.options_of("detection")
         try:
             cfg = config.load_config(file, words)
         except UserError as error:

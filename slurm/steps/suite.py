@@ -12,7 +12,7 @@ from pretrain.settings import Settings as PretrainSettings
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import Resources
-from slurm.steps.tasks import DETECTION, Images, Target
+from slurm.steps.tasks import BACKBONES, DETECTION, Images, Target
 from transfer.evaluation.voc07 import NAME as VOC07
 
 CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
@@ -29,7 +29,7 @@ class Suite:
     weights: list[str] | None = None
     """Checkpoint files to judge, in any known format: --weights A.pth B.pth."""
     branch: Literal["online", "ema"] = "online"
-    """Which of two networks of a checkpoint to judge."""
+    """Which of two networks to judge: of a checkpoint, or of a recipe that trains with --ema."""
     control: bool = False
     """With --recipe: judge the same initialisation, untrained, as well."""
     tasks: list[str] | None = None
@@ -53,8 +53,8 @@ class Suite:
     semisup_protocol: str = "intl_semisup_as_released@1"
     """Protocol of the semi-supervised evaluation."""
     pretrain_options: str = ""
-    """Further options for pretraining, as one text: "--epochs 2". Every --hook-every-epochs the k-NN accuracy
-    of the running backbone is logged, unless this says "--hook null"."""
+    """Further options for pretraining, as one text quoted as in a shell: "--epochs 2". The k-NN
+    accuracy of the running backbone is logged every --hook-every-epochs, unless this says "--hook null"."""
     linear_options: str = ""
     """Further options for the linear probe."""
     semisup_options: str = ""
@@ -91,6 +91,8 @@ class Suite:
             raise UserError(f"--seeds {self.seeds}: wanted at least 1")
         if not self.data_dir and (self.recipe or set(self.tasks).intersection(CLASSIFICATION)):
             raise UserError("wanted --data-dir, the folder of the labelled images")
+        for kind in ("pretrain", "linear", "semisup", "detection"):
+            self.options_of(kind)
         if self.cluster == "slurm" and not self.profile:
             raise UserError("--cluster slurm wants --profile: copy one of slurm/profiles and adapt it")
 
@@ -100,9 +102,12 @@ class Suite:
         if not self.recipe:
             return None
         named = ["--dataset", self.dataset] if self.dataset else []
-        return tasks.recipe_settings(
-            self.recipe, [*named, *self.pretrain_options.split()], data_dir=self.data_dir, output=self.output
-        )
+        words = [*named, *self.options_of("pretrain")]
+        return tasks.recipe_settings(self.recipe, words, data_dir=self.data_dir, output=self.output)
+
+    def options_of(self, kind: str) -> list[str]:
+        """The words of --KIND-options, quoted as in a shell."""
+        return tasks.split_words(f"--{kind}-options", getattr(self, f"{kind}_options"))
 
     @property
     def labelled(self) -> str:
@@ -127,45 +132,39 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
     targets: list[Target] = []
     images = Images(dataset=asked.labelled, data_dir=Path(asked.data_dir or ".").resolve())
     if asked.recipe:
-        extra = asked.pretrain_options.split()
-        steps.append(tasks.pretraining(root, asked.recipe, images, asked.pretrain_seed, extra))
-        file = "backbone.safetensors" if asked.branch == "online" else "backbone_ema.safetensors"
+        extra, seed = asked.options_of("pretrain"), asked.pretrain_seed
+        steps.append(tasks.pretraining(root, asked.recipe, images, seed, extra, asked.pretraining))
         targets.append(Target(
-            name="intl", label="INTL", weights=str(root / "pretrain" / file), depends_on=("pretrain",)
+            name="intl", label="INTL", weights=str(root / "pretrain" / BACKBONES[asked.branch]),
+            branch=asked.branch, depends_on=("pretrain",),
         ))  # fmt: skip
         if asked.control:
-            untrained = tasks.control(
-                root, asked.recipe, images, asked.pretrain_seed, tasks.without(extra, "--epochs")
-            )
-            steps.append(untrained)
-            weights = str(root / "control" / "backbone.safetensors")
+            steps.append(tasks.control(root, asked.recipe, images, seed, extra))
+            weights = str(root / "control" / BACKBONES["online"])
             targets.append(
                 Target(name="control", label="random control", weights=weights, depends_on=("control",))
             )
     for name, path in _files(asked.weights or []).items():
         targets.append(Target(name=name, label=name, weights=str(path), branch=asked.branch))
+    wanted = asked.tasks or []
+    detections = [task for task in wanted if task not in CLASSIFICATION]
     evaluations: list[Step] = []
     for target in targets:
-        proved = tasks.proof(root, target)
-        steps.append(proved)
-        proven = tasks.after(target, proved)
-        wanted = asked.tasks or []
         evaluations += [
             step
             for task in wanted if task in CLASSIFICATION
-            for step in _judged(root, proven, images, task, asked)
+            for step in _judged(root, target, images, task, asked)
         ]  # fmt: skip
-        detections = [task for task in wanted if task not in CLASSIFICATION]
         if detections:
-            converted = tasks.conversion(root, proven)
+            converted = tasks.conversion(root, target)
             steps.append(converted)
             gpus = 1 if resources["detection"].gpus_per_node else 0
             for task in detections:
                 for seed in range(asked.seeds):
                     evaluations.append(tasks.detection(
-                        root, proven, task=Path(task).stem, config=tasks.detection_config(task), seed=seed,
+                        root, target, task=Path(task).stem, config=tasks.detection_config(task), seed=seed,
                         weights=converted.makes[0], depends_on=(converted.name,), num_gpus=gpus,
-                        datasets=asked.detection_data or [], extra=asked.detection_options.split(),
+                        datasets=asked.detection_data or [], extra=asked.options_of("detection"),
                     ))  # fmt: skip
     report = tasks.report(root, [*(s for s in steps if s.kind in ("pretrain", "control")), *evaluations])
     return Graph([*steps, *evaluations, report])
@@ -194,10 +193,10 @@ def _judged(root: Path, target: Target, images: Images, task: str, asked: Suite)
             root, target, images, kind="knn", protocol=asked.protocols["knn"], seed=None
         )]  # fmt: skip
     if task == "linear":
-        kind, extra = "linear", asked.linear_options.split()
+        kind, extra = "linear", asked.options_of("linear")
     else:
         kind = "semisup"
-        extra = ["--label-percent", task.removeprefix("semisup"), *asked.semisup_options.split()]
+        extra = ["--label-percent", task.removeprefix("semisup"), *asked.options_of("semisup")]
     return [
         tasks.classification(
             root,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.common.errors import UserError
 from pretrain.settings import Settings, parse_recipe
 from slurm.steps.graph import Step
 from transfer.conversion.availability import CONFIGS, find_config
@@ -22,7 +24,7 @@ class Target:
     weights: str
     """Absolute path of the file, or raw-pixels."""
     depends_on: tuple[str, ...] = ()
-    """The steps that write or prove the file."""
+    """The steps that write the file."""
     branch: str = "online"
     """online or ema."""
 
@@ -63,6 +65,16 @@ def detection_config(task: str) -> str:
     return path.stem if path.parent == CONFIGS else str(path)
 
 
+def split_words(option: str, text: str) -> list[str]:
+    """The words of a text of options as a shell takes them; raises UserError for an open quote."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"{option} {text}: {error}; wanted options as one text, quoted as in a shell"
+        ) from error
+
+
 def recipe_settings(recipe: str, words: Sequence[str], *, data_dir: str | None, output: str) -> Settings:
     """A recipe with its overrides, parsed as the job will parse it; raises UserError where the job would."""
     return parse_recipe(["--recipe", recipe, "--data-dir", data_dir or "", *words, "--output", output])
@@ -72,75 +84,73 @@ KNN_HOOK = ("--hook", "transfer.hooks:knn")
 """k-NN of the running backbone every --hook-every-epochs, into metrics.jsonl and the report's curves."""
 
 
-def pretraining(root: Path, recipe: str, images: Images | None, seed: int, extra: Sequence[str] = ()) -> Step:
-    """INTL pretraining into `root`/pretrain, with KNN_HOOK where there are labelled images.
+BACKBONES = {"online": "backbone.safetensors", "ema": "backbone_ema.safetensors"}
+"""What pretraining leaves for each branch."""
+
+
+def pretraining(
+    root: Path,
+    recipe: str,
+    images: Images,
+    seed: int,
+    extra: Sequence[str] = (),
+    settings: Settings | None = None,
+) -> Step:
+    """INTL pretraining into `root`/pretrain, with KNN_HOOK in it.
 
     A hook of the recipe's own or among `extra` takes its place; `--hook null` in `extra` leaves it out.
+    `settings` are those of recipe and `extra`, where they have been parsed already.
     """
-    hook: tuple[str, ...] = ()
-    if images:
-        told = recipe_settings(recipe, extra, data_dir=str(images.data_dir), output=str(root / "pretrain"))
-        hook = KNN_HOOK if told.hook is None and "--hook" not in extra else ()
-    return _pretrain(root, "pretrain", "pretrain", recipe, images, seed, (*hook, *extra))
+    if settings is None:
+        settings = recipe_settings(
+            recipe, extra, data_dir=str(images.data_dir), output=str(root / "pretrain")
+        )
+    named = any(word.partition("=")[0] == "--hook" for word in extra)
+    hook = () if settings.hook is not None or named else KNN_HOOK
+    branches = ("online", "ema") if settings.ema else ("online",)
+    return _pretrain(root, "pretrain", recipe, images, seed, (*hook, *extra), branches)
 
 
-def control(root: Path, recipe: str, images: Images | None, seed: int, extra: Sequence[str] = ()) -> Step:
+def control(root: Path, recipe: str, images: Images, seed: int, extra: Sequence[str] = ()) -> Step:
     """The same initialisation, not trained, into `root`/control."""
-    return _pretrain(root, "control", "control", recipe, images, seed, (*extra, "--epochs", "0"))
+    words = (*without(extra, "--epochs"), "--epochs", "0")
+    return _pretrain(root, "control", recipe, images, seed, words, ("online",))
 
 
 def _pretrain(
-    root: Path, name: str, kind: str, recipe: str, images: Images | None, seed: int, extra: Sequence[str]
+    root: Path,
+    kind: str,
+    recipe: str,
+    images: Images,
+    seed: int,
+    extra: Sequence[str],
+    branches: Sequence[str],
 ) -> Step:
-    output = root / name
+    output = root / kind
     file = Path(recipe)
     own = file.suffix in (".yaml", ".yml") and file.is_file()
-    data = images.argv if images else ()
+    recipe = str(file.resolve()) if own else recipe
     return Step(
-        name=name,
+        name=kind,
         kind=kind,
         command="pretrain",
-        argv=(
-            "--recipe",
-            str(file.resolve()) if own else recipe,
-            *data,
-            "--seed",
-            str(seed),
-            *extra,
-            "--output",
-            str(output),
-        ),
+        argv=("--recipe", recipe, *images.argv, "--seed", str(seed), *extra, "--output", str(output)),
         output=output,
         inputs=(file.resolve(),) if own else (),
-        makes=(output / "backbone.safetensors",),
+        makes=tuple(output / BACKBONES[branch] for branch in branches),
     )
 
 
-def without(words: list[str], option: str) -> list[str]:
-    """`words` without an option and its value: the control sets its own --epochs."""
-    if option not in words:
-        return words
-    at = words.index(option)
-    return words[:at] + words[at + 2 :]
-
-
-def after(target: Target, step: Step) -> Target:
-    """The same backbone, judged only after `step`."""
-    return replace(target, depends_on=(*target.depends_on, step.name))
-
-
-def proof(root: Path, target: Target) -> Step:
-    """Whether the file loads as a complete backbone, before anything long is spent on it."""
-    output = root / "proof" / target.name
-    return Step(
-        name=f"proof/{target.name}",
-        kind="export",
-        command="transfer inspect",
-        argv=(target.weights,),
-        output=output,
-        depends_on=target.depends_on,
-        inputs=target.inputs,
-    )
+def without(words: Sequence[str], option: str) -> list[str]:
+    """`words` without an option and its value, however often and in either form it is given."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == option:
+            next(rest, None)
+        elif not word.startswith(f"{option}="):
+            kept.append(word)
+    return kept
 
 
 def conversion(root: Path, target: Target) -> Step:

@@ -141,13 +141,12 @@ def test_pretraining_steps_have_it_unless_told_otherwise(tmp_path: Path, cifar_f
             step.argv[at + 1], step.argv[at + 2 :], data_dir=None, output=""
         ).hook  # fmt: skip
 
-    def made(recipe: str, *extra: str, images: Images | None = images) -> str | None:
+    def made(recipe: str, *extra: str) -> str | None:
         return hook_of(tasks.pretraining(tmp_path, recipe, images, 0, extra))
 
     assert made("demo_cifar10") == "transfer.hooks:knn"
     assert made("demo_cifar10", "--hook", "null") is None and made("demo_cifar10", "--hook=null") is None
     assert made("demo_cifar10", "--hook", "a:b") == "a:b" and made(str(own)) == "my.module:look"
-    assert made("demo_cifar10", images=None) is None
     assert hook_of(tasks.control(tmp_path, "demo_cifar10", images, 0)) is None
 
 

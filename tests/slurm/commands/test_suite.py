@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import timm
 import torch
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import read_jsonl, sha256_of
 from slurm.__main__ import main
 from slurm.execution import submit
 from slurm.execution.snapshot import SOURCE
@@ -38,15 +40,15 @@ def graph_of(root: Path, recipe: Path, **rest):
 def test_the_graph_is_the_one_asked_for(tmp_path: Path, recipe: Path) -> None:
     graph = graph_of(tmp_path, recipe)
     assert list(graph.steps) == [
-        "pretrain", "proof/intl", "convert/intl", "knn/intl", *(f"linear/intl/seed{i}" for i in range(3)),
+        "pretrain", "convert/intl", "knn/intl", *(f"linear/intl/seed{i}" for i in range(3)),
         *(f"semisup1/intl/seed{i}" for i in range(3)),
         *(f"detection/coco_c4_2x/intl/seed{i}" for i in range(3)),
         "report",
     ]  # fmt: skip
-    assert graph.steps["knn/intl"].depends_on == ("pretrain", "proof/intl")
+    assert graph.steps["knn/intl"].depends_on == graph.steps["convert/intl"].depends_on == ("pretrain",)
     assert graph.steps["detection/coco_c4_2x/intl/seed1"].depends_on == ("convert/intl",)
     assert "--label-percent" in graph.steps["semisup1/intl/seed0"].argv
-    assert set(graph.steps["report"].after) == set(graph.steps) - {"proof/intl", "convert/intl", "report"}
+    assert set(graph.steps["report"].after) == set(graph.steps) - {"convert/intl", "report"}
 
 
 def test_protocols_are_those_that_the_field_reports_by(tmp_path: Path, recipe: Path) -> None:
@@ -61,14 +63,69 @@ def test_protocols_are_those_that_the_field_reports_by(tmp_path: Path, recipe: P
     assert of(recipe="cifar10_ep1000", linear_protocol="logreg@1") == ("intl_cifar_5nn@1", "logreg@1")
 
 
+EMA = ["--pretrain-options", "--ema --max-steps 2 --batch-global 32 --view-sizes [32,32] --hook null"]
+
+
+def test_the_branch_asked_for_is_the_one_that_is_judged(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps are called one after the other, as their jobs would."""
+    asked = Suite(
+        output=str(tmp_path), recipe=str(recipe), data_dir=str(cifar_folder), tasks=["knn", "small_R18_FPN"],
+        branch="ema", control=True, pretrain_options=f"{EMA[1]} --workers 0",
+    )  # fmt: skip
+    graph = suite_graph(tmp_path, asked, load_profile("local", []))
+    for name in ("pretrain", "knn/intl"):
+        step = graph.steps[name]
+        assert not importlib.import_module(step.module).main(list(step.argv)), name
+        assert all(path.exists() for path in step.makes)
+    trained = tmp_path / "pretrain" / "backbone_ema.safetensors"
+    assert trained in graph.steps["pretrain"].makes
+    (result, *_) = read_jsonl(tmp_path / "knn" / "intl" / "results.jsonl")
+    assert result["weights"]["branch"] == "ema" and result["weights"]["sha256"] == sha256_of(trained)
+    converted = graph.steps["convert/intl"].argv
+    assert converted[:4] == ("--weights", str(trained), "--branch", "ema")
+    control = graph.steps["knn/control"].argv  # untrained, both branches are one network
+    assert control[control.index("--branch") + 1] == "online" and "backbone.safetensors" in control[1]
+
+
+def test_an_ema_branch_is_refused_where_the_recipe_trains_none(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["suite", "--recipe", str(recipe), "--data-dir", str(cifar_folder), "--tasks", "knn"]
+    words += ["--output", str(tmp_path / "out"), "--branch", "ema"]
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert f"--branch ema: --recipe {recipe} trains without an EMA encoder" in told
+    assert main([*words, "--dry-run"]) == 2
+    assert capsys.readouterr().out.count("check failed: --branch ema") == 1
+    assert main([*words, "--dry-run", *EMA]) == 0
+    assert "--branch ema" in capsys.readouterr().out
+
+
+def test_further_options_are_quoted_as_in_a_shell(tmp_path: Path, recipe: Path) -> None:
+    words = "--wandb 'two words' --epochs 2 --epochs=3"
+    asked = Suite(
+        output=str(tmp_path), recipe=str(recipe), data_dir=str(tmp_path), tasks=["linear"], control=True,
+        pretrain_options=words, linear_options='--label "my INTL"',
+    )  # fmt: skip
+    assert asked.pretraining is not None
+    assert (asked.pretraining.wandb, asked.pretraining.epochs) == ("two words", 3)
+    steps = suite_graph(tmp_path, asked, load_profile("local", [])).steps
+    assert "two words" in steps["pretrain"].argv and steps["linear/intl/seed0"].argv[-1] == "my INTL"
+    assert [w for w in steps["control"].argv if w.startswith("--epochs")] == ["--epochs"]
+    with pytest.raises(UserError, match="--linear-options --label 'my: No closing quotation"):
+        Suite(output="o", weights=["w"], data_dir=".", tasks=["linear"], linear_options="--label 'my")
+
+
 def test_alike_steps_become_arrays_with_dependencies(tmp_path: Path, recipe: Path) -> None:
     graph = graph_of(tmp_path, recipe)
     batches = submit.in_order(submit.plan(graph, tmp_path, set()).batches)
     sizes = {b.title: len(b.steps) for b in batches}
     assert sizes["linear/intl"] == 3 and sizes["detection/coco_c4_2x/intl"] == 3 and sizes["knn/intl"] == 1
     linear = next(b for b in batches if b.title == "linear/intl")
-    assert submit.dependency(linear, {"pretrain": "5", "proof/intl": "6"}) == "afterok:5:6"
-    assert submit.dependency(linear, {"proof/intl": "6"}) == "afterok:6"  # pretrain was done before
+    assert submit.dependency(linear, {"pretrain": "5", "convert/intl": "6"}) == "afterok:5"
+    assert submit.dependency(linear, {"convert/intl": "6"}) is None  # pretrain was done before
     report = batches[-1]
     assert submit.dependency(report, {"knn/intl": "7", "linear/intl/seed2": "8_2"}) == "afterany:7:8_2"
 
@@ -107,7 +164,7 @@ def test_a_dry_run_finds_what_would_fail(
     assert main(["suite", "--weights", str(broken), "--data-dir", str(tmp_path / "void"), *words]) == 2
     told = capsys.readouterr()
     assert told.out.count("check failed") == 3 and "void" in told.out and "nope@1" in told.out
-    assert "== proof/broken" in told.out and not (tmp_path / "out").exists()
+    assert "== knn/broken" in told.out and not (tmp_path / "out").exists()
     good = ["--knn-protocol", "solo_knn@1", "--data-dir", str(cifar_folder)]
     assert main(["suite", "--recipe", str(recipe), *words[:2], *words[4:], *good]) == 0
     assert "all checks passed" in capsys.readouterr().out
@@ -121,7 +178,7 @@ def test_a_dry_run_prints_commands_that_run(
     assert main(["suite", *words, "--tasks", "knn,linear,semisup1,small_R18_FPN"]) in (0, 2)
     told = [shlex.split(x) for x in capsys.readouterr().out.splitlines() if x.startswith("   python ")]
     assert {" ".join(x[2:4]) if x[2] == "transfer" else x[2] for x in told} == {
-        "pretrain", "transfer inspect", "transfer knn", "transfer linear", "transfer semisup",
+        "pretrain", "transfer knn", "transfer linear", "transfer semisup",
         "transfer convert", "transfer.train_net", "transfer report",
     }  # fmt: skip
     knn = next(x for x in told if x[3] == "knn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,33 @@ def test_command_lines_as_people_write_them() -> None:
         "--dry-run", "--seeds", "3", '--weights=["a.pth", "b.pth"]', '--tasks=["knn", "linear"]',
     ]  # fmt: skip
     assert spread(["--dry-run", "false"], ["--tasks"]) == ["--dry-run", "false"]
+
+
+def test_commas_quotes_and_repetitions_in_a_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.pth", "c.pth", "[1].pth"):
+        Path(name).touch()
+
+    def weights(*words: str) -> list[str]:
+        (told,) = spread([f"--weights={words[0]}", *words[1:]], ["--weights"])
+        return json.loads(told.removeprefix("--weights="))
+
+    assert weights("a,b.pth") == ["a,b.pth"] and weights("[1].pth") == ["[1].pth"]
+    assert weights("a,b.pth,c.pth", "--weights", "x,y") == ["a,b.pth", "c.pth", "x", "y"]
+    assert weights('["a,b.pth", "c.pth"]') == ["a,b.pth", "c.pth"] and weights("[x, y]") == ["x", "y"]
+    words = [
+        "--override",
+        "all.partition=a,b,knn.nodes=1",
+        "all.setup=[x, y]",
+        "--detection-data",
+        "a=1:2,b=3:4",
+    ]
+    assert spread(words, ["--override", "--detection-data"]) == [
+        '--override=["all.partition=a,b", "knn.nodes=1", "all.setup=[x, y]"]',
+        '--detection-data=["a=1:2", "b=3:4"]',
+    ]
+    words = ["--more", "--ema", "--seeds", "3", "--more=--label 'x y'"]
+    assert spread(words, [], ["--more"]) == ["--seeds", "3", "--more=--ema --label 'x y'"]
+    assert spread(["--more"], [], ["--more"]) == ["--more"]
