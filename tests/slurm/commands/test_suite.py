@@ -203,7 +203,7 @@ def test_a_dry_run_for_a_cluster_needs_no_slurm_on_this_machine(
     assert {"   #SBATCH --mem=1536MB", "   #SBATCH --time=90"} <= headers["knn/intl"]
     linear = headers["linear/intl/seed0, linear/intl/seed1, linear/intl/seed2"]
     assert "   #SBATCH --array=0-2%3" in linear and "   #SBATCH --mem=64GB" in linear
-    assert "   #SBATCH --dependency='afterok:<pretrain>:<proof/intl>'" in linear
+    assert "   #SBATCH --dependency='afterok:<pretrain>'" in linear
     assert main([*words, "--dry-run", "--knn-protocol", "nope@1"]) == 2
     assert capsys.readouterr().out.count("check failed") == 1
     assert main(words) == 2
@@ -239,7 +239,7 @@ def test_a_detector_that_the_backbone_does_not_suit_is_refused(
     (told,) = problems(*cifar, "--tasks", "small_R18_FPN")
     assert "a CIFAR stem" in told and "pretrain with the ImageNet stem" in told
     assert not problems(*cifar, "--tasks", "knn")
-    elsewhere = f"{suits} DATASETS.TEST ('elsewhere',)"
+    elsewhere = f"{suits} DATASETS.TEST \"('elsewhere',)\""
     (told,) = problems(*from_weights, "--tasks", "small_R18_FPN", options=elsewhere)
     assert "give --detection-data elsewhere=ANNOTATIONS.json:IMAGES" in told
 
