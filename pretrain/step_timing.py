@@ -59,7 +59,7 @@ def report(settings: Settings, steps: int) -> None:
 
 
 def _workers(settings: Settings, device: torch.device) -> int:
-    return default_workers(1, device) if settings.workers is None else settings.workers
+    return default_workers(device) if settings.workers is None else settings.workers
 
 
 def alternatives(settings: Settings, device: torch.device) -> dict[str, Settings]:

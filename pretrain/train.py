@@ -186,7 +186,7 @@ def _loop(
         len(images), batch_global=settings.batch_global, rank=rank(), world=world_size(),
         seed=settings.seed, start=start, stop=total,
     )  # fmt: skip
-    workers = default_workers(world_size(), device) if settings.workers is None else settings.workers
+    workers = default_workers(device) if settings.workers is None else settings.workers
     loader = batches(views, steps, workers=workers, pin_memory=device.type == "cuda")
     encoder = parallel(learner.encoder, device, compiled=settings.compile)
     learner.encoder.train()

@@ -8,3 +8,15 @@ import os
 def cores() -> int:
     """Cores that this process may run on, or all there are where the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_rank() -> int:
+    """The cores for this process: its share of `cores()` where the ranks on this machine have them in common.
+
+    Ranks that SLURM has bound (their cores taken together are no more than the job has on this machine, as
+    SLURM_CPUS_ON_NODE says) have a share already.
+    https://slurm.schedmd.com/srun.html, output environment variables
+    """
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    bound = cores() * ranks <= int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
+    return cores() if bound else max(1, cores() // ranks)

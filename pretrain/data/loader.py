@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pretrain.common.machine import cores
+from pretrain.common.machine import cores_of_rank
 from pretrain.data.augment import (
     Colours,
     View,
@@ -159,9 +159,9 @@ def batches(views: Views, steps: StepBatches, *, workers: int, pin_memory: bool 
     return iter(loader)
 
 
-def default_workers(world_on_node: int, device: torch.device) -> int:
-    """All cores but one for each rank on a GPU, at most 16; one on a CPU, where the model takes the cores."""
-    return min(16, max(1, cores() // world_on_node - 1)) if device.type == "cuda" else 1
+def default_workers(device: torch.device) -> int:
+    """This rank's cores but one on a GPU, at most 16; one on a CPU, where the model takes the cores."""
+    return min(16, max(1, cores_of_rank() - 1)) if device.type == "cuda" else 1
 
 
 def finishes_in_workers(augment_on: str, device: torch.device) -> bool:

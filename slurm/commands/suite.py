@@ -9,7 +9,7 @@ from pretrain.common.cli import EXIT_FAILED, parse_settings, save_settings
 from pretrain.common.errors import UserError
 from slurm.commands.options import spread
 from slurm.execution.local import LocalRun, Machine
-from slurm.execution.snapshot import pin
+from slurm.execution.snapshot import code_files, pin, untracked
 from slurm.state.step_state import DONE
 from slurm.state.step_table import as_lines, summary
 from slurm.state.suite_lock import locked, refuse_other_configuration, set_aside
@@ -30,7 +30,7 @@ GROUPS = {
     "dry_run": "this call",
 }  # fmt: skip
 """The first option of each group of --help, and the group's title."""
-LISTS = ("--weights", "--tasks", "--override", "--force", "--detection-data")
+LISTS = ("--weights", "--include", "--tasks", "--override", "--force", "--detection-data")
 TEXTS = ("--pretrain-options", "--linear-options", "--semisup-options", "--detection-options")
 
 
@@ -53,6 +53,11 @@ def main(argv: list[str]) -> int | None:
     problems = checks.check(asked, graph, root, resources)
     if problems:
         raise UserError("nothing was submitted:\n  " + "\n  ".join(problems))
+    if left_out := sorted(set(untracked()) - {str(p) for p in code_files(asked.own_files)}):
+        print(
+            f"jobs will not have {', '.join(left_out)}: git does not track it; --include takes files along",
+            file=sys.stderr,
+        )
     if asked.cluster == "slurm":
         return _to_slurm(asked, graph, root, resources, redo)
     return _here(asked, graph, root, resources, redo)
@@ -120,7 +125,11 @@ def _to_slurm(
             subprocess.run(["scancel", *ids], timeout=60, check=True)
         set_aside(root, graph, redo)
         save_settings(asked, root / "config.yaml")
-        sent = submit.submit(graph, planned, root, resources, pin(root)) if planned.batches else {}
+        sent = (
+            submit.submit(graph, planned, root, resources, pin(root, asked.own_files))
+            if planned.batches
+            else {}
+        )
     for name, job_id in sent.items():
         print(f"submitted {name} as {job_id}")
     for name, state in planned.live.items():
@@ -143,7 +152,7 @@ def _here(
         refuse_other_configuration(root, graph, redo)
         set_aside(root, graph, redo)
         save_settings(asked, root / "config.yaml")
-        views = LocalRun(graph, root, resources, pin(root)).run()
+        views = LocalRun(graph, root, resources, pin(root, asked.own_files)).run()
     print("\n".join(as_lines(views)))
     print(summary(views))
     if (root / "report" / "index.html").exists():

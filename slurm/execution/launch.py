@@ -103,7 +103,8 @@ def executor(
         "dependency": dependency,
         "additional_parameters": extra,
         # A rank that dies takes the others along, which would wait for it for half an hour.
-        "srun_args": ["--kill-on-bad-exit=1"],
+        # Since 22.05 srun does not take the number of cores over from sbatch, and binds each rank to one.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={resources.cpus_per_task}"],
     }
     queue.update_parameters(**{k: v for k, v in wanted.items() if v is not None})
     return queue

@@ -6,6 +6,7 @@ satisfied, so each job also checks at its start that what it needs is done.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ class Batch:
 
     @property
     def title(self) -> str:
-        """The job's name: the step's, or the folder that an array's steps share."""
-        names = [s.name for s in self.steps]
+        """The job's name: the step's, or the folder that an array's steps share, in characters that mean
+        nothing to SLURM.
+        """
+        names = [re.sub(r"[^\w./+=-]", "_", s.name) for s in self.steps]
         if len(names) == 1:
             return names[0]
         shared = [a for a, *others in zip(*(n.split("/") for n in names)) if all(a == o for o in others)]
@@ -169,7 +172,8 @@ def submit(
         except FailedJobError as error:
             raise UserError(
                 f"sbatch refused {batch.title}: {' '.join(str(error).split())}; submitted before: "
-                f"{', '.join(sent) or 'nothing'}. Mend the profile and run again: only the rest is submitted"
+                f"{', '.join(sent) or 'nothing'}. Mend the profile, or wait for jobs "
+                "to end, and run again: only the rest is submitted"
             ) from error
         for step, job in zip(batch.steps, jobs):
             Record(root, step.name).submitted_as(job.job_id, logs)

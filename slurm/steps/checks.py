@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pretrain.common.errors import UserError
 from slurm.steps import tasks
 from slurm.steps.graph import Graph
-from slurm.steps.resources import Resources
+from slurm.steps.resources import Resources, refuse_for_sbatch
 from slurm.steps.suite import CLASSIFICATION, Suite
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources
         *_detection(asked, backbones),
         *_disk(graph, root),
     ]
+    if asked.cluster == "slurm":
+        problems += _place(root)
     if asked.cluster == "slurm" and not (asked.dry_run and not has_slurm()):
         problems += _cluster(graph, resources)
     return problems
@@ -173,6 +175,15 @@ def _disk(graph: Graph, root: Path) -> list[str]:
     wanted_gb = CHECKPOINT_GB * sum(s.kind in ("pretrain", "semisup", "detection") for s in graph)
     if free_gb < wanted_gb:
         return [f"{place} has {free_gb:.1f} GB free, the suite may need {wanted_gb:.0f} GB"]
+    return []
+
+
+def _place(root: Path) -> list[str]:
+    """The folder's path can stand in a job script."""
+    try:
+        refuse_for_sbatch("--output", str(root))
+    except UserError as error:
+        return [str(error)]
     return []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ class Resources:
     setup: tuple[str, ...] = ()
     """Shell lines before the job, such as "module load cuda"."""
     sbatch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Any further sbatch options by their long names: {reservation: mine}."""
+    """Any further sbatch options by their long names: {reservation: mine}; true for one without a value."""
 
     @property
     def tasks(self) -> int:
@@ -77,6 +78,9 @@ class Resources:
         """GPU-hours of one full time limit."""
         return self.nodes * self.gpus_per_node * self.timeout_min / 60
 
+
+OURS = ("array", "dependency", "error", "job-name", "open-mode", "output", "signal")
+"""Options of sbatch by which the suite finds its jobs and their logs."""
 
 FIELDS = {f.name: f for f in dataclasses.fields(Resources)}
 
@@ -132,6 +136,16 @@ def _resources(kind: str, given: dict[str, Any], path: Path) -> Resources:
         )
         if not good or (name in ("nodes", "cpus_per_task", "timeout_min") and value == 0):
             raise UserError(f"{path}, {kind}: {name} is {value!r}; wanted {wanted}")
+        for text in _texts(value):
+            refuse_for_sbatch(f"{path}, {kind}: {name}", text, shell=name == "setup")
+    for name, value in (given.get("sbatch") or {}).items():
+        where = f"{path}, {kind}: sbatch"
+        if not re.fullmatch(r"[a-z][a-z-]*", str(name)) or name in OURS:
+            raise UserError(
+                f"{where}: {name!r} cannot be set; wanted sbatch's long names, but for {', '.join(OURS)}"
+            )
+        if not isinstance(value, (str, int, float)):
+            raise UserError(f"{where}: {name} is {value!r}; wanted a text, a number or true")
     changed = dict(given)
     if "setup" in changed:
         changed["setup"] = tuple(str(line) for line in changed["setup"])
@@ -139,6 +153,26 @@ def _resources(kind: str, given: dict[str, Any], path: Path) -> Resources:
         if changed.get(name) is not None:
             changed[name] = str(changed[name])
     return Resources(**changed)
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text in a value of a profile."""
+    if isinstance(value, dict):
+        return [t for pair in value.items() for part in pair for t in _texts(part)]
+    if isinstance(value, list):
+        return [t for part in value for t in _texts(part)]
+    return [value] if isinstance(value, str) else []
+
+
+def refuse_for_sbatch(where: str, text: str, *, shell: bool = False) -> None:
+    """Raises UserError for what would end a line of the job script, or be replaced in it by SLURM.
+
+    A line of the job's `shell` may have percent signs and tabs.
+    """
+    if not (text.replace("\t", "") if shell else text).isprintable():
+        raise UserError(f"{where} is {text!r}: control characters would become lines of the job script")
+    if "%" in text and not shell:
+        raise UserError(f"{where} is {text!r}: SLURM replaces what follows a %; leave it out")
 
 
 def _only(given: Any, valid: set[str], where: str, what: str) -> None:

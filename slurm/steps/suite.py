@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from pretrain.common.errors import UserError
+from pretrain.settings import RECIPES
 from pretrain.settings import Settings as PretrainSettings
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import Resources
 from slurm.steps.tasks import BACKBONES, DETECTION, Images, Target
+from transfer.conversion.availability import CONFIGS
+from transfer.evaluation.protocol import FOLDER
 from transfer.evaluation.voc07 import NAME as VOC07
 
 CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
@@ -67,6 +71,9 @@ class Suite:
     """What each kind of step asks for: a name in slurm/profiles or a YAML file; local has its own."""
     override: list[str] | None = None
     """Changes to the profile: --override pretrain.timeout_min=600 all.account=vision."""
+    include: list[str] | None = None
+    """Files or folders of this project that jobs need and git does not track: they get the tracked ones,
+    and the recipe, protocols and configs named here."""
     dry_run: bool = False
     """Print the graph, the sbatch headers and the GPU-hours, check everything, submit nothing."""
     force: list[str] | None = None
@@ -119,11 +126,29 @@ class Suite:
         """The protocol of each kind of task: the one asked for, else the one that the field reports it by."""
         cifar = self.pretraining is not None and self.pretraining.stem == "cifar"
         linear = "voc07_svm@1" if self.labelled == VOC07 else "intl_linear@1"
-        return {
+        chosen = {
             "knn": self.knn_protocol or ("intl_cifar_5nn@1" if cifar else "solo_knn@1"),
             "linear": self.linear_protocol or ("intl_cifar_linear@1" if cifar else linear),
             "semisup": self.semisup_protocol,
         }
+        return {kind: str(Path(n).resolve()) if Path(n).is_file() else n for kind, n in chosen.items()}
+
+    @property
+    def detection_sets(self) -> list[str]:
+        """--detection-data with absolute paths: a job does not run where the user typed them."""
+        found = (re.fullmatch(r"([^=]+)=(.+\.json):(.+)", word) for word in self.detection_data or [])
+        return [
+            f"{match[1]}={Path(match[2]).resolve()}:{Path(match[3]).resolve()}" if match else word
+            for match, word in zip(found, self.detection_data or [])
+        ]
+
+    @property
+    def own_files(self) -> list[Path]:
+        """What jobs need of the project beside the files that git tracks."""
+        protocols = [FOLDER / f"{name}.yaml" for name in self.protocols.values()]
+        configs = [CONFIGS / f"{DETECTION.get(t, t)}.yaml" for t in self.tasks or []]
+        named = [RECIPES / f"{self.recipe}.yaml", *protocols, *configs]
+        return [*map(Path, self.include or []), *(path for path in named if path.is_file())]
 
 
 def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Graph:
@@ -164,7 +189,7 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
                     evaluations.append(tasks.detection(
                         root, target, task=Path(task).stem, config=tasks.detection_config(task), seed=seed,
                         weights=converted.makes[0], depends_on=(converted.name,), num_gpus=gpus,
-                        datasets=asked.detection_data or [], extra=asked.options_of("detection"),
+                        datasets=asked.detection_sets, extra=asked.options_of("detection"),
                     ))  # fmt: skip
     report = tasks.report(root, [*(s for s in steps if s.kind in ("pretrain", "control")), *evaluations])
     return Graph([*steps, *evaluations, report])
@@ -179,11 +204,16 @@ def _files(weights: list[str]) -> dict[str, Path]:
         if paths.count(path) > 1:
             raise UserError(f"--weights names {path} twice")
     for depth in range(1, max((len(p.parts) for p in paths), default=1) + 1):
-        named = {"-".join([*p.parts[1:][-depth:-1], p.stem]): p for p in paths}
+        named = {_plain("-".join([*p.parts[1:][-depth:-1], p.stem])): p for p in paths}
         if len(named) == len(paths):
             return named
     same = ", ".join(str(p) for p in paths)
     raise UserError(f"--weights: these differ in nothing but their suffix, rename one: {same}")
+
+
+def _plain(name: str) -> str:
+    """A name that is safe for a folder, a job and a terminal."""
+    return re.sub(r"[^\w.+=@-]", "_", name)
 
 
 def _judged(root: Path, target: Target, images: Images, task: str, asked: Suite) -> list[Step]:

@@ -197,7 +197,7 @@ def classification(
         argv=(*words, *extra),
         output=output,
         depends_on=target.depends_on,
-        inputs=target.inputs,
+        inputs=(*target.inputs, *([Path(protocol)] if Path(protocol).is_absolute() else ())),
         makes=(output / "results.jsonl",),
     )
 

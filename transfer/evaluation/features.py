@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.common.collectives import any_rank
 from pretrain.common.errors import UserError
 from pretrain.common.files import atomic_path, write_json
-from pretrain.common.machine import cores
+from pretrain.common.machine import cores_of_rank
 from pretrain.common.process_group import barrier, is_main, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
@@ -292,7 +292,7 @@ def image_batches(
     """(pixels B x 3 x H x W uint8, positions B) in the order given. Raises BrokenImage naming the file."""
     if workers is None:
         small = transform.resize is None
-        workers = 0 if small else min(8, cores())
+        workers = 0 if small else min(8, cores_of_rank())
     loader: DataLoader[Any] = DataLoader(
         images, batch_sampler=[b.tolist() for b in batches], collate_fn=_Collate(transform),  # type: ignore[arg-type]
         num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=set_up_worker,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
-from pretrain.common.machine import cores
+from pretrain.common.machine import cores_of_rank
 from pretrain.common.process_group import barrier, is_main, process_group, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
@@ -228,8 +227,7 @@ def _fit_all(
 
     classes = train_targets.shape[1]
     mine = [c for c in range(classes) if c % world_size() == rank() and not (folder / f"{c}.json").exists()]
-    share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    jobs = 1 if train_ND.size < SMALL else max(1, min(share, len(mine)))
+    jobs = 1 if train_ND.size < SMALL else max(1, min(cores_of_rank(), len(mine)))
     common = {"costs": values.costs, "iterations": values.iterations, "seed": settings.seed}
 
     def work(c: int) -> Any:

@@ -16,6 +16,8 @@ from pretrain.common.files import read_jsonl, sha256_of
 from slurm.__main__ import main
 from slurm.execution import submit
 from slurm.execution.snapshot import SOURCE
+from slurm.steps import checks
+from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import load_profile
 from slurm.steps.suite import Suite, _files, suite_graph
 from slurm.steps.tasks import DETECTION, detection_config
@@ -274,6 +276,49 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
     (tmp_path / "moco.pt").touch()
     with pytest.raises(UserError, match="rename one"):
         _files([moco, str(tmp_path / "moco.pt")])
+
+
+def test_names_that_mean_something_to_a_shell_are_plain_in_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's file name becomes no line of a job script; `%` in the folder's would be replaced."""
+    evil = tmp_path / "a\n#SBATCH --uid=0\nrm %j.pth"
+    evil.touch()
+    asked = Suite(output="out", weights=[str(evil)], data_dir=".", tasks=["knn"])
+    graph = suite_graph(tmp_path, asked, load_profile("local", []))
+    assert list(graph.steps) == ["knn/a__SBATCH_--uid=0_rm__j", "report"]
+    odd = Graph([Step(name="b\nc%j", kind="knn", command="m", argv=(), output=tmp_path)])
+    (batch,) = submit.plan(odd, tmp_path, set()).batches
+    text = submit.sbatch_text(batch, load_profile("slurm_cpu", []), tmp_path, tmp_path)
+    assert "#SBATCH --job-name=b_c_j" in text.splitlines()
+    assert "--cpus-per-task=16" in next(x for x in text.splitlines() if x.startswith("srun"))
+    for word in ("%j", "x\ny"):
+        (told,) = checks._place(tmp_path / word)
+        assert told.startswith("--output is ")
+    assert checks._place(tmp_path) == []
+
+
+def test_the_users_own_files_reach_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A protocol and a data set named as seen from here; another content of the protocol is another step."""
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "mine@1.yaml"
+    own.write_text("task: knn")
+    for name in ("w.pth", "a.json"):
+        Path(name).touch()
+
+    def steps() -> dict[str, Step]:
+        asked = Suite(
+            output="out", weights=["w.pth"], data_dir=".", tasks=["knn", "small_R18_FPN"],
+            knn_protocol="mine@1.yaml", detection_data=["s=a.json:b"],
+        )  # fmt: skip
+        graph = suite_graph(tmp_path / "out", asked, load_profile("local", []))
+        return {step.name: step for step in graph} | {"key": graph.keys["knn/w"]}
+
+    first = steps()
+    assert str(own) in first["knn/w"].argv
+    assert f"s={tmp_path}/a.json:{tmp_path}/b" in first["detection/small_R18_FPN/w/seed0"].argv
+    own.write_text("task: knn # another")
+    assert steps()["key"] != first["key"]
 
 
 def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
