@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from pretrain.common.signals import StopSignals
 
@@ -40,18 +40,16 @@ def _no_signal_heard() -> Iterator[None]:
 
 
 def _shared_once(name: str, make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder made once for all workers of a run: the first to rename its own copy into place wins."""
+    """A folder made once for all workers of a run: the others wait for the one that makes it."""
     root = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         root = root.parent
     final = root / name
-    if not final.exists():
-        aside = tmp_path_factory.mktemp(name)
-        make(aside)
-        try:
+    with FileLock(root / f"{name}.lock"):
+        if not final.exists():
+            aside = tmp_path_factory.mktemp(name)
+            make(aside)
             aside.rename(final)
-        except OSError:  # another worker was first
-            shutil.rmtree(aside)
     return final
 
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
+from pretrain import __version__
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import write_text
 from pretrain.common.help_formatter import EXIT_CODES, Formatter, help_text
@@ -181,7 +182,7 @@ def save_settings(settings: Any, path: str | Path) -> None:
 
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call `main` and turn what it raises into one clear line and an exit code."""
+    """Call `main`, turn what it raises into one clear line and an exit code; answer `--version`."""
     logging.basicConfig(
         level=os.environ.get("LOG_LEVEL", "INFO"),
         format="%(asctime)s %(name)s: %(message)s",
@@ -190,8 +191,12 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     )
     logging.getLogger("timm").setLevel(logging.WARNING)  # it tells of every file it loads
     earlier_hook, threading.excepthook = threading.excepthook, _note_thread_error
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return main(list(sys.argv[1:] if argv is None else argv)) or EXIT_OK
+        if words == ["--version"]:
+            print(f"intl-bench {__version__}")
+            return EXIT_OK
+        return main(words) or EXIT_OK
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE

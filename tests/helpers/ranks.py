@@ -18,11 +18,15 @@ from pretrain.common.process_group import process_group
 from pretrain.settings import Settings
 
 
-def start_ranks(settings: Settings, *options: str, world: int = 2) -> list[subprocess.Popen[str]]:
-    """`python -m pretrain` as torchrun would start it on this machine."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_ranks(settings: Settings, *options: str, world: int = 2) -> list[subprocess.Popen[str]]:
+    """`python -m pretrain` as torchrun would start it on this machine."""
+    port = free_port()
     config = Path(settings.output).with_suffix(".yaml")
     save_settings(settings, config)
     return [
@@ -46,9 +50,7 @@ def wait_ranks(ranks: list[subprocess.Popen[str]], expected: int) -> None:
 
 def fork_ranks(world: int, work: Callable[..., None], *arguments: Any) -> list[mp.Process]:
     """Fork `world` processes that call `work(*arguments)` inside a gloo group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = mp.get_context("fork")  # imports nothing anew
     ranks = [context.Process(target=_forked, args=(r, world, port, work, arguments)) for r in range(world)]
     for process in ranks:
@@ -69,6 +71,11 @@ def _forked(r: int, world: int, port: int, work: Callable[..., None], arguments:
         print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
     os._exit(0)
+
+
+def run_on_ranks(world: int, work: Callable[..., None], *arguments: Any) -> None:
+    """`fork_ranks`, and all of them end well."""
+    assert finish_ranks(fork_ranks(world, work, *arguments)) == [0] * world
 
 
 def finish_ranks(ranks: list[mp.Process]) -> list[int | None]:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pretrain.common import collectives, process_group, sync_batchnorm
 from pretrain.loss import intl_loss, spectral_loss
 from pretrain.spectral import power
+from tests.helpers.ranks import run_on_ranks
 
 IMAGES = 16
 
@@ -61,33 +58,26 @@ def _outcome(model: nn.Module, bare: nn.Module, views: Tensor, options: dict) ->
     return {**found, **{name: value.detach() for name, value in terms.items()}}
 
 
-def _rank(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )  # fmt: skip
-    with process_group.process_group():
-        own = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
-        found = []
-        for width, options in CASES:
-            bare = sync_batchnorm.convert_sync_batchnorm(_network(width), torch.device("cpu"))
-            # Three forward passes a step: buffers must not be broadcast between them.
-            model = nn.parallel.DistributedDataParallel(bare, broadcast_buffers=False)
-            found.append(_outcome(model, bare, _views()[:, own], options))
-        x = torch.full((2, 3), float(rank), requires_grad=True)
-        y = collectives.gather_rows(x)
-        (y * torch.arange(2 * world)[:, None]).sum().backward()
-        helpers = {"gathered": y.detach(), "gather_grad": x.grad, "any": collectives.any_rank(rank == 0)}
-        torch.save((found, helpers), Path(folder) / f"{rank}.pt")
-        dist.barrier()
+def _on_each_rank(folder: Path) -> None:
+    rank, world = process_group.rank(), process_group.world_size()
+    own = slice(rank * IMAGES // world, (rank + 1) * IMAGES // world)
+    found = []
+    for width, options in CASES:
+        bare = sync_batchnorm.convert_sync_batchnorm(_network(width), torch.device("cpu"))
+        # Three forward passes a step: buffers must not be broadcast between them.
+        model = nn.parallel.DistributedDataParallel(bare, broadcast_buffers=False)
+        found.append(_outcome(model, bare, _views()[:, own], options))
+    x = torch.full((2, 3), float(rank), requires_grad=True)
+    y = collectives.gather_rows(x)
+    (y * torch.arange(2 * world)[:, None]).sum().backward()
+    helpers = {"gathered": y.detach(), "gather_grad": x.grad, "any": collectives.any_rank(rank == 0)}
+    torch.save((found, helpers), folder / f"{rank}.pt")
+    process_group.barrier()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_equal_one_process(world: int, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (world, port, str(tmp_path)), nprocs=world)
+    run_on_ranks(world, _on_each_rank, tmp_path)
     results = [torch.load(tmp_path / f"{r}.pt") for r in range(world)]
     for i, (width, options) in enumerate(CASES):
         model = _network(width)

@@ -17,7 +17,7 @@ import transfer.evaluation.features
 from pretrain.common.process_group import rank
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.model import build_backbone
-from tests.helpers.ranks import finish_ranks, fork_ranks, kill_ranks
+from tests.helpers.ranks import finish_ranks, fork_ranks, kill_ranks, run_on_ranks
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import results
 from transfer.evaluation.features import Extractor, extract
@@ -85,7 +85,7 @@ def features_in(cache: Path) -> np.ndarray:
 def test_ranks_extract_each_image_once(world: int, images, wanted: np.ndarray, tmp_path: Path) -> None:
     cache, notes = tmp_path / "cache", tmp_path / "notes"
     notes.mkdir()
-    assert finish_ranks(fork_ranks(world, extract_here, images, cache, notes)) == [0] * world
+    run_on_ranks(world, extract_here, images, cache, notes)
     np.testing.assert_array_equal(features_in(cache), wanted)
     # Parts of 24, the seventh of 16, dealt in turn: two ranks get 4 and 3 of them, three 3, 2 and 2.
     assert Noted.total(notes) == {1: [160], 2: [88, 72], 3: [64, 48, 48]}[world]
@@ -106,7 +106,7 @@ def test_killed_ranks_go_on_where_they_were(world: int, images, wanted: np.ndarr
     (folder,) = cache.iterdir()
     kept = len(list(folder.glob("part-*.npy")))
     assert 1 <= kept < 7 and not (folder / "features.npy").exists()
-    assert finish_ranks(fork_ranks(world + 1, extract_here, images, cache, after)) == [0] * (world + 1)
+    run_on_ranks(world + 1, extract_here, images, cache, after)
     np.testing.assert_array_equal(np.load(folder / "features.npy"), wanted)
     assert not list(folder.glob("part-*.npy"))
     assert 160 - kept * PART <= sum(Noted.total(after)) <= 160 - kept * PART + PART - 16
@@ -139,8 +139,8 @@ def train_heads(folder: Path) -> None:
 
 
 def test_heads_on_ranks_are_those_of_one_process(tmp_path: Path) -> None:
-    assert finish_ranks(fork_ranks(1, train_heads, tmp_path)) == [0]
-    assert finish_ranks(fork_ranks(2, train_heads, tmp_path)) == [0, 0]
+    run_on_ranks(1, train_heads, tmp_path)
+    run_on_ranks(2, train_heads, tmp_path)
     alone, *ranks = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert alone[0][0]["parameters"][0].dtype == torch.float64
     for found in ranks:

@@ -7,9 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +18,10 @@ from torch import nn
 from pretrain.checkpoint import load_checkpoint, save_backbone
 from pretrain.common.collectives import sum_over_ranks
 from pretrain.common.errors import RunFailed, UserError
-from pretrain.common.process_group import process_group, rank
+from pretrain.common.process_group import rank
 from pretrain.common.signals import Stopped
 from pretrain.model import build_backbone
+from tests.helpers.ranks import run_on_ranks
 from transfer.evaluation import results
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluators.finetune import FineTuning, joined, percentages, places
@@ -285,31 +283,13 @@ def _two_steps(sizes: tuple[int, ...], sync_bn: bool) -> list[torch.Tensor]:
     return [v.detach().clone() for v in learner.model.state_dict().values()] + losses
 
 
-def _rank_of_two(number: int, port: int, sync_bn: bool, file: str) -> None:
-    os.environ |= {
-        "RANK": str(number),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    torch.set_num_threads(1)
-    with process_group():
-        torch.save(_two_steps((5, 2), sync_bn), f"{file}{number}")
+def _save_two_steps(sync_bn: bool, file: Path) -> None:
+    torch.save(_two_steps((5, 2), sync_bn), f"{file}{rank()}")
 
 
 def test_unequal_shares_of_two_ranks_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("fork")
     for sync_bn in (True, False):
-        port = _free_port()
-        started = [
-            context.Process(target=_rank_of_two, args=(r, port, sync_bn, str(tmp_path / f"{sync_bn}")))
-            for r in range(2)
-        ]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(120)
-        assert [p.exitcode for p in started] == [0, 0]
+        run_on_ranks(2, _save_two_steps, sync_bn, tmp_path / str(sync_bn))
         first, second = (torch.load(tmp_path / f"{sync_bn}{r}") for r in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second))
         one = _two_steps((7,), sync_bn)
@@ -317,10 +297,8 @@ def test_unequal_shares_of_two_ranks_give_the_gradient_of_the_whole_batch(tmp_pa
         assert all(same) == sync_bn  # without, each rank normalises by its own images, as published
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def _command(words: list[str]) -> None:
+    assert main(words) == 0
 
 
 def test_two_ranks_agree_with_one(words: list[str], tmp_path: Path) -> None:
@@ -329,20 +307,7 @@ def test_two_ranks_agree_with_one(words: list[str], tmp_path: Path) -> None:
     rates = {"lr_backbone": {"10": 1e-6}, "lr_head": {"10": 1e-4}}
     words = [*words, "--protocol", _protocol(tmp_path, sync_bn=True, epochs=1, **rates)]
     assert main([*words, "--output", str(tmp_path / "one")]) == 0
-    port = _free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "transfer", "semisup", *words, "--output", str(tmp_path / "two")],
-            env={
-                **os.environ, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
-            },
-            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    errors = [p.communicate(timeout=300)[1] for p in started]
-    assert [p.returncode for p in started] == [0, 0], errors
+    run_on_ranks(2, _command, [*words, "--output", str(tmp_path / "two")])
     (one, _), (two, _) = (results.read(tmp_path / name) for name in ("one", "two"))
     assert two.n == one.n == 160
     assert (one.settings["world_size"], two.settings["world_size"]) == (1, 2)
