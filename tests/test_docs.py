@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import io
@@ -30,8 +31,8 @@ hashes are never ranked against each other. Your own protocol is a file of the s
 """,
     "formats.md": """# Checkpoint formats
 
-Written from `transfer/checkpoints/formats.py` (CONTRIBUTING says how). `python -m transfer inspect FILE` says
-which of them a file has, what would be used and what dropped. Prefixes `module.` (DDP) and `_orig_mod.`
+Written from `transfer/checkpoints/formats.py` (CONTRIBUTING says how). `intl-transfer inspect FILE` says which
+of them a file has, what would be used and what dropped. Prefixes `module.` (DDP) and `_orig_mod.`
 (torch.compile) may stand anywhere.
 """,
     "datasets.md": """# Data sets
@@ -135,8 +136,9 @@ def parts(line: str) -> tuple[str, str, list[str]] | None:
     words = [w for w in shlex.split(line) if not re.fullmatch(r"[A-Z_0-9]+=.*", w)]
     if not words:
         return None
-    if words[0] in CONSOLE:
-        module, rest = CONSOLE[words[0]], words[1:]
+    console = next((i for i, word in enumerate(words) if word in CONSOLE), None)
+    if console is not None:  # alone, or behind torchrun --no-python
+        module, rest = CONSOLE[words[console]], words[console + 1 :]
     elif Path(words[0]).name.startswith(("python", "torchrun")) and "-m" in words:
         at = words.index("-m") + 1
         module, rest = words[at], words[at + 1 :]
@@ -151,8 +153,7 @@ def parts(line: str) -> tuple[str, str, list[str]] | None:
 KINDS = {
     "make": {"demo", "test", "test-faults", "lint", "bench", "env"},
     "pretrain": {""},
-    "transfer": {"inspect", "knn", "linear", "report", "convert", "plan"},
-    "transfer.train_net": {""},
+    "transfer": {"inspect", "knn", "linear", "report", "convert", "plan", "train-net"},
     "slurm": {"suite", "status", "logs", "cancel"},
 }
 """What the documentation has at least: found fewer, the search for commands is at fault, or the pages."""
@@ -177,10 +178,18 @@ def test_every_kind_of_command_is_found() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_no_command_stands_in_a_block_that_is_not_marked_sh(page: Path) -> None:
     for kind, body in FENCE.findall(page.read_text(encoding="utf-8")):
-        assert kind in ("", "sh"), f"{page.name}: ```{kind}: commands are looked for in ```sh alone"
+        assert kind in ("", "sh", "python"), f"{page.name}: ```{kind}: commands are looked for in ```sh alone"
         if kind == "":
             lost = [line for line in body.splitlines() if STARTS_A_COMMAND.match(line.strip())]
             assert not lost, f"{page.name}: mark the block ```sh: {lost}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_compile_and_import_what_exists(page: Path) -> None:
+    for kind, body in FENCE.findall(page.read_text(encoding="utf-8")):
+        if kind == "python":
+            imports = [n for n in ast.parse(body).body if isinstance(n, (ast.Import, ast.ImportFrom))]
+            exec(compile(ast.Module(imports, []), page.name, "exec"), {})
 
 
 def test_commands_are_found_where_they_stand() -> None:
@@ -228,7 +237,7 @@ def test_documented_command_exists_with_its_options(command: Command) -> None:
         assert "-m pytest " in line, f"{page}: {line}: no command of this project"
         return
     module, sub, options = found
-    if module == "transfer.train_net":
+    if sub == "train-net":
         pytest.importorskip("detectron2")
     text = help_of(module, sub)
     assert "usage" in text.lower() or options == [], f"{page}: {line}: no help: {text[:200]}"

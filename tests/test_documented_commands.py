@@ -78,48 +78,48 @@ WAYS: dict[str, Way] = {
     "make env DETECTRON2=source": _make("git+https://github.com/facebookresearch/detectron2.git"),
     # The page that it writes anew is spoilt beforehand.
     "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="3 passed"),
-    "python -m transfer inspect": Way(says="complete: the backbone loads"),
+    "intl-transfer inspect": Way(says="complete: the backbone loads"),
     # ImageNet's name is kept for its thousand classes.
-    "python -m transfer knn": Way(
+    "intl-transfer knn": Way(
         change={"imagenet": "imagefolder"}, leaves=("out/knn/results.jsonl", "out/knn/config.yaml")
     ),
     # The protocol's 100 epochs, as published, of twenty images.
-    "python -m transfer linear": Way(
+    "intl-transfer linear": Way(
         change={"imagenet": "imagefolder"},
         runs=("--data-dir {few} --workers 0",),
         leaves=("out/linear/results.jsonl", "out/linear/config.yaml"),
     ),
     # The published lists are of ImageNet's files, and downloaded; other data sets have a draw of their own.
-    "python -m transfer semisup": Way(
+    "intl-transfer semisup": Way(
         runs=("--data-dir {few} --image-size 64 --workers 0",),
         change={"--lists": "", "download": "", "imagenet": "imagefolder"},
         leaves=("out/semisup1/results.jsonl", "out/semisup1/config.yaml"),
     ),
-    "python -m transfer export": Way(leaves=("out/hub/config.json", "out/hub/model.safetensors")),
-    "python -m transfer report": Way(leaves=("out/report/index.html", "out/report/report.md")),
-    "python -m transfer spectrum-study": Way(
+    "intl-transfer export": Way(leaves=("out/hub/config.json", "out/hub/model.safetensors")),
+    "intl-transfer report": Way(leaves=("out/report/index.html", "out/report/report.md")),
+    "intl-transfer spectrum-study": Way(
         runs=(
             "--dataset imagefolder --data-dir {images} --output out/study --steps 2 --seeds 1 --batch 16 "
             "--features 24 --powers [0.25] --iterations [4] --bank 60 --queries 20",
         ),
         leaves=("out/study/study.md",),
     ),
-    "python -m pretrain --help": Way(says="--view-sizes"),
-    "python -m pretrain --recipe imagenet_ep100_multicrop_ema": Way(
+    "intl-pretrain --help": Way(says="--view-sizes"),
+    "intl-pretrain --recipe imagenet_ep100_multicrop_ema": Way(
         runs=(f"{STEPS} {SIX_VIEWS} --dataset imagefolder",),
         leaves=tuple(f"out/pretrain/{f}" for f in (*PRETRAINED, "backbone_ema.safetensors")),
     ),
-    "python -m pretrain --recipe cifar10_ep1000": Way(
+    "intl-pretrain --recipe cifar10_ep1000": Way(
         runs=(f"{STEPS} {TWO_VIEWS}",), leaves=tuple(f"out/cifar10/{f}" for f in PRETRAINED)
     ),
-    "python -m pretrain --recipe cifar10_two_cores": Way(
+    "intl-pretrain --recipe cifar10_two_cores": Way(
         runs=(f"{STEPS} {TWO_VIEWS}",), leaves=tuple(f"out/small/{f}" for f in PRETRAINED)
     ),
-    "python -m transfer knn --weights out/small/backbone.safetensors": Way(
+    "intl-transfer knn --weights out/small/backbone.safetensors": Way(
         leaves=("out/small/knn/results.jsonl",)
     ),
     # The protocol's epochs, as published, of twenty images.
-    "python -m transfer linear --weights out/small/backbone.safetensors": Way(
+    "intl-transfer linear --weights out/small/backbone.safetensors": Way(
         runs=("--dataset imagefolder --data-dir {few} --workers 0",),
         leaves=("out/small/linear/results.jsonl",),
     ),
@@ -132,12 +132,12 @@ WAYS: dict[str, Way] = {
         runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18 --dataset imagefolder --steps 1",),
         says="worth changing first",
     ),
-    "python -m slurm suite --weights": Way(
+    "intl-slurm suite --weights": Way(
         runs=("--dataset imagefolder",), says="all checks passed; nothing was submitted"
     ),
     # As written up to submission (tests/cluster submits to a real SLURM); then on this machine, so that
     # there is a suite for status, logs and cancel.
-    "python -m slurm suite --recipe": Way(
+    "intl-slurm suite --recipe": Way(
         runs=(
             "--dry-run --dataset imagefolder",
             "--cluster local --dataset imagefolder --profile local --seeds 1 --data-dir {few} "
@@ -146,12 +146,12 @@ WAYS: dict[str, Way] = {
         ),
         leaves=("{shared}/pretrain/backbone.safetensors", "{shared}/report/index.html"),
     ),
-    "python -m slurm status": Way(says="linear/intl/seed0"),
-    "python -m slurm logs": Way(says="linear/intl/seed0"),
-    "python -m slurm cancel": Way(says="nothing was queued or running"),
-    "python -m transfer convert": Way(leaves=("model.pkl",), says="proved equal in detectron2"),
-    "python -m transfer plan": Way(says="append to train_net: "),
-    "python -m transfer.train_net": Way(
+    "intl-slurm status": Way(says="linear/intl/seed0"),
+    "intl-slurm logs": Way(says="linear/intl/seed0"),
+    "intl-slurm cancel": Way(says="nothing was queued or running"),
+    "intl-transfer convert": Way(leaves=("model.pkl",), says="proved equal in detectron2"),
+    "intl-transfer plan": Way(says="append to train_net: "),
+    "intl-transfer train-net": Way(
         runs=(DETECTOR,),
         change={"8": "0 --dataset coco_2017_train={coco} --dataset coco_2017_val={coco}"},
         leaves=("out/coco/results.jsonl", "out/coco/config.yaml", "out/coco/model_final.pth"),
@@ -195,8 +195,8 @@ def test_every_command_has_an_entry(command: Command) -> None:
 
 def test_no_entry_is_left_over_and_the_check_can_fail() -> None:
     assert {way_of(c.line) for c in commands()} == set(WAYS)
-    assert way_of("python -m transfer inspectors FILE") is None
-    assert way_of("make demolish") is None and way_of("python -m transfer supervise --weights w") is None
+    assert way_of("intl-transfer inspectors FILE") is None
+    assert way_of("make demolish") is None and way_of("intl-transfer supervise --weights w") is None
 
 
 @pytest.fixture

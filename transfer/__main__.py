@@ -20,6 +20,7 @@ COMMANDS = {
     "linear": ("transfer.evaluators.linear", "train linear heads on the frozen backbone"),
     "semisup": ("transfer.evaluators.semisup", "fine-tune with 1 %, 10 % or all of the labels"),
     "convert": ("transfer.conversion.convert", "turn a checkpoint into detectron2 weights, proved equal"),
+    "train-net": ("transfer.train_net", "fine-tune a detector in detectron2, or evaluate one"),
     "plan": ("transfer.detection.schedule", "say what a detection run will cost before it starts"),
     "export": ("transfer.export", "write the backbone as another library's files, loaded there"),
     "report": ("transfer.report.command", "tables and plots of all results, beside published numbers"),
@@ -35,7 +36,7 @@ def usage() -> str:
         "usage: python -m transfer COMMAND [options]", "",
         "Judge any self-supervised ResNet checkpoint. COMMAND --help lists its options.", "",
         "commands:", *lines, "",
-        "Detection and segmentation: python -m transfer.train_net --help", "", wrapped(EXIT_CODES),
+        wrapped(EXIT_CODES),
     ])  # fmt: skip
 
 
