@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]` enters; JSON files and Markdown tables leave, the tables printed too."""
+"""`python -m benchmarks [NAME ...]`: JSON files and Markdown tables, printed too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images enter; how far our augmentation lies from the published code's Pillow operations leaves, in levels.
+"""How far our augmentation lies from the published code's Pillow operations, in grey levels.
 
 Both get the same parameters, spread over the recipe's ranges. Pillow answers in whole levels of 255, ours in
 float: rounding alone makes 0.25 levels of the mean, and cutting off, as Pillow's blending does, 0.5.

@@ -1,4 +1,4 @@
-"""Callables enter; interleaved times, peak memory, the machine's name and a Markdown table leave."""
+"""Interleaved times, peak memory, the machine's name and Markdown tables."""
 
 from __future__ import annotations
 

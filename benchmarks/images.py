@@ -1,4 +1,4 @@
-"""A folder to write to enters; real images to measure on leave, made ones where there are none.
+"""Real images to measure on, made ones where there are none.
 
 Real are those of BENCH_TEST_DATA (CONTRIBUTING says what lies there), else Fashion-MNIST.
 """

@@ -1,4 +1,4 @@
-"""A random backbone and images enter; BN statistics estimated on them make it an honest control."""
+"""The random control: an untrained backbone whose BatchNorm statistics are estimated on the images."""
 
 from __future__ import annotations
 

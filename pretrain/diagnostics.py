@@ -1,4 +1,4 @@
-"""An embedding enters; numbers that say how its spectrum looks, and whether it has collapsed, leave.
+"""Numbers that describe an embedding's spectrum, and whether it has collapsed.
 
 Letters of shapes: N images, D features.
 """

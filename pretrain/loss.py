@@ -1,4 +1,4 @@
-"""Embeddings of several views enter; the INTL loss, its alignment and its trace penalty leave.
+"""The INTL loss of several views, with its alignment and its trace penalty.
 
 Section 4 of Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024,
 https://arxiv.org/abs/2305.16789. Each view's embeddings go through IterNorm (`pretrain.spectral`); the other

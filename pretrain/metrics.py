@@ -1,4 +1,4 @@
-"""Losses and diagnoses of a run enter; JSON lines, TensorBoard files and, on request, W&B charts leave."""
+"""A run's losses and diagnoses as JSON lines, TensorBoard files and, on request, W&B charts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An architecture's name enters; a timm ResNet, the projector and the target encoder (EMA) leave.
+"""The timm ResNet, the projector, and the target encoder that follows them (EMA).
 
 Letters of shapes: N images, D embedding features.
 """

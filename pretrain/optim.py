@@ -1,4 +1,4 @@
-"""Parameters and a step enter; an optimizer, a learning rate and a momentum of the EMA branch leave."""
+"""The optimizer, and the schedules of learning rate and EMA momentum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options and recipes enter; frozen settings of a pretraining run, checked, leave."""
+"""The settings of a pretraining run: checked, frozen, from recipes and options."""
 
 from __future__ import annotations
 

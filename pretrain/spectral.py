@@ -1,4 +1,4 @@
-"""Embeddings Z enter; transformed embeddings leave: a scalar function g acts on their covariance's spectrum.
+"""Spectral transformations: a scalar function g acts on the eigenvalues of an embedding's covariance.
 
     channel whitening:  Zc = Z minus each row's mean,     S = Zc Zcᵀ / (D − 1)  (N x N),  Ẑ = Φ Zc
     batch whitening:    Zc = Z minus each column's mean,  S = Zcᵀ Zc / (N − 1)  (D x D),  Ẑ = Zc Φ

@@ -1,4 +1,4 @@
-"""Settings enter; a trained encoder leaves: checkpoint.pt, backbone.safetensors, metrics. The loop itself."""
+"""The training loop; it leaves checkpoint.pt, backbone.safetensors and metrics.jsonl."""
 
 from __future__ import annotations
 

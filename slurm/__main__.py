@@ -1,4 +1,4 @@
-"""`python -m slurm COMMAND ...` enters; the command's own module runs and its exit code leaves."""
+"""`python -m slurm COMMAND ...`: calls the command's own module."""
 
 from __future__ import annotations
 

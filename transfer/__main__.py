@@ -1,4 +1,4 @@
-"""`python -m transfer COMMAND ...` enters; the command's own module runs and its exit code leaves."""
+"""`python -m transfer COMMAND ...`: calls the command's own module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint in any known format enters; its backbone leaves as another library's files, loaded there.
+"""Export a checkpoint's backbone as another library's files, proved by loading them there.
 
 Each target is read back by the library that it is named after and must compute the same features; otherwise
 nothing is left in the output folder.

@@ -1,4 +1,4 @@
-"""The backbone of a run under way and the run's settings enter; its k-NN accuracy, to be logged, leaves.
+"""k-NN accuracy of a backbone while it is pretrained.
 
 `python -m pretrain --hook transfer.hooks:knn` calls it on rank 0 every --hook-every-epochs.
 """

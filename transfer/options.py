@@ -1,4 +1,4 @@
-"""argv enters; the settings of a command leave. Here, as the commands load PyTorch, which takes seconds:
+"""The settings of every command of transfer, apart from the commands, which load PyTorch for seconds:
 --help and a wrong option are answered before."""
 
 from __future__ import annotations

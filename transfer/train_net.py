@@ -1,4 +1,4 @@
-"""A detectron2 config and weights enter; a fine-tuned detector, its metrics and results.jsonl leave.
+"""Fine-tune a detector in detectron2, or evaluate one; append its results to results.jsonl.
 
 `python -m transfer.train_net` follows detectron2's own conventions (--config-file, --num-gpus, --eval-only,
 --resume, trailing KEY VALUE). It goes on by itself where it stopped: model, optimizer, schedule, gradient

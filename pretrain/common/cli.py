@@ -1,4 +1,4 @@
-"""argv enters; frozen settings, progress and an exit code leave: the look and feel of every command."""
+"""The look and feel of every command: options into frozen settings, errors into one line and an exit code."""
 
 from __future__ import annotations
 

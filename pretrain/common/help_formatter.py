@@ -1,4 +1,4 @@
-"""A command's options enter; the text of its --help leaves, with one look for every command."""
+"""The text of --help, with one look for every command."""
 
 from __future__ import annotations
 

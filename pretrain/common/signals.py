@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR2 and Ctrl-C enter; a flag that a loop reads between two steps leaves.
+"""SIGTERM, SIGUSR2 and Ctrl-C as a flag that a loop reads between two steps.
 
 Preemption, a time limit and an administrator's kill all say so by signal some seconds ahead. A loop asks
 `stop.requested` after each step, saves, and leaves the `with` block by `stop.hand_over()`.

@@ -1,4 +1,4 @@
-"""Images and (seed, epoch, image index) enter; augmented, normalised views leave.
+"""Augmentation: random views of an image, drawn from (seed, epoch, image index).
 
 The published recipe (https://github.com/winci-ai/INTL, src/transform.py) in two parts: per image, on the CPU,
 decoding and resized crops kept as uint8 (`crop_box`, `resized_crop`); per batch, wherever the batch lies,

@@ -1,4 +1,4 @@
-"""Messages about unreadable images enter; a warning each leaves, and an error when there are too many."""
+"""Corrupt images of a run: one warning each, and an error when there are too many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A data set's name and folder enter; labelled RGB images, one at a time, leave.
+"""Data sets by name: labelled RGB images, one at a time.
 
 Conversions: every image becomes 8-bit RGB as `PIL.Image.convert("RGB")` makes it (an alpha channel is
 dropped, CMYK and palettes are converted, EXIF rotation is not applied, as in the published pipelines); 16-bit

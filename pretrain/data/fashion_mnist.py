@@ -1,4 +1,4 @@
-"""Nothing enters; the folder with the four Fashion-MNIST files leaves, found on this machine or fetched.
+"""Locate or download Fashion-MNIST's four files.
 
 Xiao et al., 2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence).
 """

@@ -1,4 +1,4 @@
-"""A data set and a step enter; batches of augmented views leave, the same for any number of workers.
+"""Batches of augmented views for each step, the same for any number of workers.
 
 Step s of a run has, on rank r of W, images r, r + W ... of slice s mod steps_per_epoch of the epoch's
 permutation, a function of (seed, epoch) alone; one iteration spans all epochs, so that no epoch waits for

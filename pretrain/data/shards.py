@@ -1,4 +1,4 @@
-"""WebDataset shards enter; where each image lies in them leaves, and its bytes when asked for.
+"""WebDataset shards: where each image lies in them, and its bytes when asked for.
 
 A shard is a tar file. The members whose names agree up to the first dot are one sample, here an image
 (`KEY.jpg`) and its class (`KEY.cls`, a whole number); other fields are passed over. The images are in the

@@ -1,4 +1,4 @@
-"""A transfer set's name and folder enter; its files with their labels, as torchvision has them, leave.
+"""The transfer sets: their files and labels, split as torchvision has them.
 
 torchvision.datasets reads each set's lists and knows its classes. Chosen here is what it leaves open: on
 which of its splits to train and judge, a split where it has none, and the metric the set is reported in. Mean

@@ -1,4 +1,4 @@
-"""A suite's folder enters; its jobs are stopped."""
+"""`slurm cancel`: stop a suite's jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images enter; a report of INTL against its controls leaves: the whole suite, small, on this machine.
+"""`slurm demo`: the whole suite, small, on this machine, ending with a report.
 
 pretrain and its untrained control; k-NN and linear probe of both and of raw pixels; conversion; Mask R-CNN
 from the INTL weights and from random initialisation, on the same budget; the report.

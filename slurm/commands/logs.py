@@ -1,4 +1,4 @@
-"""A suite's folder and a step enter; its log leaves."""
+"""`slurm logs`: the log of one step."""
 
 from __future__ import annotations
 

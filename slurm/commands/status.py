@@ -1,4 +1,4 @@
-"""A suite's folder enters; a table of how every job stands leaves."""
+"""`slurm status`: how every job of a suite stands."""
 
 from __future__ import annotations
 

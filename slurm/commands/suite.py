@@ -1,4 +1,4 @@
-"""A recipe or checkpoints enter; the whole downstream table leaves: on SLURM, or on this machine."""
+"""`slurm suite`: run or submit what a suite asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step enters; it runs in a submitit job, survives preemption, and leaves a done marker or its real error.
+"""One step as a submitit job: survives preemption, leaves a done marker or its real error.
 
 One class for all steps. What a signal means here:
 

@@ -1,4 +1,4 @@
-"""Steps and their resources enter; submitit jobs leave: the one place that builds an executor."""
+"""Steps and their resources as submitit jobs: the one place that builds an executor."""
 
 from __future__ import annotations
 

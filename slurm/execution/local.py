@@ -1,4 +1,4 @@
-"""A graph and this machine enter; the steps run in order, as many at once as fit, and how each ended leaves.
+"""A graph run on this machine: steps in order, as many at once as fit.
 
 The jobs are submitit's own (its local executor), so they outlive this process: run again, it takes up those
 that are still there.

@@ -1,4 +1,4 @@
-"""submitit's environment enters; RANK, WORLD_SIZE, MASTER_ADDR and their like, and a process group, leave.
+"""RANK, WORLD_SIZE, MASTER_ADDR and the process group, from submitit's environment.
 
 Rank 0 binds the port before it tells the others, through a file in the job's folder: a port that somebody
 else took in between is met at the bind and the next one is tried.

@@ -1,4 +1,4 @@
-"""Job ids enter; what SLURM says about them leaves: PENDING, RUNNING ... or nothing for what is over."""
+"""What SLURM says about job ids: PENDING, RUNNING ... or nothing for what is over."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A graph and resources enter; SLURM jobs with dependencies, arrays where steps are alike, leave.
+"""A graph submitted to SLURM: jobs with dependencies, arrays where steps are alike.
 
 Everything is submitted at once: SLURM forgets old jobs and takes a dependency on a forgotten one for
 satisfied, so each job also checks at its start that what it needs is done.

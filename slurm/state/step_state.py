@@ -1,4 +1,4 @@
-"""A step's record and what runs enter; one word for its state, and what to say about it, leave."""
+"""One word for a step's state, and what to say about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views of steps enter; a table for a terminal or plain lines for a log leave."""
+"""The states of all steps as a table for a terminal, or plain lines for a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A suite's output folder and its graph enter; a lock, a refusal or the go-ahead leave."""
+"""The lock of a suite's folder, and the refusal of another suite in it."""
 
 from __future__ import annotations
 

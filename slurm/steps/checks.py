@@ -1,4 +1,4 @@
-"""A suite's settings enter; everything that would make its jobs fail, found before they wait, leaves."""
+"""Everything that would make a suite's jobs fail, found before they wait in a queue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps enter; a checked graph leaves, with a key for each step: a hash of all that decides its result."""
+"""Steps as a checked graph, with a key for each: a hash of all that decides its result."""
 
 from __future__ import annotations
 

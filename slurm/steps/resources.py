@@ -1,4 +1,4 @@
-"""A profile (YAML) and overrides enter; what each kind of step asks the machine or the cluster for leaves."""
+"""What each kind of step asks the machine or the cluster for, from a profile (YAML) and overrides."""
 
 from __future__ import annotations
 

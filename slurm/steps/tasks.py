@@ -1,4 +1,4 @@
-"""A backbone and a data set enter; the steps that judge it leave. What a task is, is said here alone."""
+"""The steps that evaluate a backbone: what each task of a suite runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and shapes of a backbone enter; the timm ResNet with exactly these, or the nearest one, leaves."""
+"""Which timm ResNet has exactly these keys and shapes, or comes nearest."""
 
 from __future__ import annotations
 

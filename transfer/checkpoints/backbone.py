@@ -1,4 +1,4 @@
-"""A checkpoint file of any known writer enters; a timm ResNet, proved complete, leaves with what was found.
+"""A backbone from a checkpoint file of any known writer, proved complete.
 
 The file is read as each format of `transfer.checkpoints.formats`. A reading is taken only when every
 parameter and buffer of the backbone is loaded exactly once and every other tensor of its container is named

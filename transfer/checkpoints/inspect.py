@@ -1,4 +1,4 @@
-"""A checkpoint file enters; a table of what it holds leaves, and whether its backbone loads completely."""
+"""`transfer inspect`: what a checkpoint holds, and whether its backbone loads completely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint file from a stranger enters; tensors and plain values leave, and nothing in it was run.
+"""Tensors and plain values from a stranger's checkpoint file; nothing in it is run.
 
 `torch.load(weights_only=True)` reads what it can. Honest files that it refuses (argparse.Namespace, NumPy
 scalars, OmegaConf objects) are read by `InertUnpickler`, which rebuilds tensors and turns every other global

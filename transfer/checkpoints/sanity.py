@@ -1,4 +1,4 @@
-"""A loaded backbone enters; what is doubtful about its BatchNorm statistics leaves, in words."""
+"""What is doubtful about a loaded backbone's BatchNorm statistics, in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint in any accepted format enters; detectron2 weights (.pkl), proved equal, leave; and back.
+"""Convert a checkpoint to detectron2 weights (.pkl), proved equal; and back.
 
 detectron2 names a ResNet's layers its own way but computes the same functions, so a conversion is a renaming.
 It is proved on the file that was written: detectron2 loads it by its own checkpointer, every tensor of its

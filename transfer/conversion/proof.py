@@ -1,4 +1,4 @@
-"""A timm ResNet and detectron2 weights enter; the largest difference of their features leaves."""
+"""The proof of a conversion: the largest difference between timm's and detectron2's features."""
 
 from __future__ import annotations
 

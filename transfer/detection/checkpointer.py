@@ -1,4 +1,4 @@
-"""A model and a weights file enter; the model with every tensor accounted for leaves, or an error.
+"""Weights into a detector, every tensor accounted for.
 
 detectron2 only warns when weights do not match and trains from scratch. Here the tensors that a backbone file
 cannot hold are named, everything else must load.

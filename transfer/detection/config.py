@@ -1,4 +1,4 @@
-"""A YAML file, a weights file's record and KEY VALUE overrides enter; detectron2's frozen config leaves.
+"""detectron2's frozen config from a YAML file, a weights file's record and KEY VALUE overrides.
 
 Later ones win: the file, then what the weights were made with (groups, width, pixel mean and deviation),
 then the command line. What could not work (a C4 head on a ResNet-18, a batch that the ranks cannot share) is

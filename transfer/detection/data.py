@@ -1,4 +1,4 @@
-"""Data sets by name or folder enter; checked records, and batches that can go on where they stopped, leave.
+"""Detection data sets, checked, and batches that go on where they stopped.
 
 The order of images and their augmentation follow from (seed, position) alone, so a resumed run sees what an
 undisturbed one sees, whatever the number of loader workers.

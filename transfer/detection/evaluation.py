@@ -1,4 +1,4 @@
-"""A detector and a data set enter; COCO or VOC average precision, in percent, leaves.
+"""COCO and VOC average precision of a detector, in percent.
 
 COCO's numbers come from faster-coco-eval, a C++ implementation equal to pycocotools (tests compare all 24);
 VOC's from detectron2's own evaluator.

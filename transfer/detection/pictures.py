@@ -1,5 +1,4 @@
-"""A detector and a few test images enter; PNG files of predictions beside ground truth, and of its training
-curves, leave."""
+"""PNG files of predictions beside ground truth, and of the training curves."""
 
 from __future__ import annotations
 

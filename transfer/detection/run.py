@@ -1,4 +1,4 @@
-"""The parsed command line of train_net enters; on every rank a model is built, trained and judged."""
+"""What train_net does on every rank: build a model, train it, evaluate it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labelled images enter; a COCO-format folder of composed detection scenes leaves.
+"""Detection scenes composed of labelled images, as a COCO-format folder.
 
 Objects are cut from a data set's *test* images (never from those used in pretraining), scaled, tinted and
 laid over procedural textures, later ones hiding parts of earlier ones; masks are what is visible, to the

@@ -1,4 +1,4 @@
-"""A detection config made for 8 GPUs and a number of GPUs enter; the equivalent schedule leaves.
+"""The schedule of a detection config made for 8 GPUs on another number of GPUs.
 
 The rule (Goyal et al., https://arxiv.org/abs/1706.02677; facebookresearch/moco issue 11): with the global
 batch scaled by k, the learning rate is scaled by k; iterations, steps, warm-up and the periods by 1/k.

@@ -1,4 +1,4 @@
-"""A training image enters; a crop to train a classifier on leaves, drawn from (seed, epoch, index)."""
+"""Training crops for a classifier, drawn from (seed, epoch, index)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of an evaluation enter; opened data, a loaded backbone and what results say of them leave."""
+"""One evaluation's data, backbone and settings, and what its results say of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A matrix of features enters; it leaves scaled, in place, with no second matrix of its size at any time.
+"""Scaling a matrix of features in place, with no second matrix of its size at any time.
 
 N images, D features. Sums and products are in float64, a block of rows at a time; what is stored is of the
 matrix's own dtype.

@@ -1,4 +1,4 @@
-"""A frozen backbone and images enter; an array of features in a file leaves, computed once.
+"""Features of a frozen backbone, computed once and kept in a file.
 
 The folder `cache/<key>/` holds features.npy (N x D float32, memory-mapped by its readers) and meta.json. The
 key is a hash of weights, branch, images, transform and precision, so what changed is never taken from an old

@@ -1,4 +1,4 @@
-"""A data set's folder on a shared disk enters; a checked copy on this node's own disk leaves.
+"""A checked copy of a data set on this node's own disk.
 
 The first process of a node copies while the others wait for its lock; who comes later finds the copy done. A
 copy that was cut off goes on with the files that are missing. The copy lies in DIR/<name>-<hash of the source

@@ -1,4 +1,4 @@
-"""A timm ResNet enters; one that gives the pooled outputs of several of its stages side by side leaves.
+"""The pooled outputs of several layers of a ResNet, side by side.
 
 A set of features goes by the names of its stages: layer4 is the backbone's own output, layer3+layer4 both.
 """

@@ -1,4 +1,4 @@
-"""A protocol's name enters; every hyperparameter it prescribes leaves, with its source and a hash.
+"""Protocols: every hyperparameter of an evaluation, with its source and a hash.
 
 A protocol is a YAML file `NAME@VERSION.yaml` in protocols/: `task`, `title`, `source` and `values`. The hash
 covers task and values alone, so a corrected remark does not part new results from old ones, and a changed

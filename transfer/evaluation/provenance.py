@@ -1,4 +1,4 @@
-"""This project's files enter; the commit that they are of leaves."""
+"""The commit that this project's files are of."""
 
 from __future__ import annotations
 

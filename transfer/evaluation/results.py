@@ -1,4 +1,4 @@
-"""A finished evaluation enters; one line of OUTPUT/results.jsonl leaves."""
+"""Results: one JSON line each in OUTPUT/results.jsonl."""
 
 from __future__ import annotations
 

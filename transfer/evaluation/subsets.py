@@ -1,4 +1,4 @@
-"""A training set and a share of its labels enter; the positions of the images that may be used leave.
+"""Which training images a share of the labels allows.
 
 On ImageNet the 1 % and 10 % are the lists of SimCLR, file names in imagenet_subsets/ of
 https://github.com/google-research/simclr, which every published figure uses. On other data sets a list of

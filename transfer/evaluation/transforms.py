@@ -1,4 +1,4 @@
-"""A PIL image enters; the normalised tensor that an evaluation looks at leaves, the same every time.
+"""The transform of evaluated images, from PIL image to normalised tensor, without randomness.
 
 Two forms. `crop`: ImageNet's Resize(shorter side) and CenterCrop, by PIL, one image at a time. `square`, for
 sets of small images: Resize((size, size)) with antialiasing on 8-bit pixels, a whole batch at once; equal to

@@ -1,4 +1,4 @@
-"""The folder of PASCAL VOC 2007 enters; its images and which of the twenty classes each one shows leave.
+"""PASCAL VOC 2007 for classification: images, and which of the twenty classes each one shows.
 
 Targets are N x 20: 1 present, 0 absent, -1 present but difficult, as VISSL maps the files' 1, -1 and 0.
 """

@@ -1,4 +1,4 @@
-"""A pretrained backbone and one labelled batch enter; the whole classifier has taken one step.
+"""A whole classifier, backbone and head, and its optimizer step.
 
 B images of this rank, C classes.
 """

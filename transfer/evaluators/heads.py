@@ -1,4 +1,4 @@
-"""A batch of features and labels enters; a whole grid of linear heads has taken one step.
+"""A whole grid of linear heads, trained together on one batch of features at a time.
 
 H heads, B images, D features, C classes. Heads differ in learning rate, weight decay and the features they
 see, share each batch (and, of one width, their initial values), and never see each other: head h trains as it

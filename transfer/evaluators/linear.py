@@ -1,4 +1,4 @@
-"""A frozen backbone enters; the accuracy of linear heads trained on its features leaves.
+"""`transfer linear`: linear heads trained on a frozen backbone's features.
 
 With `augmentation` each batch of training images is cropped, flipped and passed through the backbone anew,
 once for all heads of the grid; without, features are extracted once and kept. Test features are always

@@ -1,4 +1,4 @@
-"""Features and labels enter; logistic regressions over a range of C, and the chosen one's accuracy, leave."""
+"""Logistic regressions on features over a range of C, and the accuracy of the chosen one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A pretrained backbone and a share of the labels enter; the accuracy of the fine-tuned classifier leaves.
+"""`transfer semisup`: fine-tuning with a share of the labels.
 
 Backbone and head are trained together, on 1 %, 10 % or all of the labels, with a learning rate each and
 cropped, flipped images drawn from (seed, epoch, image index); the test images are judged after every epoch.

@@ -1,4 +1,4 @@
-"""Features of a frozen backbone enter; the mean average precision of linear SVMs, one a class, leaves.
+"""Linear SVMs on features, one a class, and their mean average precision.
 
 The protocol of VOC07 classification (Goyal et al. 2019, https://arxiv.org/abs/1905.01235; VISSL's svm_utils):
 each class's SVM, positives weighted twice, is trained at every cost on L2-normalised features. With all

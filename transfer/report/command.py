@@ -1,4 +1,4 @@
-"""Folders of runs enter; one report of all their results leaves: HTML, Markdown, CSV and LaTeX."""
+"""`transfer report`: one report of all results, as HTML, Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small real data set enters; which spectral transformations avoid collapse, with pictures, leaves.
+"""`transfer spectrum-study`: which spectral transformations avoid collapse on a small data set.
 
 `python -m transfer spectrum-study` trains one small timm ResNet for each transformation and seed with
 2 − 2 cos between the transformed embeddings of two views, INTL with its penalty besides; runs of a seed

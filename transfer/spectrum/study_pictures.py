@@ -1,4 +1,4 @@
-"""Finished runs of a spectrum study enter; study.md and three SVG pictures leave."""
+"""The study's document, study.md, with three SVG pictures."""
 
 from __future__ import annotations
 

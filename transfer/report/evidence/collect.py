@@ -1,4 +1,4 @@
-"""Folders of runs enter; everything in them that a report can show leaves, in one fixed order."""
+"""Everything in folders of runs that a report can show, in one fixed order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of trials enter; means, spreads and plain statements about differences leave."""
+"""Means and spreads of trials, and whether a difference is more than noise."""
 
 from __future__ import annotations
 

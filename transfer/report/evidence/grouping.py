@@ -1,4 +1,4 @@
-"""Records enter; methods (rows) and comparable tasks (columns) with their trials leave."""
+"""Records grouped: methods are rows, comparable tasks are columns."""
 
 from __future__ import annotations
 

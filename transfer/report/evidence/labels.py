@@ -1,4 +1,4 @@
-"""Records enter; the same with labels that tell different weights apart, and one for the same, leave."""
+"""Labels that tell different weights apart, and one label for the same weights."""
 
 from __future__ import annotations
 

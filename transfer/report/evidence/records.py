@@ -1,4 +1,4 @@
-"""Lines of results.jsonl enter; records that know their name and whether they still hold leave."""
+"""Records: lines of results.jsonl that know their name and whether they still hold."""
 
 from __future__ import annotations
 

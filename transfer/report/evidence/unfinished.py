@@ -1,4 +1,4 @@
-"""Folders of a suite or a run enter; what was planned or started and has no result leaves."""
+"""What was planned or started and has no result."""
 
 from __future__ import annotations
 

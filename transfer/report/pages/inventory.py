@@ -1,4 +1,4 @@
-"""Evidence enters; tables of what was judged, what is missing, what it took and of all figures leave."""
+"""Tables of what was evaluated, what is missing, what it took, and of all figures."""
 
 from __future__ import annotations
 

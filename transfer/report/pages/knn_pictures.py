@@ -1,4 +1,4 @@
-"""k-NN records and the features they left enter; pictures of some queries with their neighbours leave."""
+"""Pictures of some queries with their nearest neighbours, from cached features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evidence enters; index.html, report.md, tables/, plots/ and pictures/ leave."""
+"""The report's files: index.html, report.md, tables/, plots/ and pictures/."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Picture files enter; pictures small enough for a page leave, as bytes and as data URIs."""
+"""Pictures made small enough for a page, as bytes and as data URIs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Curves and figures enter; SVG text leaves, the same for the same input, readable on dark and light."""
+"""Plots as SVG text, the same for the same input, readable on dark and light."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results enter; the tables of figures, and plain statements about them, leave."""
+"""The tables of figures, and plain statements about them."""
 
 from __future__ import annotations
 

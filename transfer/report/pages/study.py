@@ -1,4 +1,4 @@
-"""Folder of a spectrum study enters; its table, its statements and its plots leave.
+"""The report's section on a spectrum study: its table, statements and plots.
 
 The study's own document is read, study.md with the SVG files beside it (transfer/spectrum/study_pictures.py):
 what it says is said there once.

@@ -1,4 +1,4 @@
-"""Tables of text enter; Markdown, CSV, LaTeX and plain text leave, all with the same cells."""
+"""Tables of text as Markdown, CSV, LaTeX and plain text, all with the same cells."""
 
 from __future__ import annotations
 
