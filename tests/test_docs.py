@@ -31,8 +31,8 @@ hashes are never ranked against each other. Your own protocol is a file of the s
 """,
     "formats.md": """# Checkpoint formats
 
-Written from `transfer/checkpoints/formats.py` (CONTRIBUTING says how). `intl-transfer inspect FILE` says which
-of them a file has, what would be used and what dropped. Prefixes `module.` (DDP) and `_orig_mod.`
+Written from `transfer/checkpoints/formats.py` (CONTRIBUTING says how). `intl-transfer inspect FILE` says
+which of them a file has, what would be used and what dropped. Prefixes `module.` (DDP) and `_orig_mod.`
 (torch.compile) may stand anywhere.
 """,
     "datasets.md": """# Data sets

@@ -37,8 +37,12 @@ def test_importing_loads_no_library() -> None:
 
 def test_intl_trains_a_foreign_encoder_on_two_ranks(cifar_folder: Path, tmp_path: Path) -> None:
     example = ROOT / "docs" / "examples" / "intl_in_your_loop.py"
-    words = ["--images", str(cifar_folder / "train"), "--output", str(tmp_path / "encoder.pt")]
-    words += ["--arch", "test_vit", "--size", "160", "--features", "64", "--batch", "160", "--epochs", "1"]
+    for folder in sorted((cifar_folder / "train").iterdir())[:2]:
+        (tmp_path / "images" / folder.name).mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:16]:
+            (tmp_path / "images" / folder.name / file.name).symlink_to(file)
+    words = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "encoder.pt")]
+    words += ["--arch", "test_vit", "--size", "160", "--features", "64", "--batch", "32", "--epochs", "1"]
     port = free_port()
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
