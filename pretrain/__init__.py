@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING
 
 from pretrain.common.lazy import lazily
-
-__version__ = "0.2.0"
+from pretrain.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from pretrain.diagnostics import diagnose

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from pretrain import __version__ as __version__
 from pretrain.common.lazy import lazily
+from pretrain.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from transfer.checkpoints.backbone import Backbone, load_backbone

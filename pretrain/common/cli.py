@@ -19,11 +19,11 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
-from pretrain import __version__
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import write_text
 from pretrain.common.help_formatter import EXIT_CODES, Formatter, help_text
 from pretrain.common.signals import Stopped
+from pretrain.common.version import __version__
 
 logger = logging.getLogger(__name__)
 
