@@ -1,4 +1,4 @@
-"""Means and spreads of trials, and whether a difference is more than noise."""
+"""Means and spreads of trials, and what a difference allows to say (docs/statistics.md)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
-from scipy import stats
+import numpy as np
+from scipy import optimize, special
 
 SIGNIFICANCE = 0.05
+LEAST_P = 1e-300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,34 +25,61 @@ class Trial:
     """Images judged."""
     seed: int | None
     """Seed of the evaluation's training; None where the evaluation has no randomness."""
-    sha256: str
-    """Of the weights; empty for none."""
+    weights: str
+    """What tells checkpoints apart (sha256 and branch); empty for none: random weights, raw pixels."""
+    fixed: bool = False
+    """Whether nothing about it is random but the choice of the images: raw pixels by k-NN."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Trials of one method in one task under one protocol."""
+    """Trials of one method in one task under one protocol.
+
+    Probe seeds on one checkpoint share its pretraining, so each checkpoint counts once, by the mean over its
+    seeds. A run without a weights file draws everything anew and counts as it is.
+    """
 
     trials: tuple[Trial, ...]
     proportion: bool
     """Whether the metric is a share of images judged right (top-1), so that a binomial error exists."""
 
     @property
-    def n(self) -> int:
-        return len(self.trials)
+    def means(self) -> list[float]:
+        """Of each checkpoint, over its evaluation seeds."""
+        found: dict[Any, list[float]] = {}
+        for i, t in enumerate(self.trials):
+            found.setdefault(t.weights or i, []).append(t.value)
+        return [statistics.fmean(values) for values in found.values()]
 
     @property
-    def values(self) -> list[float]:
-        return [t.value for t in self.trials]
+    def replicates(self) -> list[float]:
+        """What the spread is taken over: checkpoints, or the evaluation seeds of the only one."""
+        return self.means if len(self.means) > 1 else [t.value for t in self.trials]
+
+    @property
+    def n(self) -> int:
+        return len(self.replicates)
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.values)
+        return statistics.fmean(self.means)
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation over trials (n − 1); None for a single one."""
-        return statistics.stdev(self.values) if self.n > 1 else None
+        """Sample standard deviation over the replicates (n − 1); None for a single one."""
+        return statistics.stdev(self.replicates) if self.n > 1 else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the replicates differ in all that is random about the method, pretraining included."""
+        return len(self.means) > 1 or all(t.fixed for t in self.trials)
+
+    @property
+    def variance(self) -> tuple[float, float] | None:
+        """Of the mean, over the replicates, with its degrees of freedom; None where it is unknown."""
+        if self.std is not None:
+            return self.std**2 / self.n, self.n - 1
+        return (0.0, math.inf) if self.trials[0].seed is None else None
 
     @property
     def binomial_error(self) -> float | None:
@@ -58,14 +88,19 @@ class Summary:
 
     @property
     def over(self) -> str:
-        """What differs between the trials."""
-        weights = len({t.sha256 for t in self.trials}) > 1
-        seeds = len({t.seed for t in self.trials}) > 1
-        if self.n == 1:
+        """What differs between the replicates."""
+        if len(self.trials) == 1:
             return "deterministic" if self.trials[0].seed is None else "one seed"
-        if weights and seeds:
-            return "pretraining and evaluation seeds"
-        return "pretraining seeds" if weights else "evaluation seeds"
+        if len(self.means) == 1 or not any(t.weights for t in self.trials):
+            return "evaluation seeds"
+        nested = len(self.trials) > self.n
+        return "pretraining seeds" + (", each the mean of its evaluation seeds" if nested else "")
+
+    @property
+    def count(self) -> str:
+        """`n 3`, or `n 2, of 6 runs` where checkpoints have several runs each."""
+        more = f", of {len(self.trials)} runs" if len(self.trials) > self.n else ""
+        return f"n {self.n}{more}"
 
     @property
     def seeds(self) -> str:
@@ -86,87 +121,136 @@ class Difference:
 
     points: float
     spread: str
-    """Its spread, and how it was found."""
-    verdict: str
-    """'beyond noise', 'within noise' or 'cannot be told'."""
+    """A 95 % confidence interval, for this comparison alone."""
+    p: float | None
+    """Of no difference, two-sided; corrected once `correct` has run. None where there is no test."""
+    noise: str
+    """What the test knows of: `noise` where pretraining is a part of it, else `the noise of …`."""
     reason: str
     """The test's numbers, or why there is no test."""
 
+    @property
+    def verdict(self) -> str:
+        if self.p is None:
+            return "cannot be told"
+        return f"{'beyond' if self.beyond else 'within'} {self.noise}"
 
-def compare(a: Summary, b: Summary) -> Difference:
-    """Welch's t test where both have two trials or more; else binomial errors, or the reason why neither.
+    @property
+    def beyond(self) -> bool:
+        return self.p is not None and self.p < SIGNIFICANCE
 
-    Trials share their test images, so a spread over seeds leaves out the images' own: of a top-1, a
-    difference must also exceed twice its binomial error. (Both sides judge the same images, which makes the
-    true error of the difference smaller than this one.)
 
-    Welch (1947): t = (x̄ − ȳ) / √(s_x²/n_x + s_y²/n_y), degrees of freedom by Welch-Satterthwaite.
+def compare(a: Summary, b: Summary, names: tuple[str, str] = ("the first", "the second")) -> Difference:
+    """Test a − b over checkpoints where both sides have several; else say what is left out.
+
+    Two kinds of noise meet. Over replicates: Welch's variance s_a²/n_a + s_b²/n_b with the degrees of freedom
+    of Welch and Satterthwaite (Welch 1947, https://doi.org/10.1093/biomet/34.1-2.28), or that of the paired
+    differences where one checkpoint a side was judged with the same evaluation seeds. Of the test images, for
+    a top-1: the binomial variance, as if both sides judged images of their own (they judge the same ones,
+    which makes the true one smaller). `margin` adds them.
     """
     points = a.mean - b.mean
-    if a.n > 1 and b.n > 1:
-        return _welch(a, b, points)
-    which = f"n = {a.n} against {b.n}"
-    ratio = _binomial_ratio(a, b)
-    if ratio is not None:
-        error = math.hypot(a.binomial_error or 0, b.binomial_error or 0)
+    complete = a.complete and b.complete
+    pairs = [] if complete else _pairs(a, b)
+    sides = (a.variance, b.variance)
+    known = [s for s in sides if s is not None]
+    image = None
+    if a.binomial_error is not None and b.binomial_error is not None:
+        image = a.binomial_error**2 + b.binomial_error**2
+    if len(set(pairs)) > 1:
+        known = [(statistics.variance(pairs) / len(pairs), len(pairs) - 1)]
+        test = f"paired t test over {len(pairs)} evaluation seeds"
+    else:
+        what = "pretrainings" if complete and all(t.weights for t in a.trials + b.trials) else "runs"
+        test = f"{'Welch t' if min(a.n, b.n) > 1 else 't'} test over {a.n} and {b.n} {what}"
+    variance = sum(v for v, _ in known)
+    df = variance**2 / sum(v**2 / d for v, d in known) if variance else math.inf
+    if image is None and (variance == 0 or None in sides):
+        why = f"n = {a.n} against {b.n}, at least two runs of each are needed"
         return Difference(
-            points=points,
-            spread=f"SE {error:.2f} (binomial)",
-            verdict="beyond noise" if ratio > 2 else "within noise",
-            reason=f"{ratio:.1f} binomial standard errors; no Welch test: {which}, "
-            "so the spread over training seeds is unknown",
-        )
+            points=points, spread="unknown", p=None, noise="noise",
+            reason=f"no test: {f'no spread among {a.n} and {b.n} runs' if None not in sides else why}",
+        )  # fmt: skip
+    half = float(margin(variance, df, image or 0.0))
+    found = _p_value(points, variance, df, image or 0.0)
+    told = [_test_text(test, points, variance, df)] if variance else []
+    if image is not None:
+        told.append(f"binomial standard error of the test images {math.sqrt(image):.2f}")
+    if image is not None:
+        told.append(("together " if variance else "") + _spell(found))
+    told += _unknown(a, b, names)
+    heard = ["test images"] * (image is not None) + ["seeds"] * (None not in sides and a.n + b.n > 2)
     return Difference(
-        points=points, spread="unknown", verdict="cannot be told",
-        reason=f"no test: {which}, at least two trials of each are needed" + _by_seed(a, b),
+        points=points, spread=f"95 % CI {points - half:+.2f} to {points + half:+.2f}", p=found,
+        noise="noise" if complete else f"the noise of the {' and the '.join(heard)}",
+        reason="; ".join(told),
     )  # fmt: skip
 
 
-def _welch(a: Summary, b: Summary, points: float) -> Difference:
-    assert a.std is not None and b.std is not None
-    variances = a.std**2 / a.n, b.std**2 / b.n
-    error = math.sqrt(sum(variances))
-    if error == 0:
-        return Difference(
-            points=points, spread="0", verdict="cannot be told",
-            reason=f"no test: no spread among {a.n} and {b.n} trials" + _by_seed(a, b),
-        )  # fmt: skip
-    t = points / error
-    df = sum(variances) ** 2 / (variances[0] ** 2 / (a.n - 1) + variances[1] ** 2 / (b.n - 1))
-    p = 2 * float(stats.t.sf(abs(t), df))
-    margin = error * float(stats.t.ppf(1 - SIGNIFICANCE / 2, df))
-    ratio = _binomial_ratio(a, b)
-    clear = p < SIGNIFICANCE and (ratio is None or ratio > 2)
-    reason = f"Welch t = {t:.2f}, df = {df:.1f}, p = {p:.3g}, n = {a.n} and {b.n}"
-    reason += "" if ratio is None else f"; {ratio:.1f} binomial standard errors"
-    if "evaluation seeds" in (a.over, b.over):
-        reason += "; over evaluation seeds: pretraining again may differ more"
-    return Difference(
-        points=points,
-        spread=f"95 % CI {points - margin:+.2f} to {points + margin:+.2f}",
-        verdict="beyond noise" if clear else "within noise",
-        reason=reason + _by_seed(a, b),
-    )
+def margin(variance: Any, df: Any, image: Any, level: float = SIGNIFICANCE) -> Any:
+    """Half the width of the confidence interval of a difference at 1 − `level`, in percent points.
+
+    √(t² · variance + z² · image): an estimated variance by Student's t, the known one of the images by the
+    normal distribution, the two intervals joined in quadrature (Zou and Donner 2008, section 2,
+    https://doi.org/10.1002/sim.3095). Arrays broadcast.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        student = np.where(np.asarray(variance) > 0, special.stdtrit(df, level / 2) ** 2 * variance, 0.0)
+    return np.sqrt(student + special.ndtri(level / 2) ** 2 * image)
 
 
-def _binomial_ratio(a: Summary, b: Summary) -> float | None:
-    """|a − b| in binomial standard errors of the difference; None where the metric is no share of images."""
-    if a.binomial_error is None or b.binomial_error is None:
-        return None
-    error = math.hypot(a.binomial_error, b.binomial_error)
-    return abs(a.mean - b.mean) / error if error else math.inf
+def _p_value(points: float, variance: float, df: float, image: float) -> float:
+    """The level at which `margin` is |points|, not below LEAST_P."""
+
+    def short_of(log_level: float) -> float:
+        return float(margin(variance, df, image, math.exp(log_level))) - abs(points)
+
+    least = math.log(LEAST_P)
+    if points == 0:
+        return 1.0
+    return LEAST_P if short_of(least) < 0 else math.exp(optimize.brentq(short_of, least, 0.0, xtol=1e-9))
 
 
-def _by_seed(a: Summary, b: Summary) -> str:
-    """How often `a` is higher where both ran the same evaluation seeds once each."""
-    first, second = _seed_values(a.trials), _seed_values(b.trials)
-    if not first or not second or set(first) != set(second):
-        return ""
-    higher = sum(first[s] > second[s] for s in first)
-    return f"; higher in {higher} of {len(first)} seed{'s' if len(first) > 1 else ''}"
+def _test_text(test: str, points: float, variance: float, df: float) -> str:
+    t = points / math.sqrt(variance)
+    return f"{test}: t = {t:.2f}, df = {df:.1f}, {_spell(2 * special.stdtr(df, -abs(t)))}"
 
 
-def _seed_values(trials: Sequence[Trial]) -> dict[int, float]:
-    """Value by seed; empty where a seed is missing or occurs twice."""
-    values = {t.seed: t.value for t in trials if t.seed is not None}
-    return values if len(values) == len(trials) else {}  # type: ignore[return-value]
+def _spell(p: float) -> str:
+    return "p < 1e-6" if p < 1e-6 else f"p = {p:.3g}"
+
+
+def _pairs(a: Summary, b: Summary) -> list[float]:
+    """a − b by evaluation seed, where each side is one checkpoint judged once with each of the same seeds."""
+    first, second = ({t.seed: t.value for t in s.trials if t.seed is not None} for s in (a, b))
+    whole = len(first) == len(a.trials) and len(second) == len(b.trials)
+    single = all(len({t.weights for t in s.trials}) == 1 for s in (a, b))
+    if not (whole and single and len(first) > 1 and set(first) == set(second)):
+        return []
+    return [round(first[seed] - second[seed], 9) for seed in first]  # rounding errors are no spread
+
+
+def _unknown(a: Summary, b: Summary, names: tuple[str, str]) -> list[str]:
+    """Which spread nothing is known of, and for whom."""
+    pretraining = [n for s, n in zip((a, b), names) if not s.complete and any(t.weights for t in s.trials)]
+    seeds = [n for s, n in zip((a, b), names) if s.variance is None]
+    return [
+        f"the spread over {what} is unknown for {' and '.join(who)}"
+        for what, who in (("pretraining", pretraining), ("seeds", seeds))
+        if who
+    ]
+
+
+def correct(found: Sequence[Difference]) -> list[Difference]:
+    """p values for as many comparisons as are tested at once (Holm 1979, www.jstor.org/stable/4615733).
+
+    The i-th smallest of m, i from 0, is multiplied by m − i; none is below a smaller one's, none above 1.
+    """
+    tested = sorted((d.p, i) for i, d in enumerate(found) if d.p is not None)
+    corrected, largest = list(found), 0.0
+    for rank, (p, i) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        if len(tested) > 1:
+            holm = f"{_spell(largest)} by Holm over {len(tested)} comparisons of the task"
+            corrected[i] = dataclasses.replace(found[i], p=largest, reason=f"{found[i].reason}; {holm}")
+    return corrected

@@ -111,10 +111,11 @@ class Results:
 
     def summary(self, method: str, task: Task, selection: str, metric: str) -> Summary | None:
         """The trials' values; None where there is none. COCO's −1 for "no such objects" is none."""
+        found = [(r, r["metrics"].get(metric)) for r in self.records(method, task, selection)]
         trials = tuple(
-            Trial(value=float(value), images=task.images, seed=r["seed"], sha256=r.sha256)
-            for r in self.records(method, task, selection)
-            if isinstance(value := r["metrics"].get(metric), (int, float)) and value >= 0
+            Trial(value=float(v), images=task.images, seed=r["seed"], weights=r.checkpoint, fixed=r.fixed)
+            for r, v in found
+            if isinstance(v, (int, float)) and v >= 0
         )
         return Summary(trials=trials, proportion=metric.startswith(PROPORTIONS)) if trials else None
 

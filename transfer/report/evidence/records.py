@@ -45,6 +45,16 @@ class Record:
         return self.sha256, str((self["weights"] or {}).get("branch") or "")
 
     @property
+    def checkpoint(self) -> str:
+        """Its identity as one word; empty where there is no file."""
+        return ":".join(self.identity) if self.sha256 else ""
+
+    @property
+    def fixed(self) -> bool:
+        """Whether nothing about it is random but the choice of the images."""
+        return self["seed"] is None and (self["weights"] or {}).get("path") == RAW_PIXELS
+
+    @property
     def protocol(self) -> str:
         """name@version, the way it is given on the command line."""
         return protocol_name(self["protocol"] or {})

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from itertools import combinations
 
-from transfer.report.evidence.compare import Summary, compare
+from transfer.report.evidence.compare import Summary
 from transfer.report.evidence.grouping import Results, Task, metric_name
+from transfer.report.evidence.pairs import compared, leading
 from transfer.report.evidence.published import Published, other_protocols, same_protocol
 from transfer.report.evidence.records import Record
 from transfer.report.pages.tables import MISSING, PUBLISHED, STALE, Cell, Table, cell, table
@@ -23,7 +23,7 @@ def value_text(summary: Summary) -> str:
 def spread_text(summary: Summary) -> str:
     """n, and the binomial standard error where it is all that is known."""
     error = summary.binomial_error if summary.n == 1 else None
-    return f"n {summary.n}" + ("" if error is None else f", SE {error:.2f}")
+    return summary.count + ("" if error is None else f", SE {error:.2f}")
 
 
 def when(record: Record) -> str:
@@ -50,17 +50,23 @@ def verdict(results: Results) -> Table:
     for task in results.tasks:
         metric = results.headline_metric(task)
         columns.append(cell(f"{task.title} {metric_name(metric)}", note=task.setting))
-    rows = []
-    for method in results.methods:
-        rows.append([cell(method), *(_verdict_cell(results, method, task) for task in results.tasks)])
+    best = {task: leading(results, task) for task in results.tasks}
+    rows = [
+        [cell(m), *(_verdict_cell(results, m, task, bold=m in best[task]) for task in results.tasks)]
+        for m in results.methods
+    ]
     rows += _published_rows(results)
     note = (
-        "Percent. ± is the standard deviation over n trials (n − 1); SE the binomial standard error of "
-        "one run over its images. Main figures are of the last epoch; beside it, a best epoch chosen on the "
-        "reported split, or one chosen on training images held out."
+        "Percent. ± is the standard deviation (n − 1) over n pretrainings or, of a single one, n evaluation "
+        "seeds; SE the binomial standard error of one run over its images. Main figures are of the last "
+        "epoch; beside it, a best epoch chosen on the reported split, or one chosen on training images held "
+        "out."
     )
     if len(results.methods) > 1:
-        note += " Bold: the highest of a column; whether that is beyond noise is told under Differences."
+        note += (
+            " Bold: the highest of a column and all that are within noise of it (see Differences); nothing "
+            "where that is every row."
+        )
     return table("verdict", "Verdict", columns, rows, note)
 
 
@@ -82,7 +88,7 @@ def _published_rows(results: Results) -> list[list[Cell]]:
     return list(rows.values())
 
 
-def _verdict_cell(results: Results, method: str, task: Task) -> Cell:
+def _verdict_cell(results: Results, method: str, task: Task, *, bold: bool) -> Cell:
     summary = results.headline(method, task)
     if summary is None:
         return cell("–", kind=MISSING)
@@ -98,9 +104,7 @@ def _verdict_cell(results: Results, method: str, task: Task) -> Cell:
             notes.append(f"{other} {value_text(second)}" + (f" at {at}" if at else ""))
     if any(r.stale for r in results.records(method, task, shown)):
         return cell(value_text(summary), note="stale; " + "; ".join(notes), kind=STALE)
-    rivals = [s.mean for m in results.methods if (s := results.headline(m, task)) is not None]
-    best = len(rivals) > 1 and summary.mean == max(rivals)
-    return cell(value_text(summary), note="; ".join(notes), kind="best" if best else "")
+    return cell(value_text(summary), note="; ".join(notes), kind="best" if bold else "")
 
 
 def task_table(results: Results, task: Task) -> Table:
@@ -192,41 +196,29 @@ def differences(results: Results) -> tuple[Table | None, tuple[Finding, ...]]:
     """Every pair of methods in every task that both have under one protocol, and the first's in words."""
     rows, findings = [], []
     for task in results.tasks:
-        metric = results.headline_metric(task)
-        have = [m for m in results.methods if results.headline(m, task) is not None]
-        for first, second in combinations(have, 2):
-            a, b = results.headline(first, task), results.headline(second, task)
-            assert a is not None and b is not None
-            found = compare(a, b)
-            sizes = [
-                _input_note(results.records(m, task, results.selections(m, task)[0])) for m in (first, second)
-            ]
-            if {t.sha256 for t in a.trials} == {t.sha256 for t in b.trials} != {""}:
-                found = dataclasses.replace(found, reason=f"{found.reason}; the same weights")
-            if len(set(filter(None, sizes))) > 1:
-                found = dataclasses.replace(found, reason=f"{found.reason}; judged at {' and '.join(sizes)}")
-            kind = {"beyond noise": "good", "within noise": "bad"}.get(found.verdict, MISSING)
+        found = compared(results, task)
+        what = f"{task.title} {metric_name(results.headline_metric(task))}"
+        for (first, second), d in found.items():
+            kind = "good" if d.verdict == "beyond noise" else "" if d.beyond else "bad" if d.p else MISSING
             rows.append([
-                cell(f"{task.title} {metric_name(metric)}", note=task.setting), cell(f"{first} − {second}"),
-                cell(f"{found.points:+.2f}"), cell(found.spread), cell(found.verdict, kind=kind),
-                cell(found.reason),
+                cell(what, note=task.setting), cell(f"{first} − {second}"), cell(f"{d.points:+.2f}"),
+                cell(d.spread), cell(d.verdict, kind=kind), cell(d.reason),
             ])  # fmt: skip
-            if first == results.methods[0] or len(have) == 2:
-                lead = "above" if found.points > 0 else "below" if found.points < 0 else "level with"
-                points = f"{abs(found.points):.2f} points {lead}" if found.points else lead
-                findings.append(
-                    Finding(
-                        sentence=f"{task.title} {metric_name(metric)}: {first} is {points} {second}: "
-                        f"{found.verdict} ({found.reason}).",
-                        verdict=found.verdict,
-                    )
-                )
+            if first == results.methods[0] or len(found) == 1:
+                lead = "above" if d.points > 0 else "below" if d.points < 0 else "level with"
+                points = f"{abs(d.points):.2f} points {lead}" if d.points else lead
+                sentence = f"{what}: {first} is {points} {second}: {d.verdict} ({d.reason})."
+                findings.append(Finding(sentence=sentence, verdict=d.verdict))
     if not rows:
         return None, ()
     columns: list[str | Cell] = ["task", "difference", "points", "spread", "verdict", "test"]
-    note = (
-        "Welch's t test (two-sided, 5 %) where both sides have two trials or more, without correction for "
-        "the number of comparisons. A top-1 must also differ by more than twice the binomial error of its "
-        "images, taken as independent for both sides. Otherwise the reason why nothing can be said."
-    )
-    return table("differences", "Differences", columns, rows, note), tuple(findings)
+    return table("differences", "Differences", columns, rows, DIFFERENCES_NOTE), tuple(findings)
+
+
+DIFFERENCES_NOTE = (
+    "Two-sided, 5 %, the comparisons of one task corrected by Holm (the intervals are not). Beyond noise: "
+    "over several pretrainings a side, each counted once by the mean of its evaluation seeds. With one "
+    "checkpoint a side the verdict is about these checkpoints and names the noise that was measured; another "
+    "pretraining may differ more. Of a top-1, the binomial error of the test images is always a part of the "
+    "noise, as if each side judged images of its own."
+)
