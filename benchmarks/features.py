@@ -23,7 +23,7 @@ from pretrain.model import build_backbone
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.features import Extractor, extract, make_extractor
 from transfer.evaluation.transforms import EvalTransform
-from transfer.evaluators.knn import knn_evaluate
+from transfer.evaluators.knn_vote import knn_evaluate
 from transfer.evaluators.nearest import nearest
 
 TITLE = (

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, one_hot
 
 from benchmarks.harness import Comparison, Step, Table, interleave, peak_extra_bytes
 from pretrain.common.process_group import local_device
-from transfer.evaluators.knn import knn_evaluate
+from transfer.evaluators.knn_vote import knn_evaluate
 
 TITLE = "k-NN, k = 10, 20, 100, 200, cosine, weighted vote, float32"
 KS = (10, 20, 100, 200)

@@ -428,6 +428,8 @@ def _write_control(settings: Settings, learner: Learner, images: ImageDataset, d
             learner.encoder.backbone, images, size=settings.image_size, mean=settings.mean, std=settings.std,
             seed=settings.seed, device=device,
         )  # fmt: skip
+        if learner.target is not None:  # of the same weights, so of the same statistics
+            learner.target.backbone.load_state_dict(learner.encoder.backbone.state_dict())
         plan = Plan(images=len(images), steps_per_epoch=1, steps=0, warmup=0, batch_per_rank=1, lr=0.0)
         writer = CheckpointWriter(Path(settings.output) / "checkpoint.pt")
         writer.save(_state(settings, learner, 0, plan, [], []))

@@ -26,8 +26,16 @@ HEADS = {
 
 Written from `transfer/protocols/*.yaml` (CONTRIBUTING says how). A protocol's name on the command line is
 `NAME@VERSION`; the hash beside it covers its task and values, goes into every result, and results of two
-hashes are never ranked against each other. Your own protocol is a file of the same form:
-`--protocol path/to/mine@1.yaml`.
+hashes are never ranked against each other. Your own protocol is a file of the same form under a name of its
+own: `--protocol path/to/mine@1.yaml`.
+
+Values that are not listed have the defaults of `transfer/evaluators/`; fine-tuning is in float32 unless
+`--precision` says otherwise. The last column says in what a protocol is still known to differ from what its
+authors do; a result says in `deviations` where its run did (another `--precision` or `--image-size`), and in
+`evaluated_under` everything beside the protocol that its number hangs on.
+
+The authors' own k-NN functions (DINO, solo-learn, lightly, INTL) give the same top-1 on the same features,
+for k from 1 to 200, and the same top-5 from k = 10 on; below, theirs also count classes without a vote.
 """,
     "formats.md": """# Checkpoint formats
 

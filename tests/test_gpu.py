@@ -19,7 +19,7 @@ from pretrain.train import train
 from tests.helpers.training import tiny, weights
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.transforms import EvalTransform
-from transfer.evaluators.knn import knn_evaluate
+from transfer.evaluators.knn_vote import knn_evaluate
 
 pytestmark = [
     pytest.mark.gpu,

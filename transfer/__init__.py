@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transfer.conversion.layout import from_detectron2, to_detectron2
     from transfer.evaluation.protocol import load_protocol
     from transfer.evaluation.results import Result
-    from transfer.evaluators.knn import knn_evaluate
+    from transfer.evaluators.knn_vote import knn_evaluate
 
 __all__ = [
     "Backbone", "Result", "from_detectron2", "knn_evaluate", "load_backbone", "load_protocol",
@@ -23,7 +23,7 @@ __getattr__, __dir__ = lazily(
         "Backbone": "transfer.checkpoints.backbone",
         "Result": "transfer.evaluation.results",
         "from_detectron2": "transfer.conversion.layout",
-        "knn_evaluate": "transfer.evaluators.knn",
+        "knn_evaluate": "transfer.evaluators.knn_vote",
         "load_backbone": "transfer.checkpoints.backbone",
         "load_protocol": "transfer.evaluation.protocol",
         "to_detectron2": "transfer.conversion.layout",

@@ -18,10 +18,10 @@ from pretrain.data.datasets import BrokenImage, ImageDataset, open_dataset
 from pretrain.model import build_backbone
 from pretrain.settings import Settings
 from transfer.checkpoints.backbone import Backbone
-from transfer.evaluation.context import check_pair
 from transfer.evaluation.features import Decoded, Extractor, image_batches, make_extractor
+from transfer.evaluation.parts import check_pair
 from transfer.evaluation.transforms import eval_transform
-from transfer.evaluators.knn import knn_evaluate
+from transfer.evaluators.knn_vote import knn_evaluate
 
 logger = logging.getLogger(__name__)
 

@@ -68,8 +68,11 @@ class EvaluationSettings:
     workers: int | None = None
     """Processes that decode images; default: none for small images, else the cores up to 8."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen backbone; auto: bfloat16 where the device computes it natively and the features of a
-    first batch agree with float32 within 5 % of their spread."""
+    """Of the frozen backbone. auto: float32 where the protocol states it, as those with published figures do;
+    else bfloat16 where the device computes it natively and the features of a first batch agree with float32
+    within 5 % of their spread."""
+    random_init: bool = False
+    """Judge a backbone that was never trained (BatchNorm without statistics), which is refused otherwise."""
     force: bool = False
     """Evaluate again although OUTPUT holds the result."""
 
@@ -129,9 +132,9 @@ class SemisupSettings(EvaluationSettings):
     """Test images a forward pass; the protocol says how many a training step takes."""
     save_every: int = 500
     """Steps between two checkpoints within an epoch."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"  # type: ignore[assignment]
-    """Of training and evaluation; float32 as in the published code, the others by autocast. auto: bfloat16
-    where the device computes it natively."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # type: ignore[assignment]
+    """Of training and evaluation. auto: the protocol's, which is float32 as in the published code; the others
+    by autocast."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers out of range."""

@@ -6,9 +6,11 @@ colour jitter, greyscale, blur, solarisation, flip and normalisation (`finish`),
 its own. Every random number is a hash of (seed, epoch, image index, view, slot): neither the number of
 workers or ranks nor an interruption changes any of them.
 
-Each operation equals torchvision's tensor functional of the same parameters on float images. Choices: the
-order of brightness, contrast, saturation and hue is random per image, as in torchvision; the blur is
-torchvision's with a kernel of 13 px (3 standard deviations at 2 px), for Pillow's in the published code.
+Each operation after the crop equals torchvision's tensor functional of the same parameters on float images.
+The crop is resized from the whole image: within about 4 px of its edges the filter reads pixels outside the
+box, which torchvision's crop and resize do not (up to 22 grey levels, 0.03 on average). Choices: the order
+of brightness, contrast, saturation and hue is random per image, as in torchvision; the blur is torchvision's
+with a kernel of 13 px (3 standard deviations at 2 px), for Pillow's in the published code.
 
 Letters of shapes: N images, S side of the view in px.
 """

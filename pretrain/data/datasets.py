@@ -2,8 +2,8 @@
 
 Conversions: every image becomes 8-bit RGB as `PIL.Image.convert("RGB")` makes it (an alpha channel is
 dropped, CMYK and palettes are converted, EXIF rotation is not applied, as in the published pipelines); 16-bit
-grey keeps its upper eight bits. Images of 32-bit integers or floats, of which nobody can tell what is white,
-are refused.
+grey keeps its upper eight bits, where PIL (and torchvision with it) makes all above 255 white. Images of
+32-bit integers or floats, of which nobody can tell what is white, are refused.
 """
 
 from __future__ import annotations

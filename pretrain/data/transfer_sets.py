@@ -331,6 +331,25 @@ def _part(files: Sequence[str], labels: Sequence[int], chosen_N: np.ndarray, cla
     return [files[i] for i in index], [labels[i] for i in index], list(classes), ""
 
 
+def validation_files(name: str, root: Path) -> set[str]:
+    """Those training images of data set `name` under `root` that are its own validation part, by name.
+
+    Empty where the set has none, or where its list is not there (the one of aircraft is not needed else).
+    """
+    if name == "dtd":
+        lines = (root / "labels" / "val1.txt").read_text().split()
+        return {f"images/{line}" for line in lines}
+    if name == "flowers102":
+        from scipy.io import loadmat
+
+        numbers = loadmat(root / "setid.mat", squeeze_me=True)["valid"]
+        return {f"jpg/image_{number:05d}.jpg" for number in np.atleast_1d(numbers)}
+    listed = root / "data" / "images_variant_val.txt"
+    if name == "aircraft" and listed.is_file():
+        return {f"data/images/{line.split(' ')[0]}.jpg" for line in listed.read_text().splitlines() if line}
+    return set()
+
+
 def markdown() -> str:
     """The sets as a table, for the documentation."""
     lines = [

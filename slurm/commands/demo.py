@@ -143,7 +143,7 @@ def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
     pixels = Target(name="raw-pixels", label="raw pixels", weights="raw-pixels")
     evaluations = []
     # All of one kind before the next: a backbone's k-NN and probe read the same features, made by the first.
-    for kind, protocol in (("knn", "solo_knn@1"), ("linear", "cached_linear@1")):
+    for kind, protocol in (("knn", "solo_knn@2"), ("linear", "cached_linear@1")):
         for target in (intl, control, pixels):
             seed = None if kind == "knn" else asked.seed
             evaluations.append(

@@ -17,7 +17,7 @@ from slurm.steps.resources import Resources
 from slurm.steps.tasks import BACKBONES, DETECTION, Images, Target
 from transfer.conversion.availability import CONFIGS
 from transfer.evaluation.protocol import FOLDER
-from transfer.evaluation.voc07 import NAME as VOC07
+from transfer.evaluators.voc07 import NAME as VOC07
 
 CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
 
@@ -50,10 +50,10 @@ class Suite:
     detection_data: list[str] | None = None
     """COCO-format folders by name: NAME=ANNOTATIONS.json:IMAGES, where not in DETECTRON2_DATASETS."""
     knn_protocol: str | None = None
-    """Protocol of k-NN: solo_knn@1, or INTL's intl_cifar_5nn@1 for a recipe with the CIFAR stem."""
+    """Protocol of k-NN: solo_knn@2, or INTL's intl_cifar_5nn@2 for a recipe with the CIFAR stem."""
     linear_protocol: str | None = None
-    """Protocol of the linear probe: intl_linear@1, or INTL's intl_cifar_linear@1 for a recipe with the CIFAR
-    stem, voc07_svm@1 for voc07."""
+    """Protocol of the linear probe: intl_linear@2, or INTL's intl_cifar_linear@2 for a recipe with the CIFAR
+    stem, voc07_svm@2 for voc07."""
     semisup_protocol: str = "intl_semisup_as_released@1"
     """Protocol of the semi-supervised evaluation."""
     pretrain_options: str = ""
@@ -125,10 +125,10 @@ class Suite:
     def protocols(self) -> dict[str, str]:
         """The protocol of each kind of task: the one asked for, else the one that the field reports it by."""
         cifar = self.pretraining is not None and self.pretraining.stem == "cifar"
-        linear = "voc07_svm@1" if self.labelled == VOC07 else "intl_linear@1"
+        linear = "voc07_svm@2" if self.labelled == VOC07 else "intl_linear@2"
         chosen = {
-            "knn": self.knn_protocol or ("intl_cifar_5nn@1" if cifar else "solo_knn@1"),
-            "linear": self.linear_protocol or ("intl_cifar_linear@1" if cifar else linear),
+            "knn": self.knn_protocol or ("intl_cifar_5nn@2" if cifar else "solo_knn@2"),
+            "linear": self.linear_protocol or ("intl_cifar_linear@2" if cifar else linear),
             "semisup": self.semisup_protocol,
         }
         return {kind: str(Path(n).resolve()) if Path(n).is_file() else n for kind, n in chosen.items()}

@@ -190,8 +190,10 @@ def test_control_has_the_runs_initialisation_and_estimated_statistics(
 ) -> None:
     from pretrain.data.datasets import open_dataset
 
-    train(tiny(cifar_folder, tmp_path / "control", epochs=0), CPU)
+    train(tiny(cifar_folder, tmp_path / "control", epochs=0, ema=True), CPU)
     control = load_file(tmp_path / "control" / "backbone.safetensors")
+    target = load_file(tmp_path / "control" / "backbone_ema.safetensors")
+    assert target.keys() == control.keys() and all(torch.equal(target[k], v) for k, v in control.items())
     torch.manual_seed(1)
     fresh = timm.create_model("resnet18", num_classes=0, zero_init_last=False)
     for name, value in fresh.named_parameters():

@@ -8,6 +8,11 @@ from torch import Tensor
 from transfer.checkpoints.architecture import COUNTER
 from transfer.checkpoints.backbone import Backbone
 
+NEVER_TRAINED = (
+    "never trained: every running mean of BatchNorm is 0 and every counter 0, as in a freshly initialised "
+    "network (or one saved without its buffers)"
+)
+
 
 def never_trained(backbone: Backbone) -> bool:
     """Whether BatchNorm never saw an image: every running mean is 0 and every counter is 0.
@@ -26,10 +31,7 @@ def doubts(backbone: Backbone) -> list[str]:
     """What should make a user look again before judging this backbone, a sentence each; mostly none."""
     found = []
     if never_trained(backbone):
-        found.append(
-            "never trained: every running mean of BatchNorm is 0 and every counter 0, as in a freshly "
-            "initialised network (or one saved without its buffers)"
-        )
+        found.append(NEVER_TRAINED)
     buffers = _buffers(backbone)
     variances = {
         name.removesuffix("running_var").rstrip("."): value

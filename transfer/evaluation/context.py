@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,17 @@ import torch
 
 from pretrain.common.cli import save_settings
 from pretrain.common.errors import UserError
-from pretrain.common.process_group import is_main, world_size
+from pretrain.common.process_group import barrier, is_main, process_group, world_size
 from pretrain.data.datasets import ImageDataset, open_dataset
 from transfer.checkpoints.backbone import RAW_PIXELS, Backbone, load_backbone, numbers_text, raw_pixels
+from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
 from transfer.evaluation import results
+from transfer.evaluation.features import Extractor, extract, make_extractor
+from transfer.evaluation.parts import check_pair, doubts_about
+from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluation.transforms import EvalTransform
+from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
 from transfer.options import EvaluationSettings
 
 logger = logging.getLogger(__name__)
@@ -41,6 +46,11 @@ def backbone_of(settings: EvaluationSettings) -> Backbone:
         backbone = raw_pixels()
     else:
         backbone = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
+        if never_trained(backbone) and not settings.random_init:
+            raise UserError(
+                f"{settings.weights}: {NEVER_TRAINED}; give the trained file, or judge it as the random "
+                "network that it is with --random-init true"
+            )
     for note in backbone.notes:
         logger.info("%s", note)
     return replace(backbone, metadata=backbone.metadata | given)
@@ -59,38 +69,14 @@ def open_pair(settings: EvaluationSettings) -> tuple[ImageDataset, ImageDataset]
     return train, test
 
 
-def check_pair(train: ImageDataset, test: ImageDataset) -> None:
-    """Raises UserError where the two parts do not have the same classes."""
-    if train.classes != test.classes:
-        lost = sorted(set(train.classes) - set(test.classes))
-        more = sorted(set(test.classes) - set(train.classes))
-        says = [f"{len(lost)} only in train ({', '.join(lost[:3])})"] if lost else []
-        says += [f"{len(more)} only in the test part ({', '.join(more[:3])})"] if more else []
-        raise UserError(
-            f"{test.root}: its classes are not those of {train.root}: {'; '.join(says) or 'other order'}; "
-            "are train and val swapped, or is a class folder missing?"
-        )
-    for part in (train, test):
-        labels = part.labels_N
-        if len(labels) and (labels.min() < 0 or labels.max() >= len(part.classes)):
-            raise UserError(f"{part.root}: a label lies outside 0..{len(part.classes) - 1}")
-    absent = np.setdiff1d(test.labels_N, train.labels_N)
-    if absent.size:
-        raise UserError(f"{train.root}: no training image of class {train.classes[int(absent[0])]!r}")
-    empty = np.setdiff1d(np.arange(len(test.classes)), test.labels_N)
-    if empty.size:
-        raise UserError(
-            f"{test.root}: no image of class {test.classes[int(empty[0])]!r}; figures over the other classes "
-            "could not be compared"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """One evaluation under way: writes the settings at its start and its results at its end."""
 
+    task: Literal["knn", "linear", "semisup"]
     settings: EvaluationSettings
     protocol: Protocol
+    values: ImageValues
     backbone: Backbone
     train: ImageDataset
     test: ImageDataset
@@ -98,48 +84,84 @@ class Evaluation:
     clock: Clock
     seed: int | None
     label_percent: float = 100
-    task: Literal["knn", "linear", "semisup"] = "linear"
+    precision: str
+    """Of the backbone; auto: not settled yet, or any where results are looked for."""
+    warnings: tuple[str, ...] = ()
+    """Result.warnings: what is doubtful about the two parts."""
+    more_conditions: Mapping[str, Any] = field(default_factory=dict)
+    """What only this task's numbers hang on, see Result.evaluated_under."""
+
+    def conditions(self) -> dict[str, Any]:
+        """Result.evaluated_under."""
+        look = self.transform
+        found = {
+            "image_size": look.size, "resize": look.resize,
+            "fit": look.fit, "interpolation": look.interpolation,
+            "mean": list(look.mean), "std": list(look.std), "precision": self.precision,
+            "n": len(self.test), "n_train": len(self.train),
+        }  # fmt: skip
+        if self.test.name in ANY_IMAGES or self.train.notes or self.test.notes:
+            found["images"] = contents_of(self.train, self.test)  # the name does not say which
+        return found | dict(self.more_conditions)
+
+    def deviations(self) -> list[str]:
+        """Result.deviations."""
+        values, look, native = self.values, self.transform, self.train.native_size
+        found = []
+        if values.precision not in ("auto", self.precision) and self.precision != "auto":
+            found.append(f"precision {self.precision}; the protocol's is {values.precision}")
+        if native is None and look.size != values.crop:
+            found.append(f"images of {look.size} px; the protocol's are of {values.crop} px")
+        elif isinstance(values.image_size, int) and look.size != values.image_size:
+            found.append(f"images of {look.size} px; the protocol's are of {values.image_size} px")
+        elif native is not None and values.image_size is None:
+            found.append(
+                f"small images whole, at {look.size} px; the protocol resizes to {values.resize} px and "
+                f"crops {values.crop} px"
+            )
+        if values.mean is not None and (look.mean, look.std) != (values.mean, values.std):
+            found.append("another mean and standard deviation of images than the protocol's")
+        return found
 
     def result(self, metrics: dict[str, float], device: torch.device, **more: Any) -> Result:
         """A Result with everything that does not depend on the evaluator filled in."""
         ranks = {"world_size": world_size()} | ({"gpus": world_size()} if device.type == "cuda" else {})
-        more["settings"] = {**more.get("settings", {}), **ranks}
+        more["settings"] = {"precision": self.precision, **more.get("settings", {}), **ranks}
         normalised = {"mean": list(self.transform.mean), "std": list(self.transform.std)}
         said = dict.fromkeys([*self.train.notes, *self.test.notes])
-        if self.test.name in ANY_IMAGES:  # the name does not say which
-            both = hashlib.sha256(f"{self.train.contents} {self.test.contents}".encode()).hexdigest()
-            said[f"{len(self.test.classes)} classes, files {both[:6]}"] = None
+        if self.test.name in ANY_IMAGES:
+            said[f"{len(self.test.classes)} classes, files {contents_of(self.train, self.test)[:6]}"] = None
         split = f"{self.test.split} ({'; '.join(said)})" if said else self.test.split
         return Result(
             task=self.task, dataset=self.test.name, split=split, n=len(self.test),
             metrics={k: round(v, 4) for k, v in metrics.items()}, protocol=self.protocol.reference,
             weights=self.backbone.weights | normalised, arch=self.backbone.arch, label=self.settings.label,
             seed=self.seed, label_percent=self.label_percent, image_size=self.transform.size,
-            **(self.clock.stamp(device) | more),
+            evaluated_under=self.conditions(), deviations=self.deviations(),
+            **(self.clock.stamp(device) | more | {"warnings": [*self.warnings, *more.get("warnings", ())]}),
         )  # fmt: skip
 
-    @property
-    def precision(self) -> str:
-        """The one that results must have to be this evaluation's; auto: any. Raw pixels know none."""
-        return self.settings.precision if self.backbone.model is not None else "auto"
-
-    def finished(self) -> bool:
-        """Whether OUTPUT holds this result already; says so. False with --force."""
+    def found(self) -> list[Result]:
+        """What OUTPUT holds of this evaluation already, said to the user; nothing with --force."""
         if self.settings.force:
-            return False
-        like = self.result({}, torch.device("cpu"))
-        found = results.find(self.settings.output, like, precision=self.precision)
-        if found and is_main():
-            for r in found:
-                print(f"finished already: {spell(r)}")
+            return []
+        return results.find(self.settings.output, self.result({}, torch.device("cpu")))
+
+    def tell_finished(self, found: list[Result]) -> None:
+        """Say that nothing is left to do. Rank 0 only."""
+        if is_main():
+            print("\n".join(f"finished already: {spell(r)}" for r in found))
             print(f"{self.settings.output / results.FILE} holds it; --force evaluates again")
-        return bool(found)
 
     def begin(self) -> None:
-        """Write the settings really used. Rank 0 only."""
+        """Write the settings really used, and say how they differ from the protocol. Rank 0 only."""
         if is_main():
             self.settings.output.mkdir(parents=True, exist_ok=True)
             save_settings(self.settings, self.settings.output / "config.yaml")
+            for deviation in self.deviations():
+                logger.warning("%s: %s", self.protocol, deviation)
+            for warning in self.warnings:
+                logger.warning("%s", warning)
 
     def write(self, found: list[Result]) -> None:
         """Append and print the results. Rank 0 only."""
@@ -148,6 +170,82 @@ class Evaluation:
             results.append(self.settings.output, *(replace(r, seconds=seconds) for r in found))
             for r in found:
                 print(spell(r))
+
+    def features(
+        self, extractor: Extractor, part: ImageDataset, indices: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Features of `part`, or of its images `indices`, N x D, as `extract`. All ranks must call."""
+        settings = self.settings
+        return extract(
+            extractor, self.backbone, part, cache=settings.cache, indices=indices,
+            batch_size=settings.batch_size, workers=settings.workers,
+            progress=settings.output / "progress.json",
+        )  # fmt: skip
+
+
+def contents_of(train: ImageDataset, test: ImageDataset) -> str:
+    """A hash of which images these are, wherever they lie."""
+    return hashlib.sha256(f"{train.contents} {test.contents}".encode()).hexdigest()
+
+
+def set_up(
+    settings: EvaluationSettings,
+    protocol: Protocol,
+    values: ImageValues,
+    clock: Clock,
+    *,
+    task: Literal["knn", "linear", "semisup"],
+    seed: int | None,
+    label_percent: float = 100,
+    parts: tuple[ImageDataset, ImageDataset] | None = None,
+) -> Evaluation:
+    """Open the data (unless `parts` are given) and the weights, and settle how images are looked at.
+
+    Raises UserError for what cannot be judged.
+    """
+    train, test = parts or open_pair(settings)
+    doubts = doubts_about(train, test)
+    backbone = backbone_of(settings)
+    transform = eval_transform(
+        values, native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
+        given=[name for name in ("mean", "std") if getattr(settings, name) is not None],
+    )  # fmt: skip
+    asked = values.precision if settings.precision == "auto" else settings.precision
+    return Evaluation(
+        task=task, settings=settings, protocol=protocol, values=values, backbone=backbone, train=train,
+        test=test, transform=transform, clock=clock, seed=seed, label_percent=label_percent,
+        precision="float32" if backbone.model is None else asked, warnings=tuple(doubts),
+    )  # fmt: skip
+
+
+def judge_frozen(
+    evaluation: Evaluation,
+    judge: Callable[[Evaluation, Extractor], list[Result]],
+    stages: tuple[str, ...] = LAST,
+) -> int:
+    """Write the results of `judge`, which gets a frozen backbone's extractor, unless OUTPUT holds them.
+
+    Raises RuntimeError where the backbone has changed.
+    """
+    found = evaluation.found()
+    if found:
+        evaluation.tell_finished(found)
+        return 0
+    # another job may be extracting the same features, and ranks wait while rank 0 fits a regression
+    with process_group(timeout_min=24 * 60) as device:
+        extractor = make_extractor(
+            evaluation.backbone, evaluation.train, evaluation.transform, device,
+            evaluation.precision, stages,  # type: ignore[arg-type]
+        )  # fmt: skip
+        before = extractor.digest()
+        settled = replace(evaluation, precision=extractor.precision)
+        settled.begin()
+        found = judge(settled, extractor)
+        if extractor.digest() != before:
+            raise RuntimeError("the frozen backbone changed while it was judged: no result is written")
+        settled.write(found)
+        barrier()
+    return 0
 
 
 def spell(r: Result) -> str:

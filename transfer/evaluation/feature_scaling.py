@@ -22,16 +22,17 @@ def mean_and_std(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def standardise(x_ND: np.ndarray, mean_D: np.ndarray, std_D: np.ndarray) -> None:
     """(x - mean) / std in place; 0 for a feature that never changed: it says nothing, whatever it is here."""
-    changes = std_D > 1e-6 * max(float(std_D.max()), 1e-12)
-    scale_D = np.where(changes, 1 / np.maximum(std_D, 1e-30), 0.0)
+    changes = std_D > 1e-6 * float(std_D.max())
+    scale_D = np.divide(1.0, std_D, out=np.zeros_like(std_D), where=changes)
     for rows, x in _blocks(x_ND):
         x_ND[rows] = (x - mean_D) * scale_D
 
 
-def to_unit_length(x_ND: np.ndarray, *, least: float = 0.0, plus: float = 0.0) -> None:
-    """Each row divided by max(its length, least) + plus, in place."""
+def to_unit_length(x_ND: np.ndarray, *, plus: float = 0.0) -> None:
+    """Each row divided by its length + plus, in place; a row of zeros stays as it is."""
     for rows, x in _blocks(x_ND):
-        x_ND[rows] = x / (np.maximum(np.linalg.norm(x, axis=1, keepdims=True), least) + plus)
+        length = np.linalg.norm(x, axis=1, keepdims=True) + plus
+        x_ND[rows] = x / np.where(length > 0, length, 1.0)
 
 
 def _blocks(x_ND: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

@@ -44,9 +44,9 @@ FORMAT = 1
 class Extractor:
     """A frozen backbone: 8-bit pixels B x 3 x H x W in, float32 features B x D out.
 
-    It works on a copy in eval mode with BatchNorm folded into the convolutions. `stages` names those whose
-    pooled outputs are the features, side by side (`widths` has each one's share of D). Without a model (raw
-    pixels) the features are the normalised pixels, flattened; of a `grey` data set one channel.
+    It works on a copy in eval mode, in bfloat16 with BatchNorm folded into the convolutions. `stages` names
+    those whose pooled outputs are the features, side by side (`widths` has each one's share of D). Without a
+    model (raw pixels) the features are the normalised pixels, flattened; of a `grey` data set one channel.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Extractor:
         self.module: nn.Module | None = None
         self.widths = {LAST[0]: (1 if grey else 3) * transform.size**2}
         if model is not None:
-            self.widths = widths_of(model, stages)
+            self.widths = widths_of(model, stages, transform.size)
             model = model if stages == LAST else Stages(model, stages)
             module = _folded(model) if self.dtype == torch.bfloat16 else copy.deepcopy(model).eval()
             self.module = module.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]

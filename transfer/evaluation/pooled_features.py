@@ -5,14 +5,21 @@ A set of features goes by the names of its stages: layer4 is the backbone's own 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
+from pretrain.common.errors import UserError
+
+WINDOW = 6
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 LAST = ("layer4",)
+WINDOWS = ("layer4 6x6",)
+"""The last stage's map averaged over windows of 6 x 6 px, stride 1: of a 7 x 7 map four numbers a channel."""
 
 
 def stages_of(features: Sequence[str]) -> tuple[str, ...]:
@@ -37,7 +44,10 @@ def columns(features: str, widths: Mapping[str, int]) -> Tensor:
 
 
 class Stages(nn.Module):
-    """N x 3 x H x W -> N x D: the average-pooled outputs of `stages`, one after the other, in one pass."""
+    """N x 3 x H x W -> N x D: the average-pooled outputs of `stages`, one after the other, in one pass.
+
+    WINDOWS are flattened as N x C x 2 x 2 is. Raises UserError for images too small for them.
+    """
 
     def __init__(self, backbone: nn.Module, stages: Sequence[str]) -> None:
         super().__init__()
@@ -51,10 +61,21 @@ class Stages(nn.Module):
             x = getattr(b, stage)(x)
             if stage in self.stages:
                 pooled.append(b.global_pool(x))
+        if self.stages == WINDOWS:
+            if min(x.shape[-2:]) < WINDOW:
+                raise UserError(
+                    f"windows of {WINDOW} x {WINDOW} do not fit the last map, {x.shape[-2]} x {x.shape[-1]}: "
+                    "wanted larger images (--image-size 224)"
+                )
+            pooled.append(avg_pool2d(x, WINDOW, stride=1).flatten(1))
         return torch.cat(pooled, 1)
 
 
-def widths_of(backbone: nn.Module, stages: Sequence[str]) -> dict[str, int]:
-    """Number of features of each stage."""
+@torch.no_grad()
+def widths_of(backbone: nn.Module, stages: Sequence[str], size: int) -> dict[str, int]:
+    """Number of features of each stage, from images of `size` px."""
+    if tuple(stages) == WINDOWS:
+        image = next(backbone.parameters()).new_zeros(1, 3, size, size)
+        return {WINDOWS[0]: Stages(copy.deepcopy(backbone).eval(), stages)(image).shape[1]}
     channels = {info["module"]: int(info["num_chs"]) for info in cast(Any, backbone).feature_info}
     return {stage: channels[stage] for stage in stages}

@@ -1,8 +1,9 @@
 """Protocols: every hyperparameter of an evaluation, with its source and a hash.
 
-A protocol is a YAML file `NAME@VERSION.yaml` in protocols/: `task`, `title`, `source` and `values`. The hash
-covers task and values alone, so a corrected remark does not part new results from old ones, and a changed
-number does. A published file's values never change: a correction is a new version.
+A protocol is a YAML file `NAME@VERSION.yaml` in protocols/: `task`, `title`, `source`, `values` and, where it
+is known, `differs`: in what it still is not what its authors do. The hash covers task and values alone, so a
+corrected remark does not part new results from old ones, and a changed number does. A published file's values
+never change: a correction is a new version.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Protocol:
     title: str
     source: str
     values: Mapping[str, Any]
+    differs: str = ""
+    """In what it is known to differ from what its authors do."""
 
     @property
     def hash(self) -> str:
@@ -63,7 +66,7 @@ class Protocol:
             if key not in fields:
                 raise UserError(f"protocol {self}: unknown value {key!r}; known: {', '.join(fields)}")
             if not _fits(value, hints[key]):
-                raise UserError(f"protocol {self}: {key}: {value!r} is not of type {hints[key]}")
+                raise UserError(f"protocol {self}: {key}: {value!r}: wanted {_words(hints[key])}")
         needed = (
             n
             for n, f in fields.items()
@@ -108,6 +111,12 @@ def load_protocol(name: str, task: str | None = None) -> Protocol:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"unknown protocol {name!r}{hint}; choose one of: {', '.join(known)}")
     protocol = _read(path)
+    shipped = FOLDER / f"{protocol}.yaml"
+    if shipped.is_file() and _read(shipped).hash != protocol.hash:
+        raise UserError(
+            f"{path}: {protocol} is a protocol of this project with other values; give yours a name of its "
+            f"own, such as mine_{protocol.name}@1.yaml, so that nobody takes its results for the other's"
+        )
     if task is not None and protocol.task != task:
         known = [str(p) for p in all_protocols() if p.task == task]
         raise UserError(f"protocol {protocol} is for {protocol.task}; for {task}: {', '.join(known)}")
@@ -123,11 +132,37 @@ def _read(path: Path) -> Protocol:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML: {error}") from error
     wanted = {"task", "title", "source", "values"}
-    if not isinstance(content, dict) or set(content) != wanted or not isinstance(content["values"], dict):
-        raise UserError(f"{path}: wanted exactly the entries {', '.join(sorted(wanted))}")
+    if not isinstance(content, dict) or set(content) - {"differs"} != wanted:
+        raise UserError(f"{path}: wanted the entries {', '.join(sorted(wanted))} and, if need be, differs")
+    if not isinstance(content["values"], dict):
+        raise UserError(f"{path}: values: wanted entries KEY: VALUE")
+    for key in content.keys() - {"task", "values"}:
+        if not isinstance(content[key], str):
+            raise UserError(f"{path}: {key}: {content[key]!r}: wanted a text (in quotes, if it has a colon)")
     if content["task"] not in TASKS:
         raise UserError(f"{path}: task {content['task']!r}; wanted one of {', '.join(TASKS)}")
     return Protocol(name=stem, version=int(version), **content)
+
+
+def want(ok: bool, key: str, value: object, what: str) -> None:
+    """Raises ValueError unless `ok`, naming the key, its value and what was wanted."""
+    if not ok:
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ValueError(f"{key}: {shown}: wanted {what}")
+
+
+def _words(hint: Any) -> str:
+    """A type as people say it."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(a) for a in args)
+    if origin is typing.Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return f"a list of {_words(args[0])}s, such as [1, 2]"
+    if origin is dict:
+        return "entries such as {'1': 0.01, '10': 0.01}"
+    return {float: "number", int: "whole number", bool: "true or false", str: "text"}.get(hint, "nothing")
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,13 +192,13 @@ def as_markdown() -> str:
         lines += [
             f"### {task}",
             "",
-            "| protocol | what it is | values | source |",
-            "| --- | --- | --- | --- |",
+            "| protocol | what it is | values | source | known to differ |",
+            "| --- | --- | --- | --- | --- |",
         ]
         for p in all_protocols():
             if p.task == task:
                 values = ", ".join(f"{k} {_spell(v)}" for k, v in p.values.items())
-                lines.append(f"| `{p}` ({p.hash}) | {p.title} | {values} | {p.source} |")
+                lines.append(f"| `{p}` ({p.hash}) | {p.title} | {values} | {p.source} | {p.differs} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -188,7 +223,8 @@ def main(argv: list[str]) -> int | None:
         print(as_markdown())
     elif arguments.name:
         p = load_protocol(arguments.name)
-        print(f"{p} ({p.task}, {p.hash})\n{p.title}\n{p.source}\n")
+        print(f"{p} ({p.task}, {p.hash})\n{p.title}\n{p.source}")
+        print(f"known to differ: {p.differs}\n" if p.differs else "")
         print(yaml.safe_dump(dict(p.values), sort_keys=False), end="")
     else:
         for p in all_protocols():

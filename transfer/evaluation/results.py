@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -54,8 +57,19 @@ class Result:
     """None where nothing is random."""
     image_size: int | None = None
     """Side of the evaluated images, px."""
+    evaluated_under: dict[str, Any] = field(default_factory=dict)
+    """Everything beside protocol, weights, seed and share of labels that can change the number: image_size,
+    resize, fit (crop or whole), interpolation, mean, std, precision, n and n_train, images (a hash of which,
+    where the data set's name does not say it), labels (a hash of the labelled ones) and world_size (where
+    BatchNorm is trained on a rank's own images) of a fine-tuning."""
+    evaluated_under_hash: str = ""
+    """The first 12 hexadecimal digits of the SHA-256 of `evaluated_under` as canonical JSON."""
+    deviations: list[str] = field(default_factory=list)
+    """In which ways the evaluation was not the protocol's own, and by whose wish."""
+    warnings: list[str] = field(default_factory=list)
+    """Why the figure may say nothing: a classifier that learnt nothing, training and test images alike."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What else matters: the chosen head, temperature, precision, configuration file."""
+    """What else matters: the chosen head, temperature, configuration file."""
     seconds: float = 0.0
     started_at: str = ""
     """UTC, ISO 8601."""
@@ -64,12 +78,19 @@ class Result:
     commit: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for figures that are no percentages."""
+        """Derives the hash. Raises ValueError for figures that are no percentages."""
+        digest = hash_of(self.evaluated_under) if self.evaluated_under else ""
+        object.__setattr__(self, "evaluated_under_hash", digest)
         for name, value in self.metrics.items():
             if not math.isfinite(value) or not -1 <= value <= 100:
                 raise ValueError(f"{name} is {value}, which is no percentage")
         if self.n <= 0:
             raise ValueError("a result over no image")
+
+
+def hash_of(conditions: Mapping[str, Any]) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of canonical JSON."""
+    return hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def append(output: str | Path, *results: Result) -> None:
@@ -86,27 +107,22 @@ def read(path: str | Path) -> list[Result]:
     return [Result(**{k: v for k, v in r.items() if k in known}) for r in records if needed <= set(r)]
 
 
-def find(output: str | Path, like: Result, *, precision: str = "auto") -> list[Result]:
-    """The results in `output` of the same evaluation: task, data, protocol, weights and architecture, seed,
-    share of labels, image size and normalisation, and `precision` unless it is "auto"."""
-    found = [r for r in read(output) if _identity(r) == _identity(like)]
-    return [r for r in found if precision in ("auto", r.settings.get("precision"))]
+def find(output: str | Path, like: Result) -> list[Result]:
+    """The results in `output` of the same evaluation. A precision "auto" of `like` stands for any."""
+    return [r for r in read(output) if _same(r, like)]
+
+
+def _same(found: Result, like: Result) -> bool:
+    """What one result is: task, data, protocol, weights, seed and share of labels, under equal conditions."""
+    under = found.evaluated_under
+    if like.evaluated_under.get("precision") == "auto" and under:
+        under = under | {"precision": "auto"}
+    return _identity(found) == _identity(like) and under == like.evaluated_under
 
 
 def _identity(r: Result) -> tuple[Any, ...]:
-    weights = (r.weights.get(key) for key in ("sha256", "branch", "mean", "std"))
-    return (
-        r.task,
-        r.dataset,
-        r.split,
-        r.protocol,
-        *weights,
-        r.arch,
-        r.seed,
-        r.label_percent,
-        r.image_size,
-        r.n,
-    )
+    weights = (r.weights.get("sha256"), r.weights.get("branch"), r.arch)
+    return r.task, r.dataset, r.split, r.protocol, weights, r.seed, r.label_percent
 
 
 class Clock:

@@ -1,6 +1,7 @@
 """The transform of evaluated images, from PIL image to normalised tensor, without randomness.
 
-Two forms. `crop`: ImageNet's Resize(shorter side) and CenterCrop, by PIL, one image at a time. `square`, for
+Three forms. `crop`: ImageNet's Resize(shorter side) and CenterCrop, by PIL, one image at a time. `squash`: to
+size x size whatever the shape, by PIL, after a resize of the shorter side where there is one. `whole`, for
 sets of small images: Resize((size, size)) with antialiasing on 8-bit pixels, a whole batch at once; equal to
 PIL's resize of each image but for rounding: one grey level, two where bicubic.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
+from transfer.evaluation.protocol import want
 
 PIL_MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 TORCH_MODES = {"bilinear": F.InterpolationMode.BILINEAR, "bicubic": F.InterpolationMode.BICUBIC}
@@ -33,19 +36,30 @@ class EvalTransform:
     """Side of the result, px."""
     resize: int | None = None
     """Shorter side before the centre crop, px; None: the whole image to size x size."""
+    squash: bool = False
+    """Instead of the crop: to size x size, whatever the image's shape."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
+    @property
+    def fit(self) -> str:
+        """How an image comes to be a square: squash, crop or, of small images, whole."""
+        return "squash" if self.squash else "whole" if self.resize is None else "crop"
+
     def decode(self, image: Image.Image) -> Tensor:
-        """The 8-bit pixels, 3 x H x W: cropped already, or whole where `batch` is to resize."""
+        """The 8-bit pixels, 3 x H x W: cropped or squashed already, or whole where `square` is to resize."""
         if self.resize is not None:
-            image = center_crop(resize_shorter(image, self.resize, self.interpolation), self.size)
+            image = resize_shorter(image, self.resize, self.interpolation)
+        if self.squash:
+            image = image.resize((self.size, self.size), PIL_MODES[self.interpolation])
+        elif self.resize is not None:
+            image = center_crop(image, self.size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def square(self, images: Sequence[Tensor]) -> Tensor:
         """8-bit pixels of several images as one B x 3 x size x size tensor."""
-        if self.resize is None:
+        if self.fit == "whole":
             if len({i.shape for i in images}) > 1:
                 return torch.cat([self._resize(i[None]) for i in images])
             return self._resize(torch.stack(list(images)))
@@ -89,32 +103,71 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageValues:
+    """What a protocol of any task says of the images it judges, and of the arithmetic."""
+
+    resize: int | None = 256
+    """Shorter side before the crop, px; None, with fit: squash: as it is."""
+    crop: int = 224
+    """Side of the images judged, px."""
+    fit: Literal["crop", "squash"] = "crop"
+    """crop: the middle of the resized image; squash: all of it, whatever its shape."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    image_size: int | Literal["native"] | None = None
+    """Side of sets of small images, px, whole and uncropped. native: their own, as the authors have it; None:
+    likewise, though the authors resize and crop these as well, which results say. Before both comes the size
+    that the weights' file records."""
+    mean: tuple[float, ...] | None = None
+    """Given: images are normalised with it and `std` whatever the weights' file records."""
+    std: tuple[float, ...] = IMAGENET_STD
+    """Without `mean`: where the weights' file records none."""
+    precision: Literal["auto", "float32"] = "auto"
+    """Of the backbone. float32: as in the authors' code, which has no autocast."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no image can be looked at by."""
+        want(self.crop >= 8, "crop", self.crop, "8 px or more")
+        if self.resize is not None:
+            want(self.resize >= 8, "resize", self.resize, "8 px or more")
+        if self.fit == "crop":
+            enough = self.resize is not None and self.resize >= self.crop
+            want(enough, "resize", self.resize, f"at least crop, {self.crop} px, or fit: squash")
+        if isinstance(self.image_size, int):
+            want(self.image_size >= 8, "image_size", self.image_size, "8 px or more")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None:
+                three = len(values) == 3 and all(map(math.isfinite, values))
+                want(three, key, values, "three numbers, such as [0.485, 0.456, 0.406]")
+        want(min(self.std) > 0, "std", self.std, "three numbers above 0")
+
+
 def eval_transform(
+    values: ImageValues = ImageValues(),
     *,
     native_size: int | None,
     image_size: int | None,
-    metadata: dict[str, str],
-    resize: int = 256,
-    crop: int = 224,
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
-    std: tuple[float, ...] = IMAGENET_STD,
+    metadata: Mapping[str, str],
+    given: Collection[str] = (),
 ) -> EvalTransform:
     """The transform for a data set: cropped for ImageNet-like ones, square for those of small images.
 
-    Small images go to `image_size`, else to the size in the weights' metadata, else stay as they are; for
-    ImageNet-like sets `image_size` replaces `crop` and scales `resize` with it. Mean and standard deviation
-    are those in the weights' metadata, else ImageNet's (or the protocol's `std`).
+    Small images go to `image_size`, else to the protocol's, else to the size in the weights' metadata, else
+    stay as they are; for ImageNet-like sets `image_size` replaces `crop` and scales `resize` with it. Mean
+    and standard deviation are the protocol's where it fixes them, unless `metadata` has them from the user
+    (`given` names which), else those in the weights' metadata, else ImageNet's (or the protocol's `std`).
     """
-    mean = _numbers(metadata.get("mean"), IMAGENET_MEAN)
-    std = _numbers(metadata.get("std"), std)
+    fixed = () if values.mean is None else {"mean", "std"} - set(given)
+    mean = _numbers(None if "mean" in fixed else metadata.get("mean"), values.mean or IMAGENET_MEAN)
+    std = _numbers(None if "std" in fixed else metadata.get("std"), values.std)
+    looks: dict[str, Any] = {"interpolation": values.interpolation, "mean": mean, "std": std}
     if native_size is None:
-        size = image_size or crop
-        return EvalTransform(
-            size=size, resize=round(resize * size / crop), interpolation=interpolation, mean=mean, std=std
-        )
+        size = image_size or values.crop
+        resize = values.resize and round(values.resize * size / values.crop)
+        return EvalTransform(size=size, resize=resize, squash=values.fit == "squash", **looks)
     recorded = metadata.get("image_size")
-    size = image_size or (int(recorded) if recorded else native_size)
-    return EvalTransform(size=size, interpolation=interpolation, mean=mean, std=std)
+    fixed_size = values.image_size if isinstance(values.image_size, int) else None
+    return EvalTransform(size=image_size or fixed_size or int(recorded or native_size), **looks)
 
 
 def _numbers(text: str | None, default: tuple[float, ...]) -> tuple[float, ...]:

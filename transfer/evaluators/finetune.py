@@ -5,7 +5,6 @@ B images of this rank, C classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -121,26 +120,6 @@ class FineTuning:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-
-
-def places(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
-    """How many classes are placed before the true one; equal logits: the smaller label first; NaN: last."""
-    logits_BC = logits_BC.nan_to_num(nan=-math.inf)
-    own = logits_BC.gather(1, labels_B[:, None])
-    before = torch.arange(logits_BC.shape[1], device=logits_BC.device) < labels_B[:, None]
-    return ((logits_BC > own) | ((logits_BC == own) & before)).sum(1)
-
-
-def percentages(place_N: Tensor, labels_N: Tensor, classes: int) -> dict[str, float]:
-    """top1, top5 and the mean over classes of top-1, in percent; every class has an image."""
-    hit = (place_N < 1).double()
-    own = torch.zeros(classes, dtype=torch.float64).scatter_add_(0, labels_N, hit)
-    mean = own / torch.bincount(labels_N, minlength=classes)
-    return {
-        "top1": 100 * float(hit.mean()),
-        "top5": 100 * float((place_N < 5).double().mean()),
-        "mean_per_class": 100 * float(mean.mean()),
-    }
 
 
 def joined(place_N: Tensor, device: torch.device) -> Tensor:

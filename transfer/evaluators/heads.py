@@ -9,17 +9,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from pretrain.common.collectives import sum_over_ranks
-from transfer.evaluators.finetune import places
+from transfer.evaluation.protocol import want
 
 Optimizer = Literal["sgd", "lars", "adam", "adamw"]
 Schedule = Literal["constant", "cosine", "cosine_by_epoch", "steps", "exponential"]
 LARS_TRUST = 0.001  # SimSiam's main_lincls.py with apex's LARC(clip=False)
+
+
+class Stepped(Protocol):
+    """The values of a protocol that trains by gradient steps."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def milestones(self) -> tuple[int, ...]: ...
+    @property
+    def gamma(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+
+
+def check_steps(values: Stepped) -> None:
+    """Raises ValueError for numbers out of range."""
+    want(values.epochs >= 1, "epochs", values.epochs, "1 or more")
+    rising = list(values.milestones) == sorted({m for m in values.milestones if m >= 1})
+    want(rising, "milestones", values.milestones, "rising epochs, each 1 or more")
+    want(0 < values.gamma <= 1, "gamma", values.gamma, "above 0, at most 1")
+    want(0 <= values.momentum < 1, "momentum", values.momentum, "0 to below 1")
 
 
 def rate_factor(
@@ -209,23 +231,3 @@ def _trust(p: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
     norm, slope = p.norm(dim=(0, 2), keepdim=True), gradient.norm(dim=(0, 2), keepdim=True)
     ratio = LARS_TRUST * norm / (slope + decay * norm + 1e-8)
     return torch.where((norm > 0) & (slope > 0), ratio, torch.ones_like(ratio))
-
-
-def accuracies(logits_BC: Tensor, labels_B: Tensor) -> dict[str, float]:
-    """top1, top5 and the mean over classes of top-1, in percent; equal logits: the smaller label wins."""
-    return figures(places(logits_BC, labels_B), labels_B, logits_BC.shape[1])
-
-
-def figures(place_N: Tensor, labels_N: Tensor, classes: int) -> dict[str, float]:
-    """The same from how many classes are placed before the true one; classes without images do not count."""
-    hit = (place_N < 1).double()
-    total = torch.zeros(classes, dtype=torch.float64, device=hit.device)
-    count = torch.zeros_like(total)
-    total.scatter_add_(0, labels_N, hit)
-    count.scatter_add_(0, labels_N, torch.ones_like(hit))
-    seen = count > 0
-    return {
-        "top1": 100 * float(hit.mean()),
-        "top5": 100 * float((place_N < 5).double().mean()),
-        "mean_per_class": 100 * float((total[seen] / count[seen]).mean()),
-    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,32 @@ from torch import Tensor
 from pretrain.common.collectives import any_rank
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import atomic_path
-from pretrain.common.process_group import barrier, is_main, process_group, rank, sent, world_size
+from pretrain.common.process_group import barrier, is_main, rank, sent, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
+from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
-from transfer.evaluation.context import Evaluation, backbone_of, open_pair
-from transfer.evaluation.features import Extractor, image_batches, make_extractor
-from transfer.evaluation.pooled_features import LAST, columns, stages_of
+from transfer.evaluation.context import Evaluation, judge_frozen, set_up
+from transfer.evaluation.features import Extractor, image_batches
+from transfer.evaluation.pooled_features import LAST, columns
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluation.transforms import eval_transform
-from transfer.evaluation.voc07 import refuse_voc07
-from transfer.evaluators.finetune import places
-from transfer.evaluators.heads import HeadGrids, figures, rate_factor
-from transfer.evaluators.linear_features import Labelled, cached_parts, held_out_split
+from transfer.evaluators.epoch_order import epoch_batches, steps_of
+from transfer.evaluators.heads import HeadGrids, rate_factor
+from transfer.evaluators.linear_features import Labelled, cached_parts, held_out_part
 from transfer.evaluators.linear_protocol import LinearProtocol
+from transfer.evaluators.voc07 import refuse_voc07
 from transfer.options import LinearSettings, parse
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "linear.pt"
+Judge = Callable[[Evaluation, Extractor, LinearProtocol], list[Result]]
 LOGITS_BYTES = 1 << 28  # of one block of images when heads are judged
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> int:
     """`python -m transfer linear`."""
     settings: LinearSettings = parse("linear", argv)
     protocol = load_protocol(settings.protocol, "linear")
@@ -55,77 +56,49 @@ def main(argv: list[str]) -> int | None:
 
         return evaluate_voc(settings, protocol, values, clock)
     refuse_voc07(settings.dataset)
-    train, test = open_pair(settings)
+    evaluation = set_up(settings, protocol, values, clock, task="linear", seed=settings.seed)
+    _check(evaluation, values)
+    judge: Judge = run_heads
+    if values.method == "logreg":
+        from transfer.evaluators.logreg import run_logreg
+
+        judge = run_logreg
+    code = judge_frozen(
+        evaluation, lambda settled, extractor: judge(settled, extractor, values), values.stages
+    )
+    (settings.output / CHECKPOINT).unlink(missing_ok=True)
+    return code
+
+
+def _check(evaluation: Evaluation, values: LinearProtocol) -> None:
+    """Raises UserError for a backbone or training images that the protocol cannot do with."""
+    train, protocol = evaluation.train, evaluation.protocol
     if values.method == "heads" and len(train) * (1 - values.held_out_percent / 100) < 1:
         raise UserError(f"{train.root}: no training image is left beside the held-out part")
-    if values.held_out_percent and not len(held_out_split(train.labels_N, values.held_out_percent, 0)[1]):
+    if values.held_out_percent and not len(held_out_part(train, values, 0)[1]):
         raise UserError(
             f"{train.root}: one training image a class, and {protocol} chooses on "
             f"{values.held_out_percent:g} % of each class's held out; wanted two or more of at least one "
             "class, or a protocol of one head, which holds out none"
         )
-    backbone = backbone_of(settings)
-    if backbone.model is None and values.augmentation:
-        raise UserError(f"{protocol} augments images for a backbone; judge raw-pixels with cached_linear@1")
-    if backbone.model is None and values.features != LAST:
-        raise UserError(f"{protocol} looks into a backbone; judge raw-pixels with cached_linear@1")
-    transform = eval_transform(
-        native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
-        resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
-    )  # fmt: skip
-    evaluation = Evaluation(
-        settings=settings, protocol=protocol, backbone=backbone, train=train, test=test, transform=transform,
-        clock=clock, seed=settings.seed,
-    )  # fmt: skip
-    if evaluation.finished():
-        return 0
-    evaluation.begin()
-    # logreg's ranks wait while rank 0 fits, and all while another job extracts the same features
-    with process_group(timeout_min=24 * 60) as device:
-        extractor = make_extractor(
-            backbone, train, transform, device, settings.precision, stages_of(values.features)
-        )
-        before = extractor.digest()
-        if values.method == "logreg":
-            from transfer.evaluators.logreg import run_logreg
-
-            found = run_logreg(evaluation, extractor, values, device)
-        else:
-            found = run_heads(evaluation, extractor, values, device)
-        if extractor.digest() != before:
-            raise RuntimeError("the frozen backbone changed while heads were trained: no result is written")
-        evaluation.write(found)
-        barrier()
-        if is_main():
-            (settings.output / CHECKPOINT).unlink(missing_ok=True)
-    return 0
+    if evaluation.backbone.model is None and (values.augmentation or values.features != LAST):
+        what = "augments images for a backbone" if values.augmentation else "looks into a backbone"
+        raise UserError(f"{protocol} {what}; judge raw-pixels with cached_linear@1")
 
 
-def epoch_batches(n: int, batch: int, *, steps: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """The global batches of one epoch: a permutation of range(n) drawn from (seed, epoch), cut into `steps`
-    batches; where more are asked for than one pass gives, further permutations follow."""
-    rng = np.random.default_rng([seed, epoch])
-    order = np.concatenate([rng.permutation(n) for _ in range(max(1, math.ceil(steps * batch / max(n, 1))))])
-    if steps == math.ceil(n / batch):
-        order = order[:n]
-    return [order[s * batch : (s + 1) * batch] for s in range(steps)]
-
-
-def run_heads(
-    evaluation: Evaluation, extractor: Extractor, values: LinearProtocol, device: torch.device
-) -> list[Result]:
+def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtocol) -> list[Result]:
     """Train the grid and judge it after each epoch; the results to report. All ranks must call."""
-    settings = evaluation.settings
+    settings, device = evaluation.settings, extractor.device
     seed = evaluation.seed or 0
     metric = metric_of(evaluation.test.name)
-    train, held, test, fit = cached_parts(evaluation, extractor, values, device)
+    train, held, test, fit = cached_parts(evaluation, extractor, values)
     classes = len(evaluation.train.classes)
     sets = {name: columns(name, extractor.widths) for name in values.features}
     heads = HeadGrids(
         sets, classes, rates=values.rates, decays=values.weight_decays, optimizer=values.optimizer,
         momentum=values.momentum, init=values.init, seed=seed, device=device,
     )  # fmt: skip
-    steps = values.steps_per_epoch or math.ceil(len(fit) / values.batch)
+    steps = values.steps_per_epoch or steps_of(len(fit), values.batch, drop_last=values.drop_last)
     identity = (
         f"heads/3 {evaluation.backbone.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
         f"{evaluation.test.fingerprint} {len(fit)} {evaluation.transform} {extractor.precision}"
@@ -144,7 +117,7 @@ def run_heads(
                 b[rank() :: world_size()] for b in batches[done % steps if epoch == done // steps else 0 :]
             ]
             stream = (
-                _augmented(evaluation, extractor, values, fit, batches, epoch, device)
+                _augmented(evaluation, extractor, values, fit, batches, epoch)
                 if train is None
                 else _cached(train, batches)
             )
@@ -172,7 +145,7 @@ def run_heads(
                 _save(path, heads, identity, step, history)
             if stopping:
                 _leave(stop)
-    return _report(evaluation, extractor, values, heads, history, device)
+    return _report(evaluation, values, heads, history, device)
 
 
 def _diverged(heads: HeadGrids, known: set[int], evaluation: Evaluation, epoch: int, step: int) -> set[int]:
@@ -216,9 +189,8 @@ def _augmented(
     fit: np.ndarray,
     batches: list[np.ndarray],
     epoch: int,
-    device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    settings, train = evaluation.settings, evaluation.train
+    settings, train, device = evaluation.settings, evaluation.train, extractor.device
     images = Augmented(
         train, size=evaluation.transform.size, seed=evaluation.seed or 0, epoch=epoch,
         interpolation=values.train_interpolation,
@@ -249,13 +221,12 @@ def _judge(
             logits = torch.where(torch.isfinite(logits), logits, torch.full_like(logits, -math.inf))
             for head, own in enumerate(logits.unbind(1)):
                 place_HN[head, block] = places(own, part.labels_N[block])
-        out[name] = [figures(place_N, part.labels_N, classes) for place_N in place_HN]
+        out[name] = [percentages(place_N, part.labels_N, classes) for place_N in place_HN]
     return out
 
 
 def _report(
     evaluation: Evaluation,
-    extractor: Extractor,
     values: LinearProtocol,
     heads: HeadGrids,
     history: list[dict[str, list[dict[str, float]]]],
@@ -276,7 +247,7 @@ def _report(
         rate, decay, features = heads.grid[head]
         extra: dict[str, Any] = {
             "learning_rate": rate, "weight_decay": decay, "heads": len(heads),
-            "precision": extractor.precision, "augmentation": values.augmentation,
+            "augmentation": values.augmentation,
             "chosen_on": "held-out" if place == "held" else "reported",
         }  # fmt: skip
         named = values.features != LAST
@@ -295,6 +266,8 @@ def _report(
         )
 
     best = "held-out" if place == "held" else "best"
+    if values.choose_epoch == "last":
+        return [line(best if len(heads) > 1 else "last", last, head_last)]
     return [line("last", last, head_last), line(best, epoch_best, head_best)]
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.data.datasets import ImageDataset
+from pretrain.data.transfer_sets import validation_files
 from transfer.evaluation.context import Evaluation
 from transfer.evaluation.feature_scaling import mean_and_std, standardise, to_unit_length
-from transfer.evaluation.features import Extractor, extract
+from transfer.evaluation.features import Extractor
 from transfer.evaluators.linear_protocol import LinearProtocol
 
 
@@ -23,14 +24,28 @@ class Labelled:
     labels_N: Tensor
 
 
-def held_out_split(labels_N: np.ndarray, percent: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to train on, and `percent` of each class (rounded, never all of it) kept aside."""
+def held_out_part(train: ImageDataset, values: LinearProtocol, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the images to train on, and of those kept aside as the protocol says."""
+    if values.held_out == "published":
+        names = validation_files(train.name, train.root)
+        own = np.array([train.key(i) in names for i in range(len(train))], bool)
+        if own.any():
+            return np.flatnonzero(~own), np.flatnonzero(own)
+    return held_out_split(
+        train.labels_N, values.held_out_percent, seed, per_class=values.held_out == "per_class"
+    )
+
+
+def held_out_split(
+    labels_N: np.ndarray, percent: float, seed: int, *, per_class: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on, and `percent` of each class (or of all) kept aside: rounded, never all of it."""
     if percent == 0:
         return np.arange(len(labels_N)), np.arange(0)
     rng = np.random.default_rng([seed, 77])
     aside = []
-    for label in np.unique(labels_N):
-        members = np.flatnonzero(labels_N == label)
+    for label in np.unique(labels_N) if per_class else [None]:
+        members = np.flatnonzero(labels_N == label) if per_class else np.arange(len(labels_N))
         count = min(max(1, round(len(members) * percent / 100)), len(members) - 1)
         aside.append(rng.permutation(members)[:count])
     kept = np.sort(np.concatenate(aside))
@@ -38,33 +53,30 @@ def held_out_split(labels_N: np.ndarray, percent: float, seed: int) -> tuple[np.
 
 
 def cached_parts(
-    evaluation: Evaluation, extractor: Extractor, values: LinearProtocol, device: torch.device
+    evaluation: Evaluation, extractor: Extractor, values: LinearProtocol
 ) -> tuple[Labelled | None, Labelled | None, Labelled, np.ndarray]:
     """Training, held-out and test features, scaled, and the positions trained on.
 
     With augmentation there are no training features, and of the training images only the held-out ones are
     extracted.
     """
-    settings, train, test = evaluation.settings, evaluation.train, evaluation.test
-    fit, aside = held_out_split(train.labels_N, values.held_out_percent, evaluation.seed or 0)
-
-    def features(part: Any, indices: np.ndarray | None) -> np.ndarray:
-        return extract(
-            extractor, evaluation.backbone, part, cache=settings.cache, indices=indices,
-            batch_size=settings.batch_size, workers=settings.workers,
-            progress=settings.output / "progress.json",
-        )  # fmt: skip
+    train, test, device = evaluation.train, evaluation.test, extractor.device
+    fit, aside = held_out_part(train, values, evaluation.seed or 0)
 
     def labelled(x_ND: np.ndarray, labels_N: np.ndarray) -> Labelled:
         return Labelled(
             features_ND=torch.from_numpy(x_ND).to(device), labels_N=torch.from_numpy(labels_N).to(device)
         )
 
-    test_ND = np.array(features(test, None))
+    test_ND = np.array(evaluation.features(extractor, test))
     if values.augmentation:
-        held = labelled(np.array(features(train, aside)), train.labels_N[aside]) if len(aside) else None
+        held = (
+            labelled(np.array(evaluation.features(extractor, train, aside)), train.labels_N[aside])
+            if len(aside)
+            else None
+        )
         return None, held, labelled(test_ND, test.labels_N), fit
-    all_ND = features(train, None)  # all of them: the same file that k-NN uses
+    all_ND = evaluation.features(extractor, train)  # all of them: the same file that k-NN uses
     fit_ND, aside_ND = all_ND[fit], all_ND[aside]  # copies, which the cached file is not
     if values.scaling == "standardise":
         mean_D, std_D = mean_and_std(fit_ND)
@@ -72,6 +84,6 @@ def cached_parts(
             standardise(x_ND, mean_D, std_D)
     elif values.scaling == "l2":
         for x_ND in (fit_ND, aside_ND, test_ND):
-            to_unit_length(x_ND, least=1e-12)
+            to_unit_length(x_ND)
     held = labelled(aside_ND, train.labels_N[aside]) if len(aside) else None
     return labelled(fit_ND, train.labels_N[fit]), held, labelled(test_ND, test.labels_N), fit

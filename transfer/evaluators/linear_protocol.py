@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pretrain.data.normalization import IMAGENET_STD
-from transfer.evaluation.pooled_features import LAST, stages_of
-from transfer.evaluators.heads import Optimizer, Schedule
+from transfer.evaluation.pooled_features import LAST, WINDOWS, stages_of
+from transfer.evaluation.protocol import want
+from transfer.evaluation.transforms import ImageValues
+from transfer.evaluators.heads import Optimizer, Schedule, check_steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProtocol:
+class LinearProtocol(ImageValues):
     """The values of a linear protocol."""
 
     method: Literal["heads", "logreg", "svm"] = "heads"
@@ -30,18 +32,27 @@ class LinearProtocol:
     epochs: int = 100
     steps_per_epoch: int | None = None
     """Default: once through the training images; else an epoch is so many batches."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch where it is not a whole one."""
     schedule: Schedule = "cosine"
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     final: float = 0.0
     """Learning rate at the end, as a share of the first."""
     init: Literal["normal", "uniform"] = "normal"
+    pooling: Literal["average", "6x6"] = "average"
+    """Of the last stage's map: to one number a channel, or, for svm, by windows of 6 x 6 with stride 1."""
     scaling: Literal["none", "standardise", "l2"] = "none"
     """Of cached features: each to mean 0 and variance 1 over training images, or each image to length 1."""
     held_out_percent: float = 0.0
-    """Share of each class's training images kept aside for the choice among heads."""
+    """Share of the training images kept aside for the choice among heads or costs."""
+    held_out: Literal["per_class", "random", "published"] = "per_class"
+    """per_class: so much of each class; random: of all; published: the set's own validation part where it has
+    one (dtd, flowers102, aircraft), else random."""
     choose_on: Literal["held-out", "reported"] = "held-out"
     """Where the best head and epoch are chosen; "reported": on the test images, as published."""
+    choose_epoch: Literal["any", "last"] = "any"
+    """last: the choice is among the heads after the last epoch alone."""
     costs: tuple[float, ...] = ()
     """logreg and svm: inverse regularisation strengths C to choose from."""
     iterations: int = 1000
@@ -52,28 +63,47 @@ class LinearProtocol:
     """svm: positive images a class; empty: all images."""
     samples: int = 5
     """svm: draws for each number of shots."""
-    resize: int = 256
-    crop: int = 224
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     train_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Of the crops that heads are trained on; `interpolation` is of the images judged."""
-    std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a grid without a place to choose on."""
-        if self.method == "heads" and not self.learning_rates:
-            raise ValueError("learning_rates is empty")
+        """Raises ValueError for numbers out of range, and for a grid without a place to choose on."""
+        super().__post_init__()
+        for key, numbers in (("learning_rates", self.learning_rates), ("costs", self.costs)):
+            want(all(0 < x < math.inf for x in numbers), key, numbers, "numbers above 0")
+        decays = bool(self.weight_decays) and all(0 <= x < math.inf for x in self.weight_decays)
+        want(decays, "weight_decays", self.weight_decays, "at least one number, each 0 or more")
+        for key, least in (("batch", 1), ("iterations", 1), ("folds", 2), ("samples", 1)):
+            want(getattr(self, key) >= least, key, getattr(self, key), f"{least} or more")
+        if self.steps_per_epoch is not None:
+            want(self.steps_per_epoch >= 1, "steps_per_epoch", self.steps_per_epoch, "1 or more")
+        want(all(k >= 1 for k in self.shots), "shots", self.shots, "numbers of 1 or more")
+        exponential = self.schedule == "exponential"
+        low = 0 < self.final <= 1 if exponential else 0 <= self.final <= 1
+        want(low, "final", self.final, "above 0, at most 1" if exponential else "0 to 1")
+        held = self.held_out_percent
+        want(0 <= held < 100, "held_out_percent", held, "0 to below 100")
+        check_steps(self)
         stages_of(self.features)
+        if self.method == "heads":
+            want(bool(self.learning_rates), "learning_rates", self.learning_rates, "at least one")
+        else:
+            want(bool(self.costs), "costs", self.costs, f"at least one, for method {self.method}")
         if self.features != LAST and self.method != "heads":
             raise ValueError(f"features {list(self.features)}: only heads take others than {LAST[0]}")
+        if self.pooling != "average" and self.method != "svm":
+            raise ValueError(f"pooling {self.pooling}: only svm takes another than average")
         if len(self.features) > 1 and self.scaling == "l2":
             raise ValueError("scaling l2 is of an image's whole features: it wants a single set of them")
-        if self.grid_size > 1 and self.choose_on == "held-out" and not self.held_out_percent:
+        if self.grid_size > 1 and self.choose_on == "held-out" and not held:
             raise ValueError("a grid of heads needs held_out_percent above 0, or choose_on: reported")
-        if self.method == "logreg" and not (self.costs and self.held_out_percent):
-            raise ValueError("logreg needs costs, and held_out_percent above 0 to choose among them on")
-        if not 0 <= self.held_out_percent < 100:
-            raise ValueError(f"held_out_percent {self.held_out_percent}: wanted 0 to below 100")
+        if self.method == "logreg" and not held:
+            raise ValueError("logreg needs held_out_percent above 0, to choose among the costs on")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """What of the backbone is looked at, see `pooled_features`."""
+        return WINDOWS if self.pooling == "6x6" else stages_of(self.features)
 
     @property
     def grid_size(self) -> int:

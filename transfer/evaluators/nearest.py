@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 BLOCK_BYTES = 1 << 27  # of one block of similarities, and of one block of the bank
-
-
 SPARE = 8  # candidates beyond k whose Euclidean distances are computed exactly
+SMALL, LARGE = 1e-15, 1e15  # of a row's largest feature: between them float32 has room for products
 
 
 def nearest(
@@ -33,24 +32,28 @@ def nearest(
     block by block; extra memory is a few blocks and two M x k tensors. `told` is called with the number of
     bank rows of each block that is done.
 
-    Euclidean candidates are found by 2qb - b^2 - q^2, which loses the digits that an offset common to all
-    features takes up: from both a centre is subtracted first, and the distances of the k nearest and SPARE
-    more are then computed anew as differences.
+    Computed in float32, in float64 where either is given in it or dot products and distances would leave the
+    range of float32; cosines know no such range. Euclidean candidates are found by 2qb - b^2 - q^2, which
+    loses the digits that an offset common to all features takes up: from both a centre is subtracted first,
+    and the distances of the k nearest and SPARE more are then computed anew as differences.
     """
-    centre = _centre(bank, device) if metric == "euclidean" else None
+    dtype = torch.promote_types(torch.promote_types(bank.dtype, queries.dtype), torch.float32)
+    if metric != "cosine" and (_out_of_range(bank) or _out_of_range(queries)):
+        dtype = torch.float64
+    centre = _centre(bank, device).to(dtype) if metric == "euclidean" else None
     wide = k if centre is None else min(k + SPARE, len(bank))
-    bank_block = min(len(bank), max(wide, BLOCK_BYTES // (bank.shape[1] * bank.element_size())))
-    queries = queries.to(device)
+    bank_block = min(len(bank), max(wide, BLOCK_BYTES // (bank.shape[1] * dtype.itemsize)))
+    queries = queries.to(device, dtype)
     best = queries.new_empty(len(queries), wide)
     index_of = torch.empty(len(queries), wide, dtype=torch.long, device=device)
     for start in range(0, len(bank), bank_block):
-        block = _prepared(bank[start : start + bank_block], metric, device)
+        block = _prepared(bank[start : start + bank_block].to(device, dtype), metric)
         if centre is not None:
             block = block - centre
             norms = block.square().sum(1)
         merged = 6 * wide * (block.element_size() + index_of.element_size())  # what _in_order holds of a row
         for rows in row_blocks(len(queries), max(len(block) * block.element_size(), merged)):
-            part = _prepared(queries[rows], metric, device)
+            part = _prepared(queries[rows], metric)
             if centre is None:
                 near = part @ block.T
             else:
@@ -68,9 +71,9 @@ def nearest(
             told(len(block))
         del block, near  # before the next are made
     if centre is not None:
-        for rows in row_blocks(len(queries), wide * bank.shape[1] * bank.element_size()):
-            difference = bank[index_of[rows].to(bank.device)].to(device).sub_(queries[rows, None])
-            best[rows], index_of[rows] = _in_order(-difference.square_().sum(2), index_of[rows], wide)
+        for rows in row_blocks(len(queries), wide * bank.shape[1] * dtype.itemsize):
+            difference = bank[index_of[rows].to(bank.device)].to(device, dtype) - queries[rows, None]
+            best[rows], index_of[rows] = _in_order(-difference.square().sum(2), index_of[rows], wide)
     return best[:, :k], index_of[:, :k]
 
 
@@ -83,16 +86,28 @@ def _centre(bank: Tensor, device: torch.device) -> Tensor:
     for rows in row_blocks(len(bank), bank.shape[1] * 8):
         block = bank[rows].to(device, torch.float64)
         total += block.sum(0)
-        square += block.square_().sum(0)
+        square += block.square().sum(0)
     mean = total / len(bank)
     spread = float((square / len(bank) - mean.square()).clamp_min(0).mean().sqrt())
     grid = 2.0 ** math.floor(math.log2(spread)) if spread > 0 else 0.0
-    return ((mean / grid).round() * grid if grid else mean).to(bank.dtype)
+    return (mean / grid).round() * grid if grid else mean
 
 
-def _prepared(x: Tensor, metric: str, device: torch.device) -> Tensor:
-    x = x.to(device)
-    return normalize(x, dim=1) if metric == "cosine" else x
+def _out_of_range(x: Tensor) -> bool:
+    """Whether the square of a row's length may be infinite or 0 in float32 though its own is neither."""
+    for rows in row_blocks(len(x), x.shape[1] * x.element_size()):
+        largest = x[rows].abs().amax(1).double()
+        if bool(((largest > LARGE) | ((largest > 0) & (largest < SMALL))).any()):
+            return True
+    return False
+
+
+def _prepared(x: Tensor, metric: str) -> Tensor:
+    """For cosines: of unit length; first scaled by a power of two, so that no square leaves float32."""
+    if metric != "cosine":
+        return x
+    largest = x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    return normalize(x * (torch.frexp(largest).mantissa / largest), dim=1)
 
 
 def _top(near: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,21 +24,21 @@ from pretrain.common.files import write_json
 from pretrain.common.process_group import barrier, is_main, process_group, rank, sent, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
-from pretrain.data.normalization import IMAGENET_STD
 from pretrain.data.transfer_sets import metric_of
 from pretrain.learner import choose_dtype
 from transfer.checkpoints.backbone import RAW_PIXELS
-from transfer.evaluation import results
+from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
-from transfer.evaluation.context import Evaluation, backbone_of, open_pair, spell
+from transfer.evaluation.context import Evaluation, set_up
 from transfer.evaluation.features import Decoded, image_batches
-from transfer.evaluation.protocol import load_protocol
+from transfer.evaluation.protocol import load_protocol, want
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.subsets import LabelSubset, choose_subset
-from transfer.evaluation.transforms import eval_transform
-from transfer.evaluation.voc07 import refuse_voc07
-from transfer.evaluators.finetune import FineTuning, joined, percentages, places
-from transfer.evaluators.heads import rate_factor
+from transfer.evaluation.transforms import ImageValues
+from transfer.evaluators.epoch_order import epoch_batches
+from transfer.evaluators.finetune import FineTuning, joined
+from transfer.evaluators.heads import check_steps, rate_factor
+from transfer.evaluators.voc07 import refuse_voc07
 from transfer.options import SemisupSettings, parse
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ ASK_EVERY = {"cpu": 1, "cuda": 10}  # steps between two questions to all ranks: 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemisupProtocol:
+class SemisupProtocol(ImageValues):
     """The values of a fine-tuning protocol; rates by the share of labels in percent."""
 
     lr_backbone: dict[str, float]
@@ -68,17 +68,21 @@ class SemisupProtocol:
     """normal: N(0, 0.01), bias 0; uniform: nn.Linear's own."""
     sync_bn: bool = False
     """BatchNorm statistics over all ranks; else each rank's own, those of rank 0 are judged."""
-    resize: int = 256
-    crop: int = 224
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    std: tuple[float, ...] = IMAGENET_STD
+    precision: Literal["auto", "float32"] = "float32"
 
     def __post_init__(self) -> None:
         """Raises ValueError for rates of different shares and numbers out of range."""
-        if not self.lr_backbone or set(self.lr_backbone) != set(self.lr_head):
-            raise ValueError("lr_backbone and lr_head want a rate for the same shares of labels")
-        if self.batch < 2 or self.epochs < 1:
-            raise ValueError(f"batch {self.batch}, epochs {self.epochs}: wanted 2 or more, 1 or more")
+        super().__post_init__()
+        for key, rates in (("lr_backbone", self.lr_backbone), ("lr_head", self.lr_head)):
+            shares = bool(rates) and set(rates) <= {"1", "10", "100"}
+            want(shares, key, rates, "a rate for some of the shares '1', '10' and '100' (percent of labels)")
+            finite = all(0 <= r < math.inf for r in rates.values())
+            want(finite, key, rates, "rates of 0 (nothing is trained there) or more")
+        same = set(self.lr_backbone) == set(self.lr_head)
+        want(same, "lr_head", self.lr_head, f"rates for the shares of lr_backbone, {list(self.lr_backbone)}")
+        want(self.batch >= 2, "batch", self.batch, "2 images or more")
+        want(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        check_steps(self)
 
     def rates(self, percent: int) -> tuple[float, float]:
         """Learning rate of backbone and head at the start. Raises KeyError for a share without one."""
@@ -86,7 +90,7 @@ class SemisupProtocol:
         return self.lr_backbone[str(percent)] * scale, self.lr_head[str(percent)] * scale
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> int:
     """`python -m transfer semisup`."""
     settings: SemisupSettings = parse("semisup", argv)
     clock = Clock()
@@ -101,43 +105,35 @@ def main(argv: list[str]) -> int | None:
     if settings.weights == RAW_PIXELS:
         raise UserError("raw-pixels cannot be fine-tuned; knn and linear judge them")
     refuse_voc07(settings.dataset)
-    train, test = open_pair(settings)
-    backbone = backbone_of(settings)
+    evaluation = set_up(
+        settings, protocol, values, clock, task="semisup", seed=settings.seed,
+        label_percent=settings.label_percent,
+    )  # fmt: skip
     subset = choose_subset(  # last, as it may go to the network
-        train, settings.label_percent, lists=settings.lists, seed=settings.subset_seed, folder=settings.cache
-    )
-    transform = eval_transform(
-        native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
-        resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
+        evaluation.train, settings.label_percent, lists=settings.lists, seed=settings.subset_seed,
+        folder=settings.cache,
     )  # fmt: skip
-    evaluation = Evaluation(
-        settings=settings, protocol=protocol, backbone=backbone, train=train, test=test, transform=transform,
-        clock=clock, seed=settings.seed, label_percent=settings.label_percent, task="semisup",
-    )  # fmt: skip
-    written = _written(evaluation, subset)
-    if {"last", "best"} <= {r.selection for r in written} and not settings.force:
-        if is_main():
-            print("\n".join(f"finished already: {spell(r)}" for r in written))
-            print(f"{settings.output / results.FILE} holds it; --force evaluates again")
-        return 0
     # A node that had its copy of the data already waits for one that still makes it.
     with process_group(timeout_min=24 * 60 if settings.stage_to else 30) as device:
+        dtype = choose_dtype(evaluation.precision, device)
+        ranks = {} if values.sync_bn else {"world_size": world_size()}
+        evaluation = replace(
+            evaluation, precision=str(dtype).removeprefix("torch."),
+            more_conditions={"labels": subset.sha256, **ranks},
+        )  # fmt: skip
+        written = evaluation.found()
+        if {"last", "best"} <= {r.selection for r in written}:
+            evaluation.tell_finished(written)
+            return 0
         if values.batch < 2 * world_size():
             raise UserError(f"{protocol}: a batch of {values.batch} is too small for {world_size()} ranks")
-        run = Run(evaluation, values, subset, settings, device)
+        run = Run(evaluation, values, subset, settings, device, dtype)
         evaluation.begin()
         run.train()
-        kept = set() if settings.force else {r.selection for r in written}
+        kept = {r.selection for r in written}
         evaluation.write([r for r in run.found() if r.selection not in kept])
         barrier()
     return 0
-
-
-def _written(evaluation: Evaluation, subset: LabelSubset) -> list[Result]:
-    """The lines in OUTPUT of this very evaluation, on the same labelled images."""
-    like = evaluation.result({}, torch.device("cpu"))
-    found = results.find(evaluation.settings.output, like, precision=evaluation.precision)
-    return [r for r in found if r.settings.get("labels_sha256") == subset.sha256]
 
 
 class Run:
@@ -150,6 +146,7 @@ class Run:
         subset: LabelSubset,
         settings: SemisupSettings,
         device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.evaluation, self.values, self.subset = evaluation, values, subset
         self.settings, self.device = settings, device
@@ -159,8 +156,9 @@ class Run:
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.loss_sum = torch.zeros((), device=device)  # over this epoch's steps, this rank's part
-        self.dtype = choose_dtype(settings.precision, device)
+        self.dtype = dtype
         self.metric = metric_of(evaluation.test.name)
+        self.told = False
         self.lr_backbone, self.lr_head = values.rates(settings.label_percent)
         backbone = evaluation.backbone.model
         assert backbone is not None
@@ -215,26 +213,47 @@ class Run:
         """The last epoch's result, and that of the epoch best on the images reported, by the data
         set's metric."""
         last = len(self.history) - 1
+        warnings = self._doubts()
+        if warnings and is_main():
+            logger.warning("%s; %s", warnings[0], self._advice())
         best = max(range(len(self.history)), key=lambda e: (self.history[e][self.metric], -e))
-        return [self._line("last", last), self._line("best", best)]
+        return [self._line("last", last, warnings), self._line("best", best, warnings)]
 
-    def _line(self, selection: str, epoch: int) -> Result:
+    def _doubts(self) -> list[str]:
+        """Why the figures say nothing, where the classifier learnt nothing: they are those of a wreck."""
+        loss, guess = self.history[-1]["train_loss"], math.log(len(self.evaluation.test.classes))
+        if loss < guess:
+            return []
+        what = f"the last epoch's training loss, {loss:.2f}, is no better than a guess's ({guess:.2f})"
+        return [f"nothing was learnt: {what}"]
+
+    def _advice(self) -> str:
+        """What to do about rates that are too large, by the protocol's keys."""
+        return (
+            f"copy the protocol {self.evaluation.protocol} into a file of your own with smaller lr_backbone "
+            "and lr_head, and give it as --protocol with another --output"
+        )
+
+    def _line(self, selection: str, epoch: int, warnings: list[str]) -> Result:
         record = self.history[epoch]
         extra: dict[str, Any] = {
             "labels": self.subset.name, "labels_n": len(self.subset.indices),
             "labels_sha256": self.subset.sha256, "lr_backbone": self.lr_backbone, "lr_head": self.lr_head,
             "batch": self.values.batch, "epochs": self.values.epochs,
-            "precision": str(self.dtype).removeprefix("torch."), "train_loss": record["train_loss"],
+            "train_loss": record["train_loss"],
         }  # fmt: skip
         metrics = {k: record[k] for k in ("top1", "top5", "mean_per_class")}
         return self.evaluation.result(
-            metrics, self.device, epoch=epoch + 1, selection=selection, settings=extra
+            metrics, self.device, epoch=epoch + 1, selection=selection, settings=extra, warnings=warnings
         )
 
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
         """This rank's images, labels and the number over all ranks, for each step left of the epoch."""
         train = self.evaluation.train
-        cut = epoch_batches(len(self.subset.indices), self.values.batch, self.settings.seed, epoch)
+        cut = epoch_batches(
+            len(self.subset.indices), self.values.batch, seed=self.settings.seed, epoch=epoch,
+            least=2 * world_size(),
+        )  # fmt: skip
         cut = [self.subset.indices[b] for b in cut[self.step - epoch * self.steps :]]
         images = Augmented(
             train, size=self.evaluation.transform.size, seed=self.settings.seed, epoch=epoch,
@@ -271,13 +290,11 @@ class Run:
         metrics = percentages(
             joined(place_N, self.device), torch.from_numpy(test.labels_N), len(test.classes)
         )
-        guessing = math.log(len(test.classes))
-        at_end = epoch + 1 == self.values.epochs
-        if train_loss >= guessing * (1 if at_end else 3) and is_main():  # a new head starts near it
+        if train_loss >= 3 * math.log(len(test.classes)) and is_main() and not self.told:
+            self.told = True  # once: a new head starts near the guess itself, not at thrice its loss
             logger.warning(
-                "epoch %d: a training loss of %.2f is no better than guessing (%.2f) at %s: %s", epoch + 1,
-                train_loss, guessing, self._rates(factor),
-                "nothing was learnt" if at_end else "if it stays so, take smaller rates",
+                "epoch %d: a training loss of %.2f at %s; should it stay above a guess's (%.2f), %s",
+                epoch + 1, train_loss, self._rates(factor), math.log(len(test.classes)), self._advice(),
             )  # fmt: skip
         self.history.append({"epoch": epoch + 1, "lr_factor": factor, "train_loss": train_loss, **metrics})
         if is_main():
@@ -287,9 +304,7 @@ class Run:
         precise = "" if self.dtype == torch.float32 else "try --precision float32, or "
         return RunFailed(
             f"fine-tuning diverged: {what} in epoch {epoch + 1}, step {self.step} of {self.total}, at "
-            f"{self._rates(factor)}; no result is written. To go on, {precise}copy the protocol "
-            f"{self.evaluation.protocol} into a file of your own with smaller lr_backbone and lr_head, and "
-            "give it as --protocol with another --output"
+            f"{self._rates(factor)}; no result is written. To go on, {precise}{self._advice()}"
         )
 
     def _rates(self, factor: float) -> str:
@@ -344,17 +359,3 @@ class Run:
                 },
             )  # fmt: skip
         barrier()
-
-
-def epoch_batches(n: int, batch: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """A permutation of range(n) drawn from (seed, epoch), cut into global batches.
-
-    A last batch of fewer than two images a rank, on which BatchNorm cannot be trained, is filled up from the
-    epoch's first images.
-    """
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    cut = [order[s : s + batch] for s in range(0, n, batch)]
-    least = 2 * world_size()
-    if len(cut[-1]) < least:
-        cut[-1] = np.concatenate([cut[-1], np.resize(order, least - len(cut[-1]))])
-    return cut

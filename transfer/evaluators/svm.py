@@ -25,17 +25,16 @@ import torch
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.machine import cores_of_rank
-from pretrain.common.process_group import barrier, is_main, process_group, rank, world_size
+from pretrain.common.process_group import barrier, is_main, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import ImageDataset
-from transfer.evaluation.context import Evaluation, backbone_of, open_pair
+from transfer.evaluation.context import Evaluation, judge_frozen, open_pair, set_up
 from transfer.evaluation.feature_scaling import to_unit_length
-from transfer.evaluation.features import extract, make_extractor
+from transfer.evaluation.features import Extractor
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluation.transforms import eval_transform
-from transfer.evaluation.voc07 import NAME, open_voc07
+from transfer.evaluators.voc07 import NAME, open_voc07
 from transfer.options import EvaluationSettings, LinearSettings
 
 if TYPE_CHECKING:
@@ -131,54 +130,37 @@ def _svm(cost: float, iterations: int, seed: int) -> Any:
 
 
 def unit_length(features_ND: np.ndarray) -> np.ndarray:
-    """A copy with each row divided by its length (plus 1e-5, as VISSL), float32 as there."""
-    x_ND = np.array(features_ND, np.float32)
+    """A copy with each row divided by its length (plus 1e-5), in float64: both as VISSL."""
+    x_ND = np.array(features_ND, np.float64)
     to_unit_length(x_ND, plus=1e-5)
     return x_ND
 
 
-def evaluate_voc(
-    settings: LinearSettings, protocol: Protocol, values: LinearProtocol, clock: Clock
-) -> int | None:
+def evaluate_voc(settings: LinearSettings, protocol: Protocol, values: LinearProtocol, clock: Clock) -> int:
     """`python -m transfer linear` with a protocol of method svm, on voc07 or on any labelled data set."""
-    parts = _open(settings)
-    (train, train_targets), (test, test_targets) = parts
+    (train, train_targets), (test, test_targets) = _open(settings)
     check_shots(train, train_targets, test_targets, values)
-    backbone = backbone_of(settings)
-    transform = eval_transform(
-        native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
-        resize=values.resize, crop=values.crop, interpolation=values.interpolation, std=values.std,
-    )  # fmt: skip
-    evaluation = Evaluation(
-        settings=settings, protocol=protocol, backbone=backbone, train=train, test=test, transform=transform,
-        clock=clock, seed=settings.seed,
-    )  # fmt: skip
-    if evaluation.finished():
-        return 0
-    evaluation.begin()
-    with process_group(timeout_min=24 * 60) as device:
-        extractor = make_extractor(backbone, train, transform, device, settings.precision)
-        train_ND, test_ND = (
-            unit_length(
-                extract(
-                    extractor, backbone, data, cache=settings.cache, batch_size=settings.batch_size,
-                    workers=settings.workers, progress=settings.output / "progress.json",
-                )
-            )
-            for data, _ in parts
-        )  # fmt: skip
-        digest = hashlib.sha256(f"{backbone.key} {protocol.hash} {settings.seed} {transform}".encode())
-        digest.update(f"{extractor.precision} {train.fingerprint} {test.fingerprint}".encode())
+    evaluation = set_up(
+        settings, protocol, values, clock, task="linear", seed=settings.seed, parts=(train, test)
+    )
+
+    def judge(settled: Evaluation, extractor: Extractor) -> list[Result]:
+        train_ND, test_ND = (unit_length(settled.features(extractor, part)) for part in (train, test))
+        digest = hashlib.sha256(f"{settled.backbone.key} {protocol.hash} {settings.seed}".encode())
+        digest.update(f"{settled.conditions()} {train.fingerprint} {test.fingerprint}".encode())
         for targets in (train_targets, test_targets):
             digest.update(np.ascontiguousarray(targets).tobytes())
         folder = settings.output / PARTS / digest.hexdigest()[:16]
         _fit_all(folder, train_ND, train_targets, test_ND, test_targets, values, settings)
         barrier()
-        if is_main():
-            found = [json.loads((folder / f"{c}.json").read_text()) for c in range(len(train.classes))]
-            evaluation.write([_result(evaluation, values, found, train.classes, device, extractor.precision)])
-        barrier()
-    return 0
+        if not is_main():
+            return []
+        found = [json.loads((folder / f"{c}.json").read_text()) for c in range(len(train.classes))]
+        return [_result(settled, values, found, train.classes, extractor.device)]
+
+    if evaluation.backbone.model is None and values.pooling != "average":
+        raise UserError(f"{protocol} looks into a backbone; judge raw-pixels with svm_pooled@1")
+    return judge_frozen(evaluation, judge, values.stages)
 
 
 def _open(settings: EvaluationSettings) -> tuple[Part, Part]:
@@ -255,10 +237,9 @@ def _result(
     found: list[dict[str, Any]],
     classes: list[str],
     device: torch.device,
-    precision: str,
 ) -> Result:
     """mAP in percent; low-shot: for each k the mean over draws at the cost that is best on test."""
-    extra: dict[str, Any] = {"method": "svm", "precision": precision, "augmentation": False}
+    extra: dict[str, Any] = {"method": "svm", "augmentation": False}
     if not values.shots:
         extra |= {
             "costs": {name: f["cost"] for name, f in zip(classes, found)},

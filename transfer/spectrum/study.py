@@ -46,7 +46,7 @@ from pretrain.spectral import (
     spectral_transform,
     zca,
 )
-from transfer.evaluators.knn import knn_evaluate
+from transfer.evaluators.knn_vote import knn_evaluate
 from transfer.options import StudySettings, parse
 from transfer.spectrum.study_pictures import write_study
 

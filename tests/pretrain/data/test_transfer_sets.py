@@ -25,11 +25,10 @@ from pretrain.data.transfer_sets import SETS, class_wise, metric_of
 from pretrain.model import build_backbone
 from tests.helpers.ranks import run_on_ranks
 from transfer.evaluation import results
+from transfer.evaluation.accuracy import accuracy, percentages, places
 from transfer.evaluation.local_copy import stage
 from transfer.evaluators import linear, semisup
-from transfer.evaluators.finetune import percentages, places
-from transfer.evaluators.heads import accuracies
-from transfer.evaluators.knn import knn_evaluate
+from transfer.evaluators.knn_vote import knn_evaluate
 from transfer.report.evidence.collect import collect
 from transfer.report.evidence.grouping import group
 
@@ -415,7 +414,7 @@ def test_mean_per_class_is_scikit_learns_balanced_accuracy(monkeypatch) -> None:
     logits, labels = torch.randn(len(truth), 12, dtype=torch.float64), torch.from_numpy(truth) - 1
     logits[torch.arange(len(truth)), labels] += torch.linspace(0, 4, len(truth), dtype=torch.float64)
     wanted = 100 * balanced_accuracy_score(labels, logits.argmax(1))
-    assert accuracies(logits, labels)["mean_per_class"] == pytest.approx(wanted)
+    assert accuracy(logits, labels)["mean_per_class"] == pytest.approx(wanted)
     assert percentages(places(logits, labels), labels, 11)["mean_per_class"] == pytest.approx(wanted)
 
 

@@ -59,10 +59,10 @@ def test_protocols_are_those_that_the_field_reports_by(tmp_path: Path, recipe: P
         chosen = asked.protocols
         return chosen["knn"], chosen["linear"]
 
-    assert of(recipe=str(recipe)) == ("solo_knn@1", "intl_linear@1")
-    assert of(weights=["w.pth"], dataset="voc07") == ("solo_knn@1", "voc07_svm@1")
-    assert of(recipe="cifar10_ep1000") == ("intl_cifar_5nn@1", "intl_cifar_linear@1")
-    assert of(recipe="cifar10_ep1000", linear_protocol="logreg@1") == ("intl_cifar_5nn@1", "logreg@1")
+    assert of(recipe=str(recipe)) == ("solo_knn@2", "intl_linear@2")
+    assert of(weights=["w.pth"], dataset="voc07") == ("solo_knn@2", "voc07_svm@2")
+    assert of(recipe="cifar10_ep1000") == ("intl_cifar_5nn@2", "intl_cifar_linear@2")
+    assert of(recipe="cifar10_ep1000", linear_protocol="logreg@1") == ("intl_cifar_5nn@2", "logreg@1")
 
 
 EMA = ["--pretrain-options", "--ema --max-steps 2 --batch-global 32 --view-sizes [32,32] --hook null"]

@@ -41,17 +41,29 @@ def test_rows_of_unit_length(monkeypatch, block_bytes: int) -> None:
     x[3] = 0
     lengths = np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
     plus = unit_length(x)  # VISSL's
-    assert plus.dtype == np.float32 and plus is not x
-    np.testing.assert_allclose(plus, x / (lengths + 1e-5), rtol=1e-6)
+    assert plus.dtype == np.float64 and plus is not x
+    np.testing.assert_allclose(plus, x / (lengths + 1e-5), rtol=1e-12)
     wanted = x / np.maximum(lengths, 1e-12)
-    to_unit_length(x, least=1e-12)
+    to_unit_length(x)
     np.testing.assert_allclose(x, wanted, rtol=1e-6)
     assert not x[3].any()
 
 
+@pytest.mark.parametrize("exponent", [-83, -40, 40, 63])  # 1e-25 to 9e18
+def test_features_of_any_magnitude_are_scaled_alike(exponent: int) -> None:
+    x = features()
+    scaled = x * np.float32(2.0) ** exponent  # exact
+    for work in (to_unit_length, lambda y: standardise(y, *mean_and_std(y))):
+        got, wanted = scaled.copy(), x.copy()
+        work(got)
+        work(wanted)
+        assert wanted.std() > 0.1
+        np.testing.assert_array_equal(got, wanted)
+
+
 @pytest.mark.parametrize(
     "work",
-    [lambda x: standardise(x, *mean_and_std(x)), lambda x: to_unit_length(x, least=1e-12)],
+    [lambda x: standardise(x, *mean_and_std(x)), to_unit_length],
     ids=["standardise", "to_unit_length"],
 )
 def test_memory_beside_the_matrix_is_a_few_blocks(monkeypatch, work: Callable[[np.ndarray], None]) -> None:

@@ -22,7 +22,7 @@ from pretrain.data.datasets import open_dataset
 from pretrain.model import build_backbone
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.features import Extractor, extract, make_extractor
-from transfer.evaluation.transforms import EvalTransform, eval_transform
+from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(size=32)
@@ -221,12 +221,29 @@ def test_bfloat16_keeps_the_neighbours(backbone, images) -> None:
 def test_the_crop_is_torchvisions(size, interpolation) -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    transform = eval_transform(native_size=None, image_size=None, metadata={}, interpolation=interpolation)
+    transform = eval_transform(
+        ImageValues(interpolation=interpolation), native_size=None, image_size=None, metadata={}
+    )
     wanted = v2.Compose([
         v2.Resize(256, interpolation=v2.InterpolationMode(interpolation)), v2.CenterCrop(224),
         v2.PILToTensor(),
     ])(image)  # fmt: skip
     assert torch.equal(transform.decode(image), wanted)
+
+
+@pytest.mark.parametrize("resize", [256, None])
+@pytest.mark.parametrize("size", [(500, 333), (300, 640), (100, 90)])
+def test_squashing_is_torchvisions(size: tuple[int, int], resize: int | None) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    values = ImageValues(resize=resize, fit="squash")
+    transform = eval_transform(values, native_size=None, image_size=None, metadata={})
+    steps = (
+        [v2.Resize(256)] if resize else []
+    )  # VISSL: Resize(256), Resize([224, 224]); low-shot the second alone
+    wanted = v2.Compose([*steps, v2.Resize([224, 224]), v2.PILToTensor()])(image)
+    assert torch.equal(transform.decode(image), wanted) and transform.fit == "squash"
+    assert torch.equal(transform.square([wanted, wanted])[1], wanted)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -239,6 +256,20 @@ def test_a_batch_is_resized_as_pil_resizes_each_image(images, interpolation) -> 
         np.abs(batch.permute(0, 2, 3, 1).numpy().astype(int) - wanted).max()
         <= {"bilinear": 1, "bicubic": 2}[interpolation]
     )
+
+
+def test_a_protocol_may_fix_size_and_normalisation_and_the_user_has_the_last_word() -> None:
+    values = ImageValues(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    recorded = {"image_size": "48", "mean": "0.1,0.2,0.3", "std": "1,2,4"}
+
+    def look(values: ImageValues, **more) -> tuple:
+        found = eval_transform(values, native_size=28, **{"image_size": None, "metadata": recorded, **more})
+        return found.size, found.mean, found.std
+
+    assert look(values) == (32, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert look(values, image_size=40, given=["mean"]) == (40, (0.1, 0.2, 0.3), (0.25, 0.25, 0.25))
+    assert look(ImageValues(image_size="native")) == (48, (0.1, 0.2, 0.3), (1, 2, 4))
+    assert look(ImageValues(), metadata={})[0] == 28
 
 
 def test_sizes_and_normalisation_from_the_metadata() -> None:

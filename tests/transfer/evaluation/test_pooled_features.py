@@ -14,11 +14,12 @@ from pretrain.data.datasets import open_dataset
 from pretrain.model import build_backbone
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import results
+from transfer.evaluation.accuracy import accuracy
 from transfer.evaluation.features import Extractor, extract, make_extractor
-from transfer.evaluation.pooled_features import Stages, columns, stages_of, widths_of
+from transfer.evaluation.pooled_features import WINDOWS, Stages, columns, stages_of, widths_of
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
-from transfer.evaluators.heads import HeadGrid, HeadGrids, accuracies
+from transfer.evaluators.heads import HeadGrid, HeadGrids
 from transfer.evaluators.linear_features import Labelled
 from transfer.evaluators.linear_protocol import LinearProtocol
 
@@ -48,7 +49,7 @@ def test_stages_are_the_backbones_own(arch: str, stem: str) -> None:
     with torch.no_grad():
         wanted = model(x)
         got = Stages(model, BOTH)(x)
-        widths = widths_of(model, BOTH)
+        widths = widths_of(model, BOTH, 64)
     assert torch.equal(got[:, columns("layer4", widths)], wanted)
     assert torch.equal(got[:, columns("layer3", widths)], seen["layer3"].mean((2, 3)))
     assert got.shape[1] == sum(widths.values()) and list(widths) == list(BOTH)
@@ -63,6 +64,23 @@ def test_sets_of_features_by_name() -> None:
     for wrong in (["layer5"], ["layer4+layer3"], ["layer4", "layer4"], [""], []):
         with pytest.raises(ValueError, match="wanted"):
             stages_of(wrong)
+
+
+def test_windows_of_the_last_map_are_vissls_features() -> None:
+    # A 7 x 7 map averaged by AvgPool2d(6, stride 1) is 2 x 2: of ResNet-18's 512 channels 2,048 numbers, and
+    # of ResNet-50's 2,048 the 8,192 of VISSL, channel by channel as flatten leaves them.
+    backbone = build_backbone("resnet18", stem="imagenet").eval()
+    pixels = torch.randint(
+        0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    extractor = Extractor(backbone, EvalTransform(size=224), torch.device("cpu"), "float32", stages=WINDOWS)
+    map_NC77 = backbone.forward_features(EvalTransform(size=224).normalise(pixels)).detach()
+    assert map_NC77.shape[2:] == (7, 7) and extractor.width == 2048
+    windows = [map_NC77[:, :, y : y + 6, x : x + 6].mean((2, 3)) for y in (0, 1) for x in (0, 1)]
+    wanted = torch.stack(windows, 2).flatten(1)
+    torch.testing.assert_close(extractor(pixels), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match=r"windows of 6 x 6 do not fit the last map, 2 x 2"):
+        Extractor(backbone, EvalTransform(size=64), CPU, "float32", stages=WINDOWS)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +141,7 @@ def test_judging_block_by_block_is_judging_at_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(transfer.evaluators.linear, "LOGITS_BYTES", 4 * 4 * 2 * 16)  # 16 images
     found = linear._judge(heads, 4, None, part)
     assert asked == [16, 16, 16, 2] and list(found) == ["test"]
-    assert found["test"][0] == accuracies(logits(heads, part.features_ND)[:, 0], part.labels_N)
+    assert found["test"][0] == accuracy(logits(heads, part.features_ND)[:, 0], part.labels_N)
     assert found["test"][1]["top1"] == 26.0  # all equal: the smallest label, which 13 of 50 images have
 
 

@@ -15,13 +15,17 @@ from tests.helpers import checkpoint_zoo as zoo
 from transfer.__main__ import main
 from transfer.evaluation.context import backbone_of
 from transfer.evaluation.results import FILE, Clock, Result, append, find, read
-from transfer.evaluation.transforms import eval_transform
+from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
 from transfer.options import parse
 
+UNDER = {
+    "image_size": 32, "resize": None, "fit": "whole", "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5],
+    "std": [0.2, 0.2, 0.2], "precision": "float32", "n": 160, "n_train": 640,
+}  # fmt: skip
 RESULT = Result(
     task="knn", dataset="cifar10", split="test", n=160, metrics={"top1_k20": 40.0},
     protocol={"name": "solo_knn", "version": 1, "hash": "0"}, image_size=32, label="mine",
-    weights={"path": "a.pt", "sha256": "ab", "format": "timm", "branch": "online"},
+    weights={"path": "a.pt", "sha256": "ab", "format": "timm", "branch": "online"}, evaluated_under=UNDER,
     **Clock().stamp(torch.device("cpu")),
 )  # fmt: skip
 
@@ -38,22 +42,40 @@ def test_a_line_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"seed": 1}, {"label_percent": 10}, {"image_size": 48}, {"n": 10},
+        {"seed": 1}, {"label_percent": 10}, {"split": "test (part)"},
         {"protocol": RESULT.protocol | {"hash": "1"}}, {"weights": RESULT.weights | {"branch": "ema"}},
-        {"arch": "resnet50"}, {"weights": RESULT.weights | {"mean": [0.5, 0.5, 0.5]}},
-        {"weights": RESULT.weights | {"std": [0.2, 0.2, 0.2]}},
+        {"arch": "resnet50"},
+        *({"evaluated_under": UNDER | {key: "other"}} for key in UNDER),
+        {"evaluated_under": UNDER | {"world_size": 2}}, {"evaluated_under": {}},
     ],
     ids=str,
 )  # fmt: skip
 def test_another_evaluation_is_not_taken_for_this_one(tmp_path: Path, change) -> None:
     append(tmp_path, RESULT)
-    assert find(tmp_path, dataclasses.replace(RESULT, metrics={}, device="other"))
+    like = dataclasses.replace(RESULT, metrics={}, device="other", label="renamed", seconds=3.0)
+    assert find(tmp_path, like)
     assert not find(tmp_path, dataclasses.replace(RESULT, **change))
 
 
+def test_the_conditions_have_a_hash_that_follows_them(tmp_path: Path) -> None:
+    # of {"image_size": 32, "precision": "float32"}, by `printf ... | sha256sum`
+    under = {"precision": "float32", "image_size": 32}
+    assert dataclasses.replace(RESULT, evaluated_under=under).evaluated_under_hash == "45bcf4427e8e"
+    append(tmp_path, dataclasses.replace(RESULT, evaluated_under=under))
+    line = (tmp_path / FILE).read_text()
+    assert '"evaluated_under_hash": "45bcf4427e8e"' in line
+    (tmp_path / FILE).write_text(line.replace('"float32"', '"bfloat16"'))  # the hash is of what stands there
+    (changed,) = read(tmp_path)
+    assert changed.evaluated_under_hash not in ("45bcf4427e8e", "")
+    assert dataclasses.replace(RESULT, evaluated_under={}).evaluated_under_hash == ""
+
+
 def test_auto_takes_any_precision_and_a_named_one_itself_alone(tmp_path: Path) -> None:
-    append(tmp_path, dataclasses.replace(RESULT, settings={"precision": "bfloat16"}))
-    found = {p: len(find(tmp_path, RESULT, precision=p)) for p in ("auto", "bfloat16", "float32")}
+    append(tmp_path, dataclasses.replace(RESULT, evaluated_under=UNDER | {"precision": "bfloat16"}))
+    found = {
+        p: len(find(tmp_path, dataclasses.replace(RESULT, evaluated_under=UNDER | {"precision": p})))
+        for p in ("auto", "bfloat16", "float32")
+    }
     assert found == {"auto": 1, "bfloat16": 1, "float32": 0}
 
 
@@ -91,18 +113,19 @@ def test_a_line_says_on_how_many_ranks_and_gpus(monkeypatch: pytest.MonkeyPatch)
             return 160
 
     evaluation = context.Evaluation(
-        settings=SimpleNamespace(label=None), protocol=SimpleNamespace(reference=RESULT.protocol),
-        backbone=SimpleNamespace(weights=RESULT.weights, arch="resnet18"), seed=0, train=Images(notes=()),
-        test=Images(name="d", split="test", notes=()),
-        transform=SimpleNamespace(size=32, mean=(0.5,) * 3, std=(0.2,) * 3),
-        clock=SimpleNamespace(stamp=lambda _: {}),
+        task="linear", settings=SimpleNamespace(label=None), precision="float32", values=ImageValues(),
+        protocol=SimpleNamespace(reference=RESULT.protocol), seed=0, train=Images(notes=(), native_size=32),
+        backbone=SimpleNamespace(weights=RESULT.weights, arch="resnet18"),
+        test=Images(name="d", split="test", notes=()), clock=SimpleNamespace(stamp=lambda _: {}),
+        transform=EvalTransform(size=32, mean=(0.5,) * 3, std=(0.2,) * 3),
     )  # fmt: skip
     one = evaluation.result({"top1": 40.0}, torch.device("cpu"), settings={"batch": 8})
-    assert one.settings == {"batch": 8, "world_size": 1} and one.n == 160
+    assert one.settings == {"batch": 8, "world_size": 1, "precision": "float32"} and one.n == 160
     assert one.weights == RESULT.weights | {"mean": [0.5] * 3, "std": [0.2] * 3}
+    assert one.evaluated_under == UNDER | {"n_train": 160}
     monkeypatch.setattr(context, "world_size", lambda: 4)
     four = evaluation.result({"top1": 40.0}, torch.device("cuda", 0))
-    assert four.settings == {"world_size": 4, "gpus": 4}
+    assert four.settings == {"world_size": 4, "gpus": 4, "precision": "float32"}
 
 
 @pytest.mark.parametrize(
@@ -132,12 +155,62 @@ def test_images_are_normalised_as_the_weights_want_or_as_told(name: str, wanted,
             used(wrong)
 
 
-def test_another_normalisation_is_another_result(cifar_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options", [["--image-size", "24"], ["--mean", "[0.1, 0.2, 0.3]"], ["--std", "[1, 1, 1]"]]
+)
+def test_each_condition_asked_for_is_a_result_of_its_own(options, cifar_folder: Path, tmp_path: Path) -> None:
     words = ["knn", "--weights", "raw-pixels", "--protocol", "solo_knn@1", "--dataset", "cifar10"]
     words += ["--data-dir", str(cifar_folder), "--output", str(tmp_path)]
-    for more in ([], ["--mean", "[0.1, 0.2, 0.3]"], ["--mean", "[0.1, 0.2, 0.3]"]):
+    for more in ([], options, [], options):
         assert main([*words, *more]) == 0
-    assert [r.weights["mean"] for r in read(tmp_path)] == [[0.485, 0.456, 0.406], [0.1, 0.2, 0.3]]
+    first, second = read(tmp_path)
+    assert first.evaluated_under_hash != second.evaluated_under_hash
+
+
+def test_what_is_not_the_protocols_own_stands_in_the_result(
+    cifar_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(zoo.backbone(), tmp_path / "m.pth")
+    words = [
+        "knn",
+        "--weights",
+        str(tmp_path / "m.pth"),
+        "--dataset",
+        "cifar10",
+        "--data-dir",
+        str(cifar_folder),
+    ]
+    asked = [
+        ("solo_knn@2", []), ("solo_knn@2", ["--precision", "bfloat16"]), ("dino_knn@2", []),
+        ("intl_cifar_5nn@2", ["--image-size", "24", "--std", "[1, 1, 1]"]),
+    ]  # fmt: skip
+    for protocol, more in asked:
+        assert main([*words, "--protocol", protocol, *more, "--output", str(tmp_path / "o")]) == 0
+    plain, half, whole, other = read(tmp_path / "o")
+    assert plain.evaluated_under["precision"] == "float32" and plain.deviations == []
+    assert half.evaluated_under["precision"] == "bfloat16"
+    assert half.deviations == ["precision bfloat16; the protocol's is float32"]
+    assert whole.deviations == [
+        "small images whole, at 32 px; the protocol resizes to 256 px and crops 224 px"
+    ]
+    assert other.deviations == [
+        "images of 24 px; the protocol's are of 32 px",
+        "another mean and standard deviation of images than the protocol's",
+    ]
+    assert all(text in caplog.text for r in (half, whole, other) for text in r.deviations)
+
+
+def test_a_backbone_that_was_never_trained_wants_a_word(cifar_folder: Path, tmp_path: Path) -> None:
+    from pretrain.model import build_backbone
+
+    torch.save(build_backbone("resnet18", stem="cifar").state_dict(), tmp_path / "new.pth")
+    words = ["--weights", str(tmp_path / "new.pth"), "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
+    for task, protocol in (("knn", "solo_knn@2"), ("linear", "cached_linear@1"), ("semisup", "finetune@1")):
+        more = ["--label-percent", "10"] if task == "semisup" else []
+        with pytest.raises(UserError, match=r"new.pth: never trained: .* --random-init true"):
+            main([task, *words, "--protocol", protocol, *more, "--output", str(tmp_path / task)])
+    words += ["--protocol", "solo_knn@2", "--random-init", "true", "--output", str(tmp_path / "knn")]
+    assert main(["knn", *words]) == 0 and len(read(tmp_path / "knn")) == 1
 
 
 def test_folders_of_images_are_told_apart_by_what_is_in_them(cifar_folder: Path, tmp_path: Path) -> None:

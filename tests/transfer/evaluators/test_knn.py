@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import transfer.evaluators.knn
+import transfer.evaluators.nearest
 from pretrain.common.errors import UserError
 from transfer.evaluation import results
-from transfer.evaluators.knn import knn_evaluate, main
+from transfer.evaluators.knn import main
+from transfer.evaluators.knn_vote import knn_evaluate
 from transfer.evaluators.nearest import nearest
 
 
@@ -35,6 +36,7 @@ def reference(bank, bank_labels, queries, query_labels, *, k, temperature, vote,
         votes = np.zeros(classes)
         np.add.at(votes, bank_labels[order], weight)
         ranking = np.argsort(-votes, kind="stable")
+        ranking = ranking[np.isin(ranking, bank_labels[order])]  # a class without a vote has no place
         hits += truth == ranking[0], truth in ranking[:5]
     return 100 * hits / len(queries)
 
@@ -52,7 +54,7 @@ def data(n: int = 300, m: int = 90, d: int = 24, classes: int = 12, seed: int = 
 @pytest.mark.parametrize("vote", ["weighted", "majority"])
 @pytest.mark.parametrize("block_bytes", [1 << 27, 4000])
 def test_equals_the_reference(monkeypatch, metric, vote, block_bytes) -> None:
-    monkeypatch.setattr(transfer.evaluators.knn, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(transfer.evaluators.nearest, "BLOCK_BYTES", block_bytes)
     parts = data()
     done: list[int] = []
     got = knn_evaluate(*parts, ks=(20, 1, 7), temperature=0.1, vote=vote, metric=metric, told=done.append)
@@ -70,7 +72,7 @@ def test_equally_near_images_by_their_index(monkeypatch, metric) -> None:
     bank = torch.from_numpy(rng.integers(0, 5, (40, 1)).astype(np.float32))
     queries = torch.tensor([[1.0], [2.0]])
     for block in (1 << 27, 64):
-        monkeypatch.setattr(transfer.evaluators.knn, "BLOCK_BYTES", block)
+        monkeypatch.setattr(transfer.evaluators.nearest, "BLOCK_BYTES", block)
         _, index = nearest(bank, queries, 11, metric=metric, device=torch.device("cpu"))
         far = [-bank if metric == "dot" else (bank - q).abs() for q in queries]
         wanted = [np.argsort(f[:, 0].numpy(), kind="stable")[:11].tolist() for f in far]
@@ -81,7 +83,7 @@ def test_equally_near_images_by_their_index(monkeypatch, metric) -> None:
 @pytest.mark.parametrize("block_bytes", [1 << 27, 4000])
 def test_distances_are_exact_whatever_the_offset(monkeypatch, offset, block_bytes) -> None:
     # At an offset of 100 the squares have 7 digits before the point where the distances have 2.
-    monkeypatch.setattr(transfer.evaluators.knn, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(transfer.evaluators.nearest, "BLOCK_BYTES", block_bytes)
     bank, _, queries, _ = (torch.from_numpy(part) for part in data())
     bank, queries = bank + offset, torch.cat([queries + offset, bank[:30] + offset])
     near, index = nearest(bank, queries, 7, metric="euclidean", device=torch.device("cpu"))
@@ -90,6 +92,44 @@ def test_distances_are_exact_whatever_the_offset(monkeypatch, offset, block_byte
     assert torch.equal(index, order[:, :7])
     torch.testing.assert_close(-near.double(), wanted[:, :7], rtol=1e-5, atol=0)
     assert index[-30:, 0].tolist() == list(range(30)) and not near[-30:, 0].any()
+
+
+def test_a_class_without_a_vote_has_no_place() -> None:
+    # Labels 0 ... 9 at the positions 0 ... 9; a query at 7 has the neighbours 7, 6 and 8, then 5 and 9.
+    bank = np.arange(10, dtype=np.float32)[:, None]
+    query = np.full((10, 1), 7, np.float32)
+    got = knn_evaluate(bank, np.arange(10), query, np.arange(10), ks=[1, 3, 5], metric="euclidean")
+    assert [got[f"top1_k{k}"] for k in (1, 3, 5)] == [10, 10, 10]  # of ten true labels, one is 7
+    assert [got[f"top5_k{k}"] for k in (1, 3, 5)] == [10, 30, 50]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot", "euclidean"])
+@pytest.mark.parametrize("exponent", [-83, -45, 45, 63])  # times 1e-25 to 9e18, exactly
+def test_features_of_any_magnitude_are_ranked_alike(metric: str, exponent: int) -> None:
+    bank, bank_labels, queries, query_labels = data()
+    scale = np.float32(2.0) ** exponent
+    options = {"ks": (1, 5, 20), "vote": "majority", "metric": metric}
+    wanted = knn_evaluate(bank, bank_labels, queries, query_labels, **options)
+    got = knn_evaluate(bank * scale, bank_labels, queries * scale, query_labels, **options)
+    assert got == pytest.approx(wanted, abs=1e-9) and 20 < wanted["top1_k20"] < 99
+    # One row of another magnitude: nothing is far from it or near to it that was not before.
+    bank[0] *= scale
+    mixed = knn_evaluate(bank, bank_labels, queries, query_labels, **options)
+    exact = knn_evaluate(bank.astype(float), bank_labels, queries.astype(float), query_labels, **options)
+    assert mixed == pytest.approx(exact, abs=1e-9)
+
+
+def test_half_precision_is_ranked_in_float32() -> None:
+    rng = np.random.default_rng(2)
+    bank, queries = (rng.normal(size=(n, 64)).astype(np.float16) for n in (400, 100))
+    labels, truth = rng.integers(0, 5, 400), rng.integers(0, 5, 100)
+    for metric in ("cosine", "dot", "euclidean"):
+        half = knn_evaluate(
+            torch.from_numpy(bank), labels, torch.from_numpy(queries), truth, ks=[1, 9], metric=metric
+        )
+        assert half == knn_evaluate(
+            bank.astype(np.float32), labels, queries.astype(np.float32), truth, ks=[1, 9], metric=metric
+        )
 
 
 def test_equal_votes_go_to_the_smallest_label() -> None:

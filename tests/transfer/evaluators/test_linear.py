@@ -18,11 +18,14 @@ from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.signals import Stopped, StopSignals
 from pretrain.model import build_backbone
 from transfer.evaluation import results
+from transfer.evaluation.accuracy import accuracy
 from transfer.evaluation.augment import crop_box
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
-from transfer.evaluators.heads import HeadGrid, accuracies, rate_factor
+from transfer.evaluators.epoch_order import epoch_batches
+from transfer.evaluators.heads import HeadGrid, rate_factor
+from transfer.evaluators.linear_features import held_out_split
 from transfer.evaluators.logreg import fit_logreg
 
 
@@ -98,7 +101,7 @@ def test_the_rate_of_lightlys_benchmark_is_lightlys() -> None:
 def test_accuracies_by_hand() -> None:
     # Classes 0, 0, 1: right, wrong, tie that the smaller label 0 wins. Top-1 1/3; per class (1/2 + 0) / 2.
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
-    got = accuracies(logits, torch.tensor([0, 0, 1]))
+    got = accuracy(logits, torch.tensor([0, 0, 1]))
     assert got == pytest.approx({"top1": 100 / 3, "top5": 100.0, "mean_per_class": 25.0})
 
 
@@ -107,24 +110,60 @@ def test_logistic_regression_is_scikit_learns() -> None:
 
     x = torch.cat([x for x, _ in batches()]).double()
     y = torch.cat([y for _, y in batches()])
-    weight, bias = fit_logreg(x, y, 3, cost=0.05, iterations=500)
+    fit = fit_logreg(x, y, 3, cost=0.05, iterations=500)
     wanted = LogisticRegression(C=0.05, tol=1e-8, max_iter=2000).fit(x.numpy(), y.numpy())
-    got = (x @ weight + bias).softmax(1)
+    got = fit.scores(x).softmax(1)
     np.testing.assert_allclose(got.numpy(), wanted.predict_proba(x.numpy()), atol=2e-4)
+
+
+def ill_conditioned() -> tuple[torch.Tensor, torch.Tensor]:
+    """400 x 24 positive features whose scales differ by up to 10^4, as of a raw backbone, and 4 classes."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 400)
+    x = np.abs(0.8 * rng.normal(size=(4, 24))[labels] + rng.normal(size=(400, 24))) * 10 ** rng.uniform(
+        -3, 1, 24
+    )
+    return torch.from_numpy(x), torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("cost", [1e-6, 1.0, 1e5])
+def test_logistic_regression_reaches_the_minimum_whatever_the_cost(cost: float) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    x, y = ill_conditioned()
+    wanted = LogisticRegression(C=cost, solver="newton-cg", tol=1e-10, max_iter=500).fit(x.numpy(), y.numpy())
+    log_p = wanted.predict_log_proba(x.numpy())
+    least = -log_p[np.arange(400), y].sum() + np.square(wanted.coef_).sum() / (2 * cost)
+    fit = fit_logreg(x.float(), y, 4, cost=cost, iterations=20_000)
+    assert fit.weight_DC.dtype == torch.float64 and fit.converged
+    assert least * (1 - 1e-6) <= fit.objective <= least * (1 + 1e-4) + 1e-9
+
+
+def test_a_logistic_regression_that_was_cut_off_knows_it() -> None:
+    x, y = ill_conditioned()
+    short, long = (fit_logreg(x, y, 4, cost=1e5, iterations=n) for n in (5, 20_000))
+    assert not short.converged and short.iterations == 5 and long.converged
+    assert short.objective - long.objective <= short.gap  # the bound is one
+    # A warm start from another cost ends at the same minimum.
+    far = fit_logreg(x, y, 4, cost=1e-3, iterations=1000)
+    warm = fit_logreg(x, y, 4, cost=1e5, iterations=20_000, start=(far.weight_DC, far.bias_C))
+    assert warm.objective == pytest.approx(long.objective, rel=2e-4)
 
 
 def test_held_out_images_of_each_class() -> None:
     labels = np.repeat([0, 1, 2], [100, 30, 2])
-    fit, aside = linear.held_out_split(labels, 10, seed=0)
+    fit, aside = held_out_split(labels, 10, seed=0)
     assert np.bincount(labels[aside]).tolist() == [10, 3, 1]
     assert sorted([*fit, *aside]) == list(range(132))
-    assert not np.array_equal(aside, linear.held_out_split(labels, 10, seed=1)[1])
+    assert not np.array_equal(aside, held_out_split(labels, 10, seed=1)[1])
+    fit, aside = held_out_split(labels, 20, seed=0, per_class=False)
+    assert len(aside) == 26 and sorted([*fit, *aside]) == list(range(132))  # 20 % of 132 is 26.4
 
 
 def test_an_epoch_shows_every_image_once() -> None:
-    got = linear.epoch_batches(10, 4, steps=3, seed=0, epoch=1)
+    got = epoch_batches(10, 4, steps=3, seed=0, epoch=1)
     assert [len(b) for b in got] == [4, 4, 2] and sorted(np.concatenate(got)) == list(range(10))
-    more = linear.epoch_batches(10, 4, steps=5, seed=0, epoch=1)
+    more = epoch_batches(10, 4, steps=5, seed=0, epoch=1)
     assert [len(b) for b in more] == [4] * 5 and sorted(np.concatenate(more)) == sorted([*range(10)] * 2)
 
 
@@ -269,7 +308,9 @@ def test_crops_are_trained_on_in_the_published_interpolation(
     evaluation = SimpleNamespace(
         settings=SimpleNamespace(workers=0), train=None, seed=0, transform=EvalTransform(size=224)
     )
-    batches = linear._augmented(evaluation, None, values, np.arange(0), [], 0, torch.device("cpu"))
+    batches = linear._augmented(
+        evaluation, SimpleNamespace(device=torch.device("cpu")), values, np.arange(0), [], 0
+    )
     assert list(batches) == [] and seen == [wanted]
 
 
@@ -281,6 +322,7 @@ def test_logistic_regression_by_command(cifar_folder: Path, tmp_path: Path) -> N
     assert linear.main(argv("raw-pixels", cifar_folder, tmp_path / "out", protocol)) == 0
     (found,) = results.read(tmp_path / "out")
     assert found.selection == "held-out" and found.metrics["top1"] > 15 and found.settings["C"] > 1e-6
+    assert found.settings["converged"] is (not found.warnings)
 
 
 def test_bad_input_before_the_work(cifar_folder: Path, tmp_path: Path) -> None:
@@ -308,6 +350,6 @@ def test_a_choice_needs_held_out_images(protocol: str, cifar_folder: Path, tmp_p
     ):
         linear.main(argv("raw-pixels", tmp_path, tmp_path / "o", protocol))
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(UserError, match="logreg needs costs, and held_out_percent above 0"):
+    with pytest.raises(UserError, match="logreg needs held_out_percent above 0"):
         mine = own(tmp_path, method="logreg", augmentation=False, costs=[1.0])
         linear.main(argv("raw-pixels", tmp_path, tmp_path / "o", mine))

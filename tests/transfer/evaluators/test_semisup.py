@@ -23,10 +23,12 @@ from pretrain.common.signals import Stopped
 from pretrain.model import build_backbone
 from tests.helpers.ranks import run_on_ranks
 from transfer.evaluation import results
+from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.protocol import load_protocol
-from transfer.evaluators.finetune import FineTuning, joined, percentages, places
+from transfer.evaluators.epoch_order import epoch_batches
+from transfer.evaluators.finetune import FineTuning, joined
 from transfer.evaluators.heads import rate_factor
-from transfer.evaluators.semisup import SemisupProtocol, epoch_batches, main
+from transfer.evaluators.semisup import SemisupProtocol, main
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +180,11 @@ def test_an_image_that_was_not_judged_is_noticed() -> None:
 
 
 def test_an_epoch_has_every_image_once_in_an_order_of_its_own() -> None:
-    first, second = epoch_batches(50, 16, 0, 0), epoch_batches(50, 16, 0, 1)
+    first, second = (epoch_batches(50, 16, seed=0, epoch=e, least=2) for e in (0, 1))
     assert [len(b) for b in first] == [16, 16, 16, 2]
     assert sorted(np.concatenate(first)) == list(range(50))
     assert not np.array_equal(np.concatenate(first), np.concatenate(second))
-    filled = epoch_batches(49, 16, 0, 0)  # one image alone would have no batch statistics
+    filled = epoch_batches(49, 16, seed=0, epoch=0, least=2)  # one image alone would have no batch statistics
     assert [len(b) for b in filled] == [16, 16, 16, 2]
     assert filled[-1][1] == filled[0][0]
 
@@ -348,14 +350,20 @@ def test_a_diverging_run_ends_with_the_reason(words: list[str], tmp_path: Path) 
 def test_a_run_that_learns_nothing_says_so(
     words: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    protocol = _protocol(tmp_path, lr_backbone={"10": 0.0}, lr_head={"10": 100.0}, epochs=1, batch=16)
+    protocol = _protocol(tmp_path, lr_backbone={"10": 0.0}, lr_head={"10": 100.0}, epochs=3, batch=16)
     main([*words, "--protocol", protocol, "--output", str(tmp_path / "o")])
-    assert "no better than guessing (2.30) at learning rates of 0 (backbone) and 100 (head)" in caplog.text
-    assert "nothing was learnt" in caplog.text
+    told = [r.message for r in caplog.records if "smaller lr_backbone and lr_head" in r.message]
+    assert (
+        len(told) == 2 and "learning rates of 0 (backbone) and 100 (head)" in told[0]
+    )  # while it runs, at its end
+    assert "nothing was learnt" in told[1] and "a guess's (2.30)" in told[1]
+    for marked in results.read(tmp_path / "o"):
+        assert [w.partition(":")[0] for w in marked.warnings] == ["nothing was learnt"]
     caplog.clear()
     protocol = _protocol(tmp_path, lr_backbone={"10": 0.0}, lr_head={"10": 0.003}, epochs=10, batch=16)
     main([*words, "--protocol", protocol, "--output", str(tmp_path / "calm")])
-    assert "guessing" not in caplog.text
+    assert "guess" not in caplog.text
+    assert [r.warnings for r in results.read(tmp_path / "calm")] == [[], []]
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from slurm.commands.suite import main as suite
 from transfer.__main__ import main as transfer
 from transfer.evaluation import results
 from transfer.evaluation.protocol import load_protocol
-from transfer.evaluation.voc07 import CLASSES, open_voc07
 from transfer.evaluators.linear import main as linear
 from transfer.evaluators.linear_protocol import LinearProtocol
 from transfer.evaluators.svm import average_precision, check_shots, fit_class, fit_class_low_shot, unit_length
+from transfer.evaluators.voc07 import CLASSES, open_voc07
 
 
 def test_average_precision_by_hand() -> None:
@@ -219,7 +219,7 @@ def test_voc07_with_another_evaluator_says_what_it_goes_with(
     words = f"{command} --weights w.pth --dataset voc07 --data-dir {tmp_path} --output {tmp_path}/out"
     assert transfer(words.split()) == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: --dataset voc07") and "linear` with --protocol voc07_svm@1" in told
+    assert told.startswith("error: --dataset voc07") and "linear` with --protocol voc07_svm@2" in told
 
 
 def test_the_command_on_voc07(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +247,7 @@ def test_a_suite_takes_voc07(voc: Path, tmp_path: Path, capsys: pytest.CaptureFi
     words = f"--weights {tmp_path}/w.pth --dataset voc07 --data-dir {voc} --output {tmp_path}/out --dry-run"
     assert suite([*words.split(), "--tasks", "linear"]) is None
     told = capsys.readouterr().out
-    assert "all checks passed" in told and "--protocol voc07_svm@1 --dataset voc07" in told
+    assert "all checks passed" in told and "--protocol voc07_svm@2 --dataset voc07" in told
     with pytest.raises(UserError, match="1 check failed"):
         suite([*words.split(), "--tasks", "linear,knn"])
     assert "its images show several classes each" in capsys.readouterr().out
