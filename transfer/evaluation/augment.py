@@ -1,8 +1,8 @@
 """Training crops for a classifier, drawn from (seed, epoch, index).
 
-Boxes are distributed as torchvision's RandomResizedCrop draws them. Pixels are not those of its crop and resize
-one after the other: a box is resized from the whole image, so that within about 4 px of its edges the filter
-reads pixels outside it (up to 22 grey levels, 0.03 on average over the crop).
+Boxes are distributed as torchvision's RandomResizedCrop draws them. Pixels are not those of its crop and
+resize one after the other: a box is resized from the whole image, so that within about 4 px of its edges the
+filter reads pixels outside it (up to 22 grey levels, 0.03 on average over the crop).
 """
 
 from __future__ import annotations

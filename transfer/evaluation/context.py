@@ -114,7 +114,7 @@ class Evaluation:
             found.append(f"images of {look.size} px; the protocol's are of {values.crop} px")
         elif isinstance(values.image_size, int) and look.size != values.image_size:
             found.append(f"images of {look.size} px; the protocol's are of {values.image_size} px")
-        elif native is not None and values.image_size is None:
+        elif native is not None and values.image_size is None and self.protocol.has_authors:
             found.append(
                 f"small images whole, at {look.size} px; the protocol resizes to {values.resize} px and "
                 f"crops {values.crop} px"

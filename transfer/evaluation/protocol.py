@@ -51,6 +51,11 @@ class Protocol:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
+    def has_authors(self) -> bool:
+        """Whether `source` names other people's code."""
+        return self.source.startswith("https://")
+
+    @property
     def reference(self) -> dict[str, Any]:
         """What a result says of it."""
         return {"name": self.name, "version": self.version, "hash": self.hash}

@@ -1,4 +1,4 @@
-"""Features and labels of a bank and of queries enter; k-nearest-neighbour accuracy for every k leaves.
+"""The vote of the nearest neighbours, and its accuracy for every k.
 
 N bank images, M queries, D features, K the largest k, C classes.
 """

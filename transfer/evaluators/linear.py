@@ -100,7 +100,7 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
     )  # fmt: skip
     steps = values.steps_per_epoch or steps_of(len(fit), values.batch, drop_last=values.drop_last)
     identity = (
-        f"heads/3 {evaluation.backbone.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
+        f"heads/4 {evaluation.backbone.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
         f"{evaluation.test.fingerprint} {len(fit)} {evaluation.transform} {extractor.precision}"
     )
     path = settings.output / CHECKPOINT
@@ -134,7 +134,8 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
                 if step % 50 == 0 and any_rank(stop.requested, device) and step % steps:
                     _save(path, heads, identity, step, history)
                     _leave(stop)
-            history.append(_judge(heads, classes, held, test))
+            last = [{"last": float(x)} for x in loss]
+            history.append(_judge(heads, classes, held, test) | {"loss": last})
             told = metric if held is None else f"held-out {metric}"
             best = max(history[-1]["held" if held is not None else "test"], key=lambda m: m[metric])
             diverged = _diverged(heads, diverged, evaluation, epoch, step)
@@ -261,14 +262,26 @@ def _report(
                 | {metric: round(m[metric], 4)}
                 for (lr, wd, name), m in zip(heads.grid, history[epoch][place])
             ]
+        warnings = []
+        loss, guess = history[-1]["loss"][head]["last"], math.log(len(evaluation.train.classes))
+        if not loss < guess:
+            what = f"the last step's training loss, {loss:.3g}, is no better than a guess's ({guess:.2f})"
+            warnings.append(f"nothing was learnt: {what}")
         return evaluation.result(
-            history[epoch]["test"][head], device, epoch=epoch + 1, selection=selection, settings=extra
-        )
+            history[epoch]["test"][head], device, epoch=epoch + 1, selection=selection, settings=extra,
+            warnings=warnings,
+        )  # fmt: skip
 
     best = "held-out" if place == "held" else "best"
+    found = [line("last", last, head_last), line(best, epoch_best, head_best)]
+    if found[0].warnings and is_main():
+        logger.warning(
+            "%s; copy the protocol %s into a file of your own with smaller learning_rates, and give it as "
+            "--protocol", found[0].warnings[0], evaluation.protocol,
+        )  # fmt: skip
     if values.choose_epoch == "last":
         return [line(best if len(heads) > 1 else "last", last, head_last)]
-    return [line("last", last, head_last), line(best, epoch_best, head_best)]
+    return found
 
 
 def _argmax(values: list[float]) -> int:

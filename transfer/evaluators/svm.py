@@ -220,7 +220,7 @@ def _fit_all(
         return delayed(fit_class)(*arrays, folds=values.folds, **common)
 
     file = settings.output / "progress.json" if is_main() else None
-    progress = Progress(len(mine), label="SVMs", unit="class", file=file)
+    progress = Progress(len(mine), label="SVMs of classes", unit="SVM", file=file)
     with StopSignals() as stop, progress as bar, Parallel(n_jobs=jobs) as pool:
         for start in range(0, len(mine), jobs):
             some = mine[start : start + jobs]

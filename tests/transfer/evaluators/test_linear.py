@@ -23,7 +23,7 @@ from transfer.evaluation.augment import crop_box
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
-from transfer.evaluators.epoch_order import epoch_batches
+from transfer.evaluators.epoch_order import epoch_batches, steps_of
 from transfer.evaluators.heads import HeadGrid, rate_factor
 from transfer.evaluators.linear_features import held_out_split
 from transfer.evaluators.logreg import fit_logreg
@@ -323,6 +323,34 @@ def test_logistic_regression_by_command(cifar_folder: Path, tmp_path: Path) -> N
     (found,) = results.read(tmp_path / "out")
     assert found.selection == "held-out" and found.metrics["top1"] > 15 and found.settings["C"] > 1e-6
     assert found.settings["converged"] is (not found.warnings)
+
+
+def test_heads_that_learn_nothing_are_marked(
+    cifar_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {"augmentation": False, "epochs": 2, "batch": 64, "choose_on": "reported"}
+    for name, rate, marked in (("wild", 3e4, True), ("calm", 1e-3, False)):
+        protocol = own(tmp_path, learning_rates=[rate], **values)
+        assert linear.main(argv("raw-pixels", cifar_folder, tmp_path / name, protocol)) == 0
+        found = results.read(tmp_path / name)
+        assert [bool(r.warnings) for r in found] == [marked, marked]
+        told = [r.message for r in caplog.records if "smaller learning_rates" in r.message]
+        assert len(told) == marked and all("nothing was learnt" in text for text in told)
+        caplog.clear()
+
+
+def test_the_last_iteration_alone_is_reported_where_the_protocol_says_so(
+    cifar_folder: Path, tmp_path: Path
+) -> None:
+    protocol = own(
+        tmp_path, augmentation=False, epochs=3, batch=100, learning_rates=[1e-3, 1e-4], choose_on="reported",
+        choose_epoch="last", drop_last=True,
+    )  # fmt: skip
+    assert linear.main(argv("raw-pixels", cifar_folder, tmp_path / "o", protocol)) == 0
+    (found,) = results.read(tmp_path / "o")  # 640 images: 6 whole batches of 100 an epoch
+    assert (found.selection, found.epoch, found.settings["chosen_on"]) == ("best", 3, "reported")
+    assert steps_of(640, 100, drop_last=True) == 6 and steps_of(640, 100) == 7
+    assert found.metrics["top1"] == max(head["top1"] for head in found.settings["sweep"])
 
 
 def test_bad_input_before_the_work(cifar_folder: Path, tmp_path: Path) -> None:
