@@ -33,11 +33,11 @@ from transfer.evaluation.context import Evaluation, set_up
 from transfer.evaluation.features import Decoded, image_batches
 from transfer.evaluation.protocol import load_protocol, want
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluation.subsets import LabelSubset, choose_subset
 from transfer.evaluation.transforms import ImageValues
 from transfer.evaluators.epoch_order import epoch_batches
 from transfer.evaluators.finetune import FineTuning, joined
 from transfer.evaluators.heads import check_steps, rate_factor
+from transfer.evaluators.subsets import LabelSubset, choose_subset
 from transfer.evaluators.voc07 import refuse_voc07
 from transfer.options import SemisupSettings, parse
 

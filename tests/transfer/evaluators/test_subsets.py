@@ -13,8 +13,8 @@ import pytest
 
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import CLASS_COUNTS, ImageDataset, open_dataset
-from transfer.evaluation import subsets
-from transfer.evaluation.subsets import PublishedList, balanced_draw, choose_subset, fetch_list, read_list
+from transfer.evaluators import subsets
+from transfer.evaluators.subsets import PublishedList, balanced_draw, choose_subset, fetch_list, read_list
 
 
 @pytest.fixture
