@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pretrain.common.cli import EXIT_FAILED, parse_settings, save_settings
+from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
 from slurm.commands.options import spread
+from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.snapshot import pin
-from slurm.state.step_state import DONE
+from slurm.state.step_state import counted
 from slurm.state.suite_lock import locked, refuse_other_configuration, set_aside
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
@@ -75,19 +76,7 @@ def main(argv: list[str]) -> int | None:
         run = LocalRun(graph, root, load_profile("local", []), pin(root))
         _say_what_comes(graph, run.machine, root)
         views = run.run()
-    if (root / "report" / "index.html").exists():
-        from transfer.report.command import show_summary
-
-        show_summary(root)
-    bad = [v for v in views if v.state != DONE]
-    for view in bad:
-        print(
-            f"{view.name}: {view.state}: {view.detail}" + (f" (log: {view.log})" if view.log else ""),
-            file=sys.stderr,
-        )
-    if (root / "report" / "index.html").exists():
-        print(f"\nreport: {root / 'report' / 'index.html'}")
-    return EXIT_FAILED if bad else None
+    return show_outcome(root, views)
 
 
 def find_images(dataset: str, data_dir: str | None) -> Path:
@@ -194,9 +183,9 @@ def _detections(root: Path, intl: Target, converted: Step, scenes: Step, asked: 
 
 
 def _say_what_comes(graph: Graph, machine: Machine, root: Path) -> None:
-    gpus = f", {len(machine.gpus)} GPUs" if machine.gpus else ""
+    gpus = f", {counted(len(machine.gpus), 'GPU')}" if machine.gpus else ""
     print(
-        f"{len(graph)} steps on {machine.cpus} CPU cores{gpus}, into {root}\n"
+        f"{len(graph)} steps on {counted(machine.cpus, 'CPU core')}{gpus}, into {root}\n"
         f"look at them from elsewhere: python -m slurm status {root}",
         file=sys.stderr,
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pretrain.common.cli import EXIT_FAILED, parse_settings, save_settings
+from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
 from slurm.commands.options import spread
+from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.snapshot import code_files, pin, untracked
-from slurm.state.step_state import DONE
-from slurm.state.step_table import as_lines, summary
+from slurm.state.step_state import counted
 from slurm.state.suite_lock import locked, refuse_other_configuration, set_aside
 from slurm.steps import checks
 from slurm.steps.graph import Graph
@@ -80,9 +80,9 @@ def _dry_run(
             print("\n".join(f"   {line}" for line in text.splitlines() if line.startswith("#SBATCH")))
         hours = sum(resources[b.kind].gpu_hours * len(b.steps) for b in planned.batches)
         print(
-            f"{planned.count} jobs in {len(planned.batches)} submissions, at most {hours:.1f} GPU-hours "
-            f"(every job up to its time limit, once); {len(planned.done)} steps are done, "
-            f"{len(planned.live)} queued or running"
+            f"{counted(planned.count, 'job')} in {counted(len(planned.batches), 'submission')}, "
+            f"at most {hours:.1f} GPU-hours (every job up to its time limit, once); "
+            f"{counted(len(planned.done), 'step')} done, {len(planned.live)} queued or running"
         )
     else:
         machine = Machine.here()
@@ -90,11 +90,13 @@ def _dry_run(
             fit = machine.fit(resources[step.kind])
             waits = ", ".join((*step.depends_on, *step.after))
             print(
-                f"== {step.name}: {fit.tasks} x {fit.cpus_per_task} CPUs, {fit.gpus_per_node} GPUs"
+                f"== {step.name}: {fit.tasks} x {counted(int(fit.cpus_per_task), 'CPU')}, "
+                + counted(fit.gpus_per_node, "GPU")
                 + (f"  (after {waits})" if waits else "")
             )
             print(f"   {step.shell}")
-        print(f"{len(graph)} steps on {machine.cpus} CPU cores and {len(machine.gpus)} GPUs")
+        cores, gpus = counted(machine.cpus, "CPU core"), counted(len(machine.gpus), "GPU")
+        print(f"{len(graph)} steps on {cores} and {gpus}")
     problems = checks.check(asked, graph, root, resources)
     unseen = asked.cluster == "slurm" and not checks.has_slurm()
     if unseen:
@@ -102,9 +104,7 @@ def _dry_run(
     for problem in problems:
         print(f"check failed: {problem}")
     if problems:
-        raise UserError(
-            f"{len(problems)} check{'s' if len(problems) > 1 else ''} failed; nothing would be submitted"
-        )
+        raise UserError(f"{counted(len(problems), 'check')} failed; nothing would be submitted")
     print(f"all {'other ' if unseen else ''}checks passed; nothing was submitted")
     return None
 
@@ -153,11 +153,7 @@ def _here(
         set_aside(root, graph, redo)
         save_settings(asked, root / "config.yaml")
         views = LocalRun(graph, root, resources, pin(root, asked.own_files)).run()
-    print("\n".join(as_lines(views)))
-    print(summary(views))
-    if (root / "report" / "index.html").exists():
-        print(f"report: {root / 'report' / 'index.html'}", file=sys.stderr)
-    return EXIT_FAILED if any(v.state != DONE for v in views) else None
+    return show_outcome(root, views)
 
 
 def _is_local(root: Path, name: str) -> bool:

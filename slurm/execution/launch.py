@@ -16,6 +16,7 @@ from typing import Any, Literal
 import submitit
 
 from slurm.execution.job import Job
+from slurm.state.local_process import process_start
 from slurm.state.step_files import Record
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import Resources
@@ -142,5 +143,5 @@ def submit_local(
     record.submit(step, graph.keys[step.name], order, cluster="local", code=str(code), driver=os.getpid())
     with without_interrupts():
         job = auto.submit(job_of(step, graph, root, resources))
-    record.submitted_as(job.job_id, logs)
+    record.submitted_as(job.job_id, logs, process_start(int(job.job_id)))
     return job

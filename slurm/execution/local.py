@@ -20,7 +20,8 @@ from typing import Any
 from pretrain.common.machine import cores
 from slurm.execution.launch import submit_local
 from slurm.execution.snapshot import gpu_names
-from slurm.state.step_files import Record
+from slurm.state.local_process import LocalProcess
+from slurm.state.step_files import Record, stop_waiting
 from slurm.state.step_state import FAILED, QUEUED, RUNNING, WAITING, View, look, spell_seconds
 from slurm.state.step_table import as_table, one_line
 from slurm.steps.graph import Graph, Step
@@ -59,26 +60,6 @@ class Machine:
         )
 
 
-def is_alive(job_id: str) -> bool:
-    """Whether the process with this id is there, is submitit's, and is not just waiting to be buried."""
-    try:
-        command = Path(f"/proc/{job_id}/cmdline").read_bytes()
-        state = Path(f"/proc/{job_id}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return False
-    return b"submitit" in command and state != "Z"
-
-
-def live_states(root: Path, names: list[str]) -> dict[str, str]:
-    """RUNNING for each step whose local job is alive."""
-    found = {}
-    for name in names:
-        sent = Record(root, name).submitted
-        if sent.get("cluster") == "local" and is_alive(str(sent.get("job_id", ""))):
-            found[name] = "RUNNING"
-    return found
-
-
 @dataclass
 class Running:
     """A step in flight and what it holds of the machine."""
@@ -87,14 +68,12 @@ class Running:
     record: Record
     cpus: int
     gpus: tuple[int, ...]
+    process: LocalProcess
     job: Any = None
-    job_id: str = ""
 
     @property
     def ended(self) -> bool:
-        if self.job is not None:
-            return self.job.done()
-        return not is_alive(self.job_id)
+        return self.job.done() if self.job is not None else not self.process.is_alive
 
 
 @dataclass
@@ -108,7 +87,6 @@ class LocalRun:
     machine: Machine = field(default_factory=Machine.here)
     running: dict[str, Running] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> list[View]:
         """Run what is not done yet and return how every step stands. Ctrl-C and SIGTERM stop all jobs."""
@@ -134,11 +112,11 @@ class LocalRun:
             if record.is_done(self.graph.keys[step.name], step.makes) and not step.after:
                 self.ended[step.name] = True
                 continue
-            sent = record.submitted
-            if sent.get("cluster") == "local" and is_alive(str(sent.get("job_id", ""))):
+            process = LocalProcess.submitted(record.submitted)
+            if process is not None and process.is_alive:
                 fit = self.machine.fit(self.resources[step.kind])
                 cpus = fit.tasks * int(fit.cpus_per_task)
-                self.running[step.name] = Running(step, record, cpus, (), job_id=str(sent["job_id"]))
+                self.running[step.name] = Running(step, record, cpus, (), process)
         for step in self.graph:  # a report is made again unless nothing it tells about is new
             record = Record(self.root, step.name)
             unchanged = all(self.ended.get(name) for name in step.after)
@@ -147,8 +125,7 @@ class LocalRun:
         for order, step in enumerate(self.graph):
             if step.name not in self.ended and step.name not in self.running:
                 record = Record(self.root, step.name)
-                if not record.submitted:
-                    record.describe(step, self.graph.keys[step.name], order)
+                record.announce(step, self.graph.keys[step.name], order)
 
     def _collect(self) -> None:
         for name, run in list(self.running.items()):
@@ -163,7 +140,7 @@ class LocalRun:
             failed = [n for n in step.depends_on if self.ended.get(n) is False]
             if failed:
                 self.ended[step.name] = False
-                self.skipped[step.name] = f"not started: it needs {', '.join(failed)}"
+                Record(self.root, step.name).set_state("skipped", lacks=failed)
                 continue
             if not all(n in self.ended for n in (*step.depends_on, *step.after)):
                 continue
@@ -179,24 +156,23 @@ class LocalRun:
             return
         gpus = free_gpus[: fit.gpus_per_node]
         job = submit_local(step, self.graph, self.root, fit, self.code, gpus, cpus)
-        self.running[step.name] = Running(
-            step, Record(self.root, step.name), cpus, tuple(gpus), job, job.job_id
-        )
+        record = Record(self.root, step.name)
+        process = LocalProcess.submitted(record.submitted)
+        assert process is not None
+        self.running[step.name] = Running(step, record, cpus, tuple(gpus), process, job)
 
     def stop(self) -> None:
         """Ask every job to save and leave; kill what does not."""
         with _deaf_to_interrupts():
             print("stopping the jobs; what they have saved is kept ...", file=sys.stderr, flush=True)
-            end_jobs([run.job_id for run in self.running.values()])
+            end_jobs([run.process for run in self.running.values()])
             self._collect()
+            stop_waiting(self.root)
 
     def views(self) -> list[View]:
         """How every step of the graph stands."""
         views = []
         for step in self.graph:
-            if step.name in self.skipped:
-                views.append(View(name=step.name, state=WAITING, detail=self.skipped[step.name]))
-                continue
             if step.name not in self.ended and step.name not in self.running:
                 views.append(View(name=step.name, state=WAITING))
                 continue
@@ -236,30 +212,28 @@ class LocalRun:
         yield show
 
 
-def end_jobs(job_ids: list[str]) -> None:
+def end_jobs(jobs: list[LocalProcess]) -> None:
     """SIGTERM to submitit's controllers, which hand it to their tasks; SIGKILL to what does not leave.
 
     A task that was still starting does not hear the first one, so it is said again.
     """
     deadline = time.monotonic() + STOP_WAIT_S
     said = 0.0
-    while alive := [j for j in job_ids if is_alive(j)]:
+    while alive := [job for job in jobs if job.is_alive]:
         now = time.monotonic()
-        for job_id in alive:
+        for job in alive:
             if now > deadline:
-                kill_job(job_id)
+                kill_job(job)
             elif now - said > SAY_AGAIN_S:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(job_id), signal.SIGTERM)
+                job.send(signal.SIGTERM)
         said = now if now - said > SAY_AGAIN_S else said
         time.sleep(0.1)
 
 
-def kill_job(job_id: str) -> None:
+def kill_job(job: LocalProcess) -> None:
     """SIGKILL to the controller and to all below it."""
-    for pid in [*_below(int(job_id)), int(job_id)]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for process in [*(LocalProcess.of(pid) for pid in _below(job.pid)), job]:
+        process.send(signal.SIGKILL)
 
 
 def _below(pid: int) -> list[int]:

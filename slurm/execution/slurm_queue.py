@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pretrain.common.errors import UserError
-from slurm.execution.local import is_alive
+from slurm.state.local_process import LocalProcess
 from slurm.state.step_files import records
 
 
@@ -24,20 +24,20 @@ def live_jobs(job_ids: Iterable[str]) -> dict[str, str]:
         raise UserError(
             "jobs of this suite are on SLURM, but there is no squeue here: call this on the cluster"
         )
-    whole = sorted({i.partition("_")[0] for i in wanted})
-    told = _squeue(whole)
-    if told is None:  # an id that SLURM has forgotten fails the whole query on some versions
-        told = "".join(_squeue([i]) or "" for i in whole)
+    listed = _squeue("--jobs", ",".join(sorted({i.partition("_")[0] for i in wanted})))
+    if listed is None:  # an id that SLURM has forgotten fails the whole query on some versions: ask for all
+        listed = _squeue() or ""
     found = {}
-    for line in told.splitlines():
+    for line in listed.splitlines():
         job_id, _, state = line.strip().partition("|")
         if job_id in wanted:
             found[job_id] = state
     return found
 
 
-def _squeue(ids: list[str]) -> str | None:
-    command = ["squeue", "--noheader", "--array", "--jobs", ",".join(ids), "--format", "%i|%T"]
+def _squeue(*selection: str) -> str | None:
+    """What squeue lists; None where it knows one of the ids no more."""
+    command = ["squeue", "--noheader", "--array", "--format", "%i|%T", *selection]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired as error:
@@ -47,17 +47,18 @@ def _squeue(ids: list[str]) -> str | None:
     if done.returncode == 0:
         return done.stdout
     if "Invalid job id" in done.stderr:
-        return None if len(ids) > 1 else ""
+        return None
     raise UserError(f"squeue failed, nothing was done: {done.stderr.strip()}")
 
 
 def live_steps(root: Path) -> dict[str, str]:
-    """The suite's steps that are queued or running, on SLURM or on this machine."""
-    sent = {record.name: record.submitted for record in records(root)}
+    """The suite's steps that are queued or running, on SLURM or on this machine: one question for all."""
+    sent = {record.name: record.submitted for record in records(root) if not record.done}
     on_slurm = {n: str(s["job_id"]) for n, s in sent.items() if s.get("cluster") == "slurm" and "job_id" in s}
     states = live_jobs(on_slurm.values())
     found = {name: states[job_id] for name, job_id in on_slurm.items() if job_id in states}
     for name, s in sent.items():
-        if s.get("cluster") == "local" and is_alive(str(s.get("job_id", ""))):
+        process = LocalProcess.submitted(s)
+        if process is not None and process.is_alive:
             found[name] = "RUNNING"
     return {n: "RUNNING" if s in ("RUNNING", "COMPLETING") else s for n, s in found.items()}

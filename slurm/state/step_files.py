@@ -107,9 +107,20 @@ class Record:
         self.describe(step, key, order)
         write_json(self.folder / "submitted.json", {"submitted_at": time.time(), **values})
 
-    def submitted_as(self, job_id: str, logs: Path) -> None:
-        """After a submission: the id it got."""
-        write_json(self.folder / "submitted.json", {**self.submitted, "job_id": job_id, "logs": str(logs)})
+    def submitted_as(self, job_id: str, logs: Path, started: str = "") -> None:
+        """After a submission: the id it got; of a process of this machine, when it `started`."""
+        place = {"host": os.uname().nodename, "started": started} if started else {}
+        write_json(
+            self.folder / "submitted.json", {**self.submitted, "job_id": job_id, "logs": str(logs), **place}
+        )
+
+    def announce(self, step: Step, key: str, order: int) -> None:
+        """Before a run that comes to this step later: it waits again, whatever an earlier run had done."""
+        if not self.submitted:
+            (self.folder / "state.json").unlink(missing_ok=True)
+            self.describe(step, key, order)
+        elif self.state.get("state") == "skipped":
+            (self.folder / "state.json").unlink(missing_ok=True)
 
     def set_state(self, state: str, **values: Any) -> None:
         """Note how the job goes, keeping what was noted before."""
@@ -148,6 +159,13 @@ def records(root: str | Path) -> Iterator[Record]:
     found = [read_json(p) for p in Path(root).glob("jobs/*/step.json")]
     for step in sorted((s for s in found if "name" in s), key=lambda s: s.get("order", 0)):
         yield Record(root, step["name"])
+
+
+def stop_waiting(root: str | Path) -> None:
+    """After a cancellation: what was to come does not wait any more."""
+    for record in records(root):
+        if not (record.done or record.submitted or record.state):
+            record.set_state("stopped")
 
 
 def differing(root: str | Path, graph: Graph) -> list[str]:

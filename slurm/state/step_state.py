@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.state.local_process import LocalProcess
 from slurm.state.step_files import Record, records
 
 DONE, RUNNING, QUEUED, FAILED, CANCELLED, WAITING = (
@@ -56,13 +57,19 @@ def look(record: Record, live: str | None, now: float | None = None) -> View:
         return view(QUEUED, again or live.lower().replace("pending", ""))
     ended = state.get("ended_at") or failure.get("at") or now
     seconds = ended - started if started else None
+    if state.get("state") == "skipped":
+        return view(CANCELLED, f"never started: it needs {', '.join(state['lacks'])}")
     if failure and state.get("state") != "stopped":
         return view(FAILED, failure["error"], seconds)
+    process = LocalProcess.submitted(sent)
+    if state.get("state") == "running" and process is not None and process.host and not process.is_here:
+        detail = ", ".join(x for x in (f"on {process.host}", _progress(record.progress)) if x)
+        return view(RUNNING, detail, now - started if started else None)
     if state.get("state") == "running":
         return view(FAILED, "ended without a word: killed, out of memory, or the machine went down", seconds)
-    if state:
+    if state.get("starts"):
         return view(CANCELLED, "goes on when submitted again", seconds)
-    if sent.get("job_id"):
+    if state or sent.get("job_id"):
         lacking = [n for n in record.step.get("depends_on", []) if not Record(record.root, n).done]
         return view(
             CANCELLED, f"never started: it needs {', '.join(lacking)}" if lacking else "before it started"
@@ -70,14 +77,19 @@ def look(record: Record, live: str | None, now: float | None = None) -> View:
     return view(WAITING)
 
 
+def counted(count: int, noun: str) -> str:
+    """1 GPU, 2 GPUs, 3 batches."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("ch") else "s")
+
+
 def _times(count: int) -> str:
-    return "" if count <= 0 else f"interrupted {count} time{'s' if count > 1 else ''}"
+    return "" if count <= 0 else f"interrupted {counted(count, 'time')}"
 
 
 def _progress(values: Mapping) -> str:
     if not values.get("total"):
         return ""
-    told = f"{values.get('done', 0)}/{values['total']} {values.get('unit', 'step')}s"
+    told = f"{values.get('done', 0)}/{counted(values['total'], values.get('unit', 'step'))}"
     for name, value in list(values.get("values", {}).items())[:2]:
         told += f", {name} {value:.3g}" if isinstance(value, float) else f", {name} {value}"
     left = values.get("eta_s")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,13 +50,14 @@ def show(alarms: Sequence[str], verdict: Table | None, findings: Sequence[Findin
     if verdict is None:
         print("no result has been written yet")
         return
+    width = shutil.get_terminal_size((110, 24)).columns  # COLUMNS, where there is no terminal
     if sys.stdout.isatty():
         _show_rich(verdict)
     else:
-        print(tables.to_text(verdict))
+        print(tables.to_text(verdict, width))
     print()
     for finding in findings:
-        print(f"- {finding.sentence}")
+        print(textwrap.fill(f"- {finding.sentence}", width, subsequent_indent="  "))
 
 
 def _show_rich(t: Table) -> None:

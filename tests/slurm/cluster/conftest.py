@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from slurm.state.local_process import LocalProcess
 
 HERE = Path(__file__).parent
 
@@ -49,6 +53,23 @@ class Cluster:
                 in ("idle", "mix", "alloc")
             )
         )
+
+    def stop(self, daemon: str) -> None:
+        """End slurmctld or slurmdbd, and wait until it is gone."""
+        pid = int((self.folder / f"{daemon}.pid").read_text())
+        process = LocalProcess.of(pid)
+        process.send(signal.SIGTERM)
+        wait_for(lambda: not process.is_alive, 30)
+
+    def start(self, daemon: str, **settings: str) -> None:
+        """Start slurmctld, with other settings in slurm.conf, or slurmdbd."""
+        conf = self.folder / "slurm.conf"
+        text = conf.read_text()
+        for name, value in settings.items():
+            text = re.sub(rf"(?m)^{name}=.*$", f"{name}={value}", text)
+        conf.write_text(text)
+        self.call(daemon)
+        wait_for(lambda: self.call("squeue" if daemon == "slurmctld" else "sacctmgr", "--version"), 30)
 
     def preempt(self) -> str:
         """Take the whole cluster for three seconds at a higher priority."""

@@ -64,6 +64,7 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$((PORT+2))
 AccountingStoragePass=$DIR/munge/sock
 AccountingStorageTRES=gres/gpu
+AccountingStorageEnforce=limits
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0
 SelectType=select/cons_tres
@@ -76,6 +77,7 @@ SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 FirstJobId=$(( ($(date +%s) % 600000) * 100 + 1 ))
 MinJobAge=3600
+MaxJobCount=10000
 KillWait=2
 CompleteWait=0
 InactiveLimit=0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +14,9 @@ import pytest
 
 from pretrain.common.errors import UserError
 from slurm.__main__ import main
-from slurm.commands import cancel
+from slurm.commands import cancel, status
+from slurm.execution.local import kill_job
+from slurm.state.local_process import LocalProcess
 from slurm.state.step_files import Record
 from slurm.state.step_state import CANCELLED, DONE, FAILED, QUEUED, RUNNING, WAITING, look, spell_seconds
 from slurm.state.suite_lock import holder, locked
@@ -46,7 +51,7 @@ def test_every_state(record: Record, tmp_path: Path) -> None:
         json.dumps({"done": 3, "total": 10, "unit": "batch", "eta_s": 75, "values": {"loss": 0.5}})
     )
     running = look(record, "RUNNING")
-    assert running.state == RUNNING and running.detail == "3/10 batchs, loss 0.5, 1:15 left"
+    assert running.state == RUNNING and running.detail == "3/10 batches, loss 0.5, 1:15 left"
     assert 89 < running.seconds < 95
 
     killed = look(record, None)
@@ -141,18 +146,89 @@ def test_cancel_tells_what_was_done_from_what_it_stopped(
     )
     asked = []
 
-    def end_jobs(ids: list[str]) -> None:
-        asked.extend(ids)
+    def end_jobs(jobs: list[LocalProcess]) -> None:
+        asked.extend(job.pid for job in jobs)
         Record(tmp_path, "proof").finish("key")
 
     monkeypatch.setattr(cancel, "end_jobs", end_jobs)
     assert main(["cancel", str(tmp_path)]) == 0
     told = capsys.readouterr().out
     assert told == "cancelled: knn/intl\ndone before it could be cancelled: proof\n"
-    assert asked == ["1", "2"]
+    assert asked == [1, 2]
     assert [look(Record(tmp_path, n), None).state for n in ("pretrain", "proof", "knn/intl")] == [
         DONE, DONE, CANCELLED,
     ]  # fmt: skip
+
+
+def started(root: Path, name: str, process: LocalProcess) -> Record:
+    """A step as if `process` ran it."""
+    record = Record(root, name)
+    record.submit(
+        Step(name=name, kind="knn", command="m", argv=(), output=root / name), "key", 0, cluster="local"
+    )
+    record.submitted_as(str(process.pid), root)
+    sent = {**record.submitted, "host": process.host, "started": process.started}
+    (record.folder / "submitted.json").write_text(json.dumps(sent))
+    record.set_state("running", started_at=time.time(), starts=1)
+    return record
+
+
+def test_no_other_process_is_cancelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A number that came round again, one of before the machine started anew, one of another machine."""
+    command = [sys.executable, "-c", "import submitit; input()"]  # submitit's too, and yet not the suite's
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as other:
+        now = LocalProcess.of(other.pid)
+        assert now.is_alive
+        ticks, boot = now.started.split()
+        earlier = LocalProcess(host=now.host, pid=now.pid, started=f"{int(ticks) - 1} {boot}")
+        rebooted = LocalProcess(host=now.host, pid=now.pid, started=f"{ticks} {boot[::-1]}")
+        elsewhere = LocalProcess(host="elsewhere", pid=now.pid, started=now.started)
+        unknown = LocalProcess(host="", pid=now.pid, started="")
+        for name, process in (("a", earlier), ("b", rebooted), ("c", elsewhere), ("d", unknown)):
+            started(tmp_path, name, process)
+            process.send(signal.SIGKILL)
+            kill_job(process)
+        assert main(["cancel", str(tmp_path)]) == 0
+        assert "left alone, on elsewhere: call this there as well" in capsys.readouterr().out
+        assert main(["status", str(tmp_path)]) == 1
+        told = capsys.readouterr().out
+        assert "c  running" in told and "on elsewhere" in told and told.count("failed") == 4
+        assert other.poll() is None
+        started(tmp_path, "e", now)
+        assert main(["cancel", str(tmp_path)]) == 0
+        assert "cancelled: e" in capsys.readouterr().out
+        assert other.wait(timeout=30) == -signal.SIGTERM
+        assert not now.is_alive
+
+
+def test_a_look_at_hundreds_of_jobs_is_one_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 of 100 are done: one squeue call for the others, two where it has forgotten one."""
+    (tmp_path / "bin").mkdir()
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.write_text(
+        f"""#!/bin/bash
+echo "$@" >> {tmp_path}/asked
+if [ -e {tmp_path}/forgotten ] && [[ "$*" == *--jobs* ]]; then echo "Invalid job id specified" >&2; exit 1; fi
+for i in $(seq 60 79); do echo "$i|RUNNING"; done; echo "9999|RUNNING"
+"""
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    for i in range(100):
+        record = Record(tmp_path, f"knn/{i}")
+        step = Step(name=record.name, kind="knn", command="m", argv=(), output=tmp_path / str(i))
+        record.submit(step, "key", i, cluster="slurm")
+        record.submitted_as(str(i), tmp_path)
+        record.set_state("running", starts=1)
+        if i < 60:
+            record.finish("key")
+    views = status.look_now(tmp_path)
+    (asked,) = (tmp_path / "asked").read_text().splitlines()
+    assert "60," in asked and ",99" in asked and "59" not in asked
+    assert [sum(v.state == s for v in views) for s in (DONE, RUNNING, FAILED)] == [60, 20, 20]
+    (tmp_path / "forgotten").touch()
+    assert status.look_now(tmp_path) == views
+    assert len((tmp_path / "asked").read_text().splitlines()) == 3
 
 
 def test_a_lock_whose_process_was_killed_names_nobody(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from slurm.execution.local import LocalRun, Machine
+from slurm.execution.slurm_queue import live_steps
 from slurm.execution.snapshot import SOURCE
 from slurm.state.step_files import Record
+from slurm.state.step_state import all_views
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import KINDS, Resources
 
@@ -85,7 +87,7 @@ def test_a_failure_is_told_and_what_can_go_on_does(world: Path) -> None:
     )
     assert views["bad"].state == "failed" and views["bad"].detail == "RuntimeError: the reason why"
     assert 'raise RuntimeError("the reason why")' in Record(world, "bad").failure["traceback"]
-    assert views["child"].state == "waiting" and "needs bad" in views["child"].detail
+    assert views["child"].state == "cancelled" and "needs bad" in views["child"].detail
     assert views["mistake"].detail == "this is not a folder: nowhere"
     assert Record(world, "mistake").failure["traceback"] is None
     assert views["code"].detail == "error: said on the way out"
@@ -93,6 +95,32 @@ def test_a_failure_is_told_and_what_can_go_on_does(world: Path) -> None:
     assert views["fine"].state == views["last"].state == "done"
     assert runs(world, "child") == 0
     assert "the reason why" in views["bad"].log.read_text()
+
+
+def test_after_a_stop_nothing_waits(world: Path) -> None:
+    """Neither what needs the stopped step nor what waits for the machine; run again, all of it is done."""
+    steps = (
+        step(world, "long", "train", "600", kind="pretrain"), step(world, "next", depends_on=("long",)),
+        step(world, "other", kind="pretrain"),
+    )  # fmt: skip
+
+    def press() -> None:
+        while not (world / "long" / "steps0.txt").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(world, *steps, resources=resources(cpus_per_task="all"))
+    thread.join()
+    views = {v.name: v for v in all_views(world, live_steps(world))}
+    assert {v.state for v in views.values()} == {"cancelled"}
+    assert [views[n].detail for n in ("long", "next", "other")] == [
+        "goes on when submitted again", "never started: it needs long", "before it started",
+    ]  # fmt: skip
+    quick = (step(world, "next", depends_on=()), steps[2])
+    assert {v.state for v in run(world, *quick).values()} == {"done"}
 
 
 def test_two_ranks_form_one_group(world: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -46,6 +47,22 @@ def test_the_key_covers_command_input_content_and_what_is_needed(tmp_path: Path)
     assert other["a"] != first["a"] and other["b"] != first["b"] and other["c"] == first["c"]
     weights.write_bytes(b"two")
     assert keys()["a"] != first["a"]
+
+
+def test_a_key_stays_the_same_when_code_moves() -> None:
+    """An unfinished suite would be computed anew by another key; the command is the public one."""
+    knn = Step(
+        name="knn/intl", kind="knn", command="transfer knn", argv=("--weights", "w", "--seed", "0"),
+        output=Path("/out/knn"),
+    )  # fmt: skip
+    report = Step(
+        name="report", kind="report", command="transfer report", argv=(), output=Path("/out/report"),
+        depends_on=("knn/intl",), after=("knn/intl",), makes=(Path("/out/report/index.html"),),
+    )  # fmt: skip
+    # sha256sum | cut -c-16 of {"argv": ["--weights", "w", "--seed", "0"], "command": "transfer knn", ...
+    assert Graph([knn, report]).keys == {"knn/intl": "0a8700809f0138aa", "report": "f5ff46b93801642f"}
+    moved = dataclasses.replace(knn, output=Path("/elsewhere"), makes=(Path("/x"),), kind="linear")
+    assert moved.keyed({}) == knn.keyed({})
 
 
 def test_force_takes_what_needs_it_along() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import re
+import textwrap
 
 PUBLISHED = "published"
 MISSING = "missing"
@@ -113,12 +115,38 @@ def to_tex(t: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def to_text(t: Table) -> str:
-    """Aligned plain text, for pipes and logs."""
-    heads = [[c.text for c in t.columns], [c.note for c in t.columns]]
-    lines = [*(heads if any(heads[1]) else heads[:1]), *([_one_line(c) for c in row] for row in t.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(t.columns))]
-    rule = "  ".join("-" * w for w in widths)
-    spelt = ["  ".join(f"{text:{w}s}" for text, w in zip(line, widths)).rstrip() for line in lines]
-    first = len(lines) - len(t.rows)
-    return "\n".join([t.title, "", *spelt[:first], rule, *spelt[first:]])
+MOST_CHARACTERS = 28  # of a cell in plain text, before it goes on in a second line
+
+
+def to_text(t: Table, width: int = 110) -> str:
+    """Aligned plain text of at most `width` characters a line, for pipes and logs.
+
+    Columns that do not fit beside each other follow below, each time with the first one again.
+    """
+    heads = [[_broken(c.text) for c in t.columns], [_broken(c.note) for c in t.columns]]
+    lines = [
+        *(heads if any(c.note for c in t.columns) else heads[:1]),
+        *([_broken(_one_line(c)) for c in row] for row in t.rows),
+    ]
+    widths = [max(len(part) for line in lines for part in line[i]) for i in range(len(t.columns))]
+    spelt = [t.title]
+    todo = list(range(1, len(t.columns)))
+    while todo or len(spelt) == 1:
+        shown = [0]
+        while todo and (len(shown) == 1 or sum(widths[i] + 2 for i in (*shown, todo[0])) - 2 <= width):
+            shown.append(todo.pop(0))
+        block = [_spelt([line[i] for i in shown], [widths[i] for i in shown]) for line in lines]
+        first = len(lines) - len(t.rows)
+        rule = "  ".join("-" * widths[i] for i in shown)
+        spelt += ["", *(x for b in block[:first] for x in b), rule, *(x for b in block[first:] for x in b)]
+    return "\n".join(spelt)
+
+
+def _broken(text: str) -> list[str]:
+    return textwrap.wrap(text, MOST_CHARACTERS) or [""]
+
+
+def _spelt(cells: list[list[str]], widths: list[int]) -> list[str]:
+    """One row of cells of several lines each."""
+    rows = itertools.zip_longest(*cells, fillvalue="")
+    return ["  ".join(f"{text:{w}s}" for text, w in zip(row, widths)).rstrip() for row in rows]

@@ -1,0 +1,64 @@
+"""A process of this machine, told from any other that has its number: here, elsewhere, before or later."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalProcess:
+    """Host, process id, and when it started in which boot of that host."""
+
+    host: str
+    pid: int
+    started: str
+    """Start in clock ticks after boot, and the boot's own id."""
+
+    @staticmethod
+    def of(pid: int) -> LocalProcess:
+        """The process that has this number on this machine now."""
+        return LocalProcess(host=os.uname().nodename, pid=pid, started=process_start(pid))
+
+    @staticmethod
+    def submitted(sent: Mapping[str, Any]) -> LocalProcess | None:
+        """The one that a step's submitted.json names; None for a step that was not started on a machine."""
+        if sent.get("cluster") != "local" or not str(sent.get("job_id", "")).isdigit():
+            return None
+        return LocalProcess(
+            host=str(sent.get("host", "")), pid=int(sent["job_id"]), started=str(sent.get("started", ""))
+        )
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it ran on this machine, and not on another that shares the folder."""
+        return self.host == os.uname().nodename
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether that very process runs on this machine now, and does not just wait to be buried."""
+        if not self.is_here or not self.started or process_start(self.pid) != self.started:
+            return False
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    def send(self, number: int) -> None:
+        """Signal it, and no other process."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.is_alive:
+                os.kill(self.pid, number)
+
+
+def process_start(pid: int) -> str:
+    """What tells process `pid` from a later one of that number; "" where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return f"{stat.rpartition(')')[2].split()[19]} {boot}"

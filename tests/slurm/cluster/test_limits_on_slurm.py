@@ -1,0 +1,173 @@
+"""What a busy cluster does to a suite: limits, throttles, a full queue, daemons that go away, fewer nodes."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.common.errors import UserError
+from pretrain.common.files import read_jsonl
+from slurm.__main__ import main
+from slurm.execution import submit
+from slurm.execution.slurm_queue import live_steps
+from slurm.execution.snapshot import pin
+from slurm.state.step_files import Record
+from slurm.state.step_state import DONE, all_views
+from slurm.steps import tasks
+from slurm.steps.graph import Graph, Step
+from slurm.steps.resources import KINDS, Resources
+from slurm.steps.tasks import Images
+from tests.slurm.cluster.conftest import Cluster, wait_for
+
+pytestmark = pytest.mark.faults
+
+
+def step(root: Path, name: str, what: str = "work", *more: str, kind: str = "knn", **rest) -> Step:
+    return Step(
+        name=name, kind=kind, command="tiny_steps", argv=(what, str(root / name), *more), output=root / name,
+        makes=(root / name / "made",), **rest,
+    )  # fmt: skip
+
+
+def send(root: Path, *steps: Step, **changes) -> dict[str, str]:
+    """Submit what is missing; job ids by step."""
+    asked = Resources(**{"partition": "low", "timeout_min": 60, "signal_delay_s": 20, **changes})
+    graph = Graph(list(steps))
+    planned = submit.plan(graph, root, set())
+    return submit.submit(graph, planned, root, dict.fromkeys(KINDS, asked), pin(root))
+
+
+def running(root: Path, *names: str) -> int:
+    live = live_steps(root)
+    return sum(live.get(name) == "RUNNING" for name in names)
+
+
+def all_done_once(root: Path, timeout_s: float = 120) -> None:
+    wait_for(lambda: not live_steps(root), timeout_s)
+    views = all_views(root, {})
+    assert {v.state for v in views} == {DONE}, views
+    counts = {v.name: len((root / v.name / "runs.txt").read_text().splitlines()) for v in views}
+    assert set(counts.values()) == {1}, counts
+
+
+def test_limits_a_throttle_and_daemons_that_go_away(
+    two_nodes: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No step is lost, and none runs twice."""
+    seeds = [f"linear/x/seed{i}" for i in range(4)]
+    steps = [
+        step(tmp_path, "first"),
+        *(step(tmp_path, name, "train", "30", kind="linear", depends_on=("first",)) for name in seeds),
+        step(tmp_path, "report", kind="report", after=("first", *seeds)),
+    ]
+    two_nodes.call("sacctmgr", "-i", "modify", "user", "root", "set", "MaxSubmitJobs=3")
+    with pytest.raises(UserError, match=r"sbatch refused linear/x: .*submitted before: first"):
+        send(tmp_path, *steps, array_parallelism=2)
+    two_nodes.call("sacctmgr", "-i", "modify", "user", "root", "set", "MaxSubmitJobs=-1")
+    two_nodes.stop("slurmdbd")  # accounting is away from here on
+    sent = send(tmp_path, *steps, array_parallelism=2)
+    assert set(sent) == {*seeds, "report"}
+    most = 0
+
+    def two_run() -> bool:
+        nonlocal most
+        most = max(most, running(tmp_path, *seeds))
+        return most >= 2
+
+    wait_for(two_run)
+    two_nodes.stop("slurmctld")
+    assert main(["status", str(tmp_path)]) == 2
+    assert "squeue failed, nothing was done" in capsys.readouterr().err
+    two_nodes.start("slurmctld")
+    while live_steps(tmp_path):
+        two_run()
+    assert most == 2  # of four, on eight cores
+    two_nodes.start("slurmdbd")
+    all_done_once(tmp_path)
+
+
+def test_a_full_queue_is_waited_for(two_nodes: Cluster, tmp_path: Path) -> None:
+    """sbatch tries again for as long as SLURM has no room; a restart with more room lets all of it in."""
+    known = len(two_nodes.call("scontrol", "-o", "show", "jobs").splitlines())
+    two_nodes.stop("slurmctld")
+    two_nodes.start("slurmctld", MaxJobCount=str(known))
+    steps = [step(tmp_path, "a"), step(tmp_path, "b", kind="linear"), step(tmp_path, "c", depends_on=("b",))]
+    sent: dict[str, str] = {}
+    thread = threading.Thread(target=lambda: sent.update(send(tmp_path, *steps)))
+    thread.start()
+    wait_for(lambda: Record(tmp_path, "a").submitted)
+    thread.join(timeout=4)
+    assert thread.is_alive() and not sent
+    two_nodes.stop("slurmctld")
+    two_nodes.start("slurmctld", MaxJobCount="10000")
+    thread.join(timeout=120)
+    assert set(sent) == {"a", "b", "c"}
+    all_done_once(tmp_path)
+
+
+RECIPE = """
+arch: resnet18
+projector_hidden: 64
+projector_output: 64
+max_steps: 24
+epochs: 30
+batch_global: 32
+lr: 0.02
+view_sizes: [32, 32]
+workers: 0
+log_every: 1
+save_every: 8
+"""
+
+
+def test_pretraining_by_two_nodes_goes_on_by_one(
+    two_nodes: Cluster, tmp_path: Path, cifar_folder: Path
+) -> None:
+    """2 x 2 ranks, then 1 x 2 after a node is lost: the same global batches, and the same loss and weights
+    as a run by one process, but for rounding. Another seed is the measure of what is no rounding."""
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE)
+    images = Images(dataset="imagefolder", data_dir=cifar_folder)
+
+    def pretraining(root: Path, seed: int = 0, hook: str = "null") -> Step:
+        words = ("--hook", hook, "--hook-every-epochs", "1")
+        return tasks.pretraining(root, str(recipe), images, seed, words)
+
+    lost, alone, other = (tmp_path / name for name in ("lost", "alone", "other"))
+    slow = pretraining(lost, hook="tiny_steps:slow_hook")  # after step 20, the last of its epoch
+    job_id = send(lost, slow, nodes=2, tasks_per_node=2)["pretrain"]
+    wait_for(lambda: Record(lost, "pretrain").progress.get("done", 0) >= 20, 240)
+    two_nodes.down("n2")
+    wait_for(lambda: two_nodes.job(job_id)["JobState"] == "PENDING")
+    assert Record(lost, "pretrain").state["ranks"] == 4 and not Record(lost, "pretrain").done
+    assert main(["cancel", str(lost)]) == 0
+    wait_for(lambda: not Path("/proc", str(Record(lost, "pretrain").state["pid"])).exists())
+    send(lost, pretraining(lost), tasks_per_node=2)
+    send(alone, pretraining(alone))
+    send(other, pretraining(other, seed=1))
+    for root in (lost, alone, other):
+        wait_for(lambda r=root: not live_steps(r), 300)
+        assert [v.state for v in all_views(root, {})] == [DONE]
+    two_nodes.up("n2")
+    assert Record(lost, "pretrain").state["ranks"] == 2
+
+    def logged(root: Path) -> torch.Tensor:
+        lines = [x for x in read_jsonl(root / "pretrain" / "metrics.jsonl") if "loss" in x]
+        losses = {x["step"]: x["loss"] for x in lines}
+        assert sorted(losses) == list(range(1, 25))
+        return torch.tensor([losses[s] for s in sorted(losses)], dtype=torch.float64)
+
+    def weights(root: Path) -> torch.Tensor:
+        saved = torch.load(root / "pretrain" / "checkpoint.pt", weights_only=True)["model"]
+        return torch.cat([v.double().flatten() for _, v in sorted(saved.items()) if v.is_floating_point()])
+
+    def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+        return ((a - b).norm() / b.norm()).item()
+
+    print(apart(logged(lost), logged(alone)), apart(logged(other), logged(alone)))
+    print(apart(weights(lost), weights(alone)), apart(weights(other), weights(alone)))
+    assert apart(logged(lost), logged(alone)) < apart(logged(other), logged(alone)) / 100
+    assert apart(weights(lost), weights(alone)) < apart(weights(other), weights(alone)) / 100
