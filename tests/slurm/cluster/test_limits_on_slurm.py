@@ -98,11 +98,13 @@ def test_a_full_queue_is_waited_for(two_nodes: Cluster, tmp_path: Path) -> None:
     sent: dict[str, str] = {}
     thread = threading.Thread(target=lambda: sent.update(send(tmp_path, *steps)))
     thread.start()
-    wait_for(lambda: Record(tmp_path, "a").submitted)
-    thread.join(timeout=4)
-    assert thread.is_alive() and not sent
-    two_nodes.stop("slurmctld")
-    two_nodes.start("slurmctld", MaxJobCount="10000")
+    try:
+        wait_for(lambda: Record(tmp_path, "a").submitted)
+        thread.join(timeout=4)
+        assert thread.is_alive() and not sent
+    finally:
+        two_nodes.stop("slurmctld")
+        two_nodes.start("slurmctld", MaxJobCount="10000")
     thread.join(timeout=120)
     assert set(sent) == {"a", "b", "c"}
     all_done_once(tmp_path)
