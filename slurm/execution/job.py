@@ -83,8 +83,8 @@ class Job:
                     if self.record.is_done(self.key, self.step.makes):
                         return "done before"
                     self._start(env, began, restarts)
-                    meeting = self.record.folder / f"meeting-{attempt}.json"
-                    with joined(env, meeting, timeout_min=WAIT_MIN.get(self.step.kind, 30)):
+                    rendezvous = self.record.folder / f"rendezvous-{attempt}.json"
+                    with joined(env, rendezvous, timeout_min=WAIT_MIN.get(self.step.kind, 30)):
                         self._run()
                     self._check_made()
             except Stopped as stop:

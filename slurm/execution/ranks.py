@@ -58,10 +58,12 @@ def address(env: Any) -> str:
 
 
 @contextlib.contextmanager
-def joined(env: Any, meeting: Path, backend: str | None = None, *, timeout_min: float = 30) -> Iterator[None]:
+def joined(
+    env: Any, rendezvous: Path, backend: str | None = None, *, timeout_min: float = 30
+) -> Iterator[None]:
     """One process group of all the job's tasks for as long as the block lasts; nothing to do for one task.
 
-    `meeting` is the file, unique to this attempt of the job, in which rank 0 says where it listens. A rank
+    `rendezvous` is the file, unique to this attempt of the job, in which rank 0 says where it listens. A rank
     waits `timeout_min` for the others in any one place.
     All ranks must call.
     """
@@ -76,7 +78,7 @@ def joined(env: Any, meeting: Path, backend: str | None = None, *, timeout_min: 
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _listen(env, meeting) if env.global_rank == 0 else _connect(env, meeting)
+    store = _listen(env, rendezvous) if env.global_rank == 0 else _connect(env, rendezvous)
     try:
         dist.init_process_group(
             backend or ("nccl" if device.type == "cuda" else "gloo"),
@@ -90,15 +92,15 @@ def joined(env: Any, meeting: Path, backend: str | None = None, *, timeout_min: 
         dist.destroy_process_group()
     finally:
         if env.global_rank == 0:
-            meeting.unlink(missing_ok=True)
+            rendezvous.unlink(missing_ok=True)
 
 
-def _listen(env: Any, meeting: Path) -> TCPStore:
+def _listen(env: Any, rendezvous: Path) -> TCPStore:
     """Rank 0: bind a free port, then tell the others. A port in use: the next one."""
     from torch.distributed import TCPStore
 
     host = address(env)
-    for port in candidate_ports(meeting.name):
+    for port in candidate_ports(rendezvous.name):
         try:
             store = TCPStore(
                 host, port, env.num_tasks, is_master=True, wait_for_workers=False, timeout=JOIN_TIMEOUT
@@ -107,19 +109,19 @@ def _listen(env: Any, meeting: Path) -> TCPStore:
             logger.warning("port %d on %s: %s; trying another", port, host, str(error).splitlines()[0])
             continue
         _export(host, port)
-        write_json(meeting, {"address": host, "port": port})
+        write_json(rendezvous, {"address": host, "port": port})
         return store
     raise RuntimeError(f"none of {ATTEMPTS} ports on {host} could be bound")
 
 
-def _connect(env: Any, meeting: Path) -> TCPStore:
+def _connect(env: Any, rendezvous: Path) -> TCPStore:
     """The other ranks: wait for rank 0's word, then connect."""
     from torch.distributed import TCPStore
 
     deadline = time.monotonic() + JOIN_TIMEOUT.total_seconds()
     while time.monotonic() < deadline:
         try:
-            where: Mapping[str, Any] = json.loads(meeting.read_text())
+            where: Mapping[str, Any] = json.loads(rendezvous.read_text())
         except (OSError, ValueError):
             time.sleep(0.2)
             continue
@@ -127,7 +129,7 @@ def _connect(env: Any, meeting: Path) -> TCPStore:
         return TCPStore(
             where["address"], where["port"], env.num_tasks, is_master=False, timeout=JOIN_TIMEOUT
         )  # fmt: skip
-    raise RuntimeError(f"rank 0 did not say in {meeting} where it listens within {JOIN_TIMEOUT}")
+    raise RuntimeError(f"rank 0 did not say in {rendezvous} where it listens within {JOIN_TIMEOUT}")
 
 
 def _export(host: str, port: int) -> None:

@@ -47,7 +47,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Submission:
     """What a submission would do."""
 
     batches: list[Batch]
@@ -60,7 +60,7 @@ class Plan:
         return sum(len(b.steps) for b in self.batches)
 
 
-def plan(graph: Graph, root: Path, redo: set[str]) -> Plan:
+def plan(graph: Graph, root: Path, redo: set[str]) -> Submission:
     """Which steps are done, which SLURM has already, and how the others go together.
 
     Steps of one kind that wait for the same steps become one array. A report that still waits is replaced,
@@ -95,7 +95,7 @@ def plan(graph: Graph, root: Path, redo: set[str]) -> Plan:
     for step in todo:
         groups.setdefault((step.kind, step.depends_on, step.after), []).append(step)
     batches = [Batch(steps=tuple(s), depends_on=n, after=a) for (_, n, a), s in groups.items()]
-    return Plan(batches=batches, done=done, live=live, superseded=superseded)
+    return Submission(batches=batches, done=done, live=live, superseded=superseded)
 
 
 def in_order(batches: list[Batch]) -> list[Batch]:
@@ -153,7 +153,7 @@ def sbatch_text(batch: Batch, resources: dict[str, Resources], code: Path, root:
 
 
 def submit(
-    graph: Graph, planned: Plan, root: Path, resources: dict[str, Resources], code: Path
+    graph: Graph, planned: Submission, root: Path, resources: dict[str, Resources], code: Path
 ) -> dict[str, str]:
     """Submit the batches; returns the job id of every step submitted. Hold the folder's lock."""
     ids = {name: str(Record(root, name).submitted["job_id"]) for name in planned.live}

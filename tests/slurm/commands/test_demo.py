@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def few_garments(fashion_mnist_dir: Path, tmp_path_factory: pytest.TempPathFacto
 
 def run_demo(garments: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "slurm", "demo", "--data-dir", str(garments), "--output", str(output)]
-    return subprocess.run([*command, *TINY, *more], capture_output=True, text=True, timeout=900)
+    env = {**os.environ, "COLUMNS": "110"}
+    return subprocess.run([*command, *TINY, *more], capture_output=True, text=True, timeout=900, env=env)
 
 
 def test_images_to_report_and_nothing_twice(few_garments: Path, tmp_path: Path) -> None:
@@ -55,6 +57,11 @@ def test_images_to_report_and_nothing_twice(few_garments: Path, tmp_path: Path) 
     page = (output / "report" / "index.html").read_text()
     for row in ("INTL", "random control", "raw pixels", "random init"):
         assert row in page
+    ended, _, verdict = first.stdout.rpartition(" done\n")
+    assert "waiting" not in ended
+    verdict = verdict.partition("\nreport: ")[0]  # the path is as long as it is
+    assert "INTL" in verdict and "random control" in verdict
+    assert max(map(len, verdict.splitlines())) <= 110
     assert "report/index.html" in first.stdout
 
     written = {p: p.stat().st_mtime_ns for p in output.rglob("results.jsonl")}

@@ -98,16 +98,18 @@ def test_a_job_that_runs_twice_runs_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_port_in_use_is_passed_over(tmp_path: Path) -> None:
     """The first candidate is taken: rank 0 binds the next one, and rank 1 finds it."""
-    meeting = tmp_path / "meeting-7-0.json"
-    first, second, *_ = ranks.candidate_ports(meeting.name)
+    rendezvous = tmp_path / "rendezvous-7-0.json"
+    first, second, *_ = ranks.candidate_ports(rendezvous.name)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", first))
         taken.listen()
         stores = {}
-        other = threading.Thread(target=lambda: stores.update(b=ranks._connect(environment(1, 2), meeting)))
+        other = threading.Thread(
+            target=lambda: stores.update(b=ranks._connect(environment(1, 2), rendezvous))
+        )
         other.start()
-        stores["a"] = ranks._listen(environment(0, 2), meeting)
+        stores["a"] = ranks._listen(environment(0, 2), rendezvous)
         other.join(timeout=30)
-    assert json.loads(meeting.read_text())["port"] == second == int(os.environ["MASTER_PORT"])
+    assert json.loads(rendezvous.read_text())["port"] == second == int(os.environ["MASTER_PORT"])
     stores["a"].set("word", "heard")
     assert stores["b"].get("word") == b"heard"
