@@ -70,7 +70,7 @@ class MetricsWriter:
         if len(kept) < len(earlier):
             write_text(self._file, "".join(json.dumps(r) + "\n" for r in kept))
         self._tensorboard = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1)
-        self._wandb = _start_wandb(wandb, output, start, config) if wandb else None
+        self._wandb = start_wandb(wandb, output, start, config) if wandb else None
 
     def write(self, record: Mapping[str, float]) -> None:
         """One line; numbers that are not finite are left out of it."""
@@ -92,7 +92,7 @@ class MetricsWriter:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
 
-def _start_wandb(project: str, output: Path, start: int, config: Mapping[str, Any]) -> Any:
+def start_wandb(project: str, output: Path, start: int, config: Mapping[str, Any]) -> Any:
     import wandb
 
     # A continued run finds its own again; one begun anew is another, for W&B drops steps below the last.

@@ -11,6 +11,7 @@ order: there the same data is seen, and the numbers agree up to rounding.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 
 from pretrain.common.cli import Parser, run
 from pretrain.common.errors import UserError
@@ -37,11 +38,19 @@ def parser() -> argparse.ArgumentParser:
                    help="tcp://HOST:PORT of machine 0, for several machines.")  # fmt: skip
     p.add_argument("--eval-only", action="store_true", help="Evaluate MODEL.WEIGHTS, train nothing.")
     p.add_argument("--resume", action="store_true",
-                   help="Go on from OUTPUT_DIR's checkpoint even if the settings have changed.")  # fmt: skip
+                   help="Go on from OUTPUT_DIR's checkpoint even if the settings have changed; with "
+                   "--eval-only: evaluate it.")  # fmt: skip
     p.add_argument("--random-init", action="store_true", help="Start from random weights, on purpose.")
     p.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES",
                    help="A COCO-format folder under a name of yours: NAME=ANNOTATIONS.json:IMAGES; may be "
                    "given several times.")  # fmt: skip
+    p.add_argument("--seeds", type=int, default=None, metavar="N",
+                   help="N trials one after the other, of SEED, SEED + 1 ..., in OUTPUT_DIR/seed0 ...; "
+                   "published figures of VOC are means of 5.")  # fmt: skip
+    p.add_argument("--keep-checkpoints", type=int, default=1, metavar="N",
+                   help="Keep the N newest checkpoints, a file each. (default: 1, replaced)")  # fmt: skip
+    p.add_argument("--wandb", default=None, metavar="PROJECT",
+                   help="Log to this project of Weights & Biases too.")  # fmt: skip
     p.add_argument("--label", default=None, help="Name of this row in reports.")
     p.add_argument("--show", default=None, metavar="DIR", help="Only draw predictions into DIR.")
     p.add_argument("--force", nargs="?", const="true", default="false", choices=("true", "false"),
@@ -54,6 +63,11 @@ def main(argv: list[str]) -> int | None:
     args = parser().parse_args(argv)
     if args.show and (args.eval_only or args.resume):
         raise UserError("--show DIR only draws predictions into DIR: leave out --eval-only and --resume")
+    for name, count in (("--seeds", args.seeds), ("--keep-checkpoints", args.keep_checkpoints)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} {count}: wanted 1 or more")
+    if args.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb needs the wandb package: pip install 'intl-bench[wandb]'")
     need_detectron2()
     from transfer.detection.run import start
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -23,11 +24,12 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
 from pretrain.common.signals import StopSignals
 from transfer import train_net
-from transfer.conversion import convert
+from transfer.conversion import convert, layout, weights_file
 from transfer.conversion.availability import CONFIGS
 from transfer.detection import scenes, train_loop
-from transfer.detection.config import load_config, protocol_of
+from transfer.detection.config import load_config, shipped
 from transfer.detection.data import check, index_batches, register
+from transfer.detection.protocol import protocol_of
 
 TINY = [
     "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16",
@@ -93,11 +95,13 @@ def test_a_run_leaves_results_pictures_and_curves(
         assert line["n"] == 3 and line["iteration"] == 4 and line["seed"] == 0
         assert (line["dataset"], line["split"], line["label"]) == ("scenes", "test", "INTL")
         assert line["protocol"]["name"] == "scenes_R18_FPN" and line["arch"] == "resnet18"
-        origin = convert.read_pickle(weights)["origin"]
-        assert line["weights"] == {k: origin[k] for k in ("path", "sha256", "format", "branch")}
+        origin = weights_file.read_pickle(weights)["origin"]
+        assert {k: line["weights"][k] for k in ("path", "sha256", "format", "branch")} == {
+            k: origin[k] for k in ("path", "sha256", "format", "branch")
+        }
     progress = json.loads((finished / "progress.json").read_text())
     assert (progress["label"], progress["done"], progress["total"]) == ("evaluating on scenes_test", 3, 3)
-    assert [m["iteration"] for m in read_jsonl(finished / "metrics.json")] == [0, 1, 2, 3]
+    assert [m["iteration"] for m in read_jsonl(finished / "metrics.json")] == [0, 1, 2, 3, 4]
     assert (finished / "pictures" / "predictions_0.png").exists() and (finished / "curves.png").exists()
     assert not (finished / "model_last.pth").exists()
 
@@ -115,6 +119,22 @@ def test_evaluating_the_saved_model_gives_the_same_numbers(
     again, before = read_jsonl(tmp_path / "results.jsonl"), read_jsonl(finished / "results.jsonl")
     assert [a["metrics"] for a in again] == [b["metrics"] for b in before]
     assert again[0]["weights"] == before[0]["weights"] and again[0]["iteration"] == 4
+    assert again[0]["protocol"] == before[0]["protocol"]  # of the training, one column
+    content = torch.load(model, weights_only=True)
+    stranger = tmp_path / "stranger.pth"
+    torch.save({"model": content["model"]}, stranger)
+    flags = ("--eval-only", "MODEL.WEIGHTS", str(stranger), "TEST.AUG.ENABLED", "True")
+    augmented = ("TEST.AUG.MIN_SIZES", "(64,)", "TEST.AUG.FLIP", "False")  # that is, as without
+    assert run(train_net.main, words(scene_folder, tmp_path / "s", *flags, *augmented)) == 0
+    found = read_jsonl(tmp_path / "s" / "results.jsonl")
+    assert [f["protocol"]["name"] for f in found] == ["unknown"] * 4
+    assert "differs" not in found[0]["protocol"]
+    assert found[2]["protocol"]["differs"] == [
+        "TEST.AUG.ENABLED True instead of False",
+        "TEST.AUG.MIN_SIZES (64,) instead of (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)",
+        "TEST.AUG.FLIP False instead of True",
+    ]
+    assert found[2]["metrics"].keys() == found[0]["metrics"].keys()
     pictures = tmp_path / "pictures"
     argv = words(scene_folder, tmp_path / "o", f"--show={pictures}", "MODEL.WEIGHTS", model)
     assert run(train_net.main, argv) == 0
@@ -199,10 +219,10 @@ def test_weights_must_fit(scene_folder: Path, weights: Path, tmp_path: Path, cap
 def test_a_file_that_lacks_one_tensor_stops_the_run(
     scene_folder: Path, weights: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    content = convert.read_pickle(weights)
+    content = weights_file.read_pickle(weights)
     del content["model"]["res4.0.conv1.norm.running_mean"]
     content["model"]["res4.9.conv1.weight"] = np.zeros(1, np.float32)
-    convert.write_pickle(tmp_path / "lacking.pkl", content["model"], content["origin"])
+    weights_file.write_pickle(tmp_path / "lacking.pkl", content["model"], content["origin"])
     argv = words(scene_folder, tmp_path / "o", "MODEL.WEIGHTS", str(tmp_path / "lacking.pkl"))
     said = refused(argv, capsys)
     assert "1 not in the file (backbone.bottom_up.res4.0.conv1.norm.running_mean)" in said
@@ -214,11 +234,14 @@ def test_a_file_that_lacks_one_tensor_stops_the_run(
     ("harm", "said"),
     [
         (lambda c: c["annotations"].append(c["annotations"][0]), "annotation id 1 occurs more than once"),
-        (lambda c: c["annotations"][0].update(bbox=[60, 0, 30, 10]), "outside its image of 64 x 64"),
+        (
+            lambda c: [a.update(bbox=[60, 0, 30, 10]) for a in c["annotations"]],
+            "boxes reach outside their image",
+        ),
         (lambda c: c["annotations"][0].update(category_id=99), "names category 99"),
         (lambda c: c["annotations"][0].update(image_id=99), "names image 99"),
         (lambda c: c["categories"].pop(), "names category 10|has 9 categories"),
-        (lambda c: c["images"][0].update(file_name="gone.jpg"), "1 image files are missing"),
+        (lambda c: c["images"][0].update(file_name="gone.jpg"), "gone.jpg is missing"),
         (lambda c: c["images"][0].update(width=65), "its annotation says 65 x 64"),
         (lambda c: c.pop("images"), "not in COCO's format"),
     ],
@@ -228,7 +251,8 @@ def test_data_is_checked(scene_folder: Path, tmp_path: Path, harm: Any, said: st
     harm(content)
     (tmp_path / "bad.json").write_text(json.dumps(content))
     register([f"scenes_train={tmp_path / 'bad.json'}:{scene_folder / 'train'}"])
-    cfg = load_config("scenes_R18_FPN", ["DATASETS.TEST", "()"])
+    register([f"scenes_test={scene_folder / 'test.json'}:{scene_folder / 'test'}"])
+    cfg = load_config("scenes_R18_FPN", [])
     with pytest.raises(UserError, match=said):
         check(cfg)
 
@@ -267,10 +291,12 @@ def test_every_config_loads_and_its_header_names_what_it_is(path: Path) -> None:
     supervised = path.stem.endswith("supervised")
     assert (cfg.INPUT.FORMAT == "BGR") == cfg.MODEL.RESNETS.STRIDE_IN_1X1 == supervised
     if path.stem.startswith(("coco", "voc")):
-        assert cfg.MODEL.RESNETS.NORM == "SyncBN" and cfg.SOLVER.IMS_PER_BATCH == 16
-        assert cfg.SOLVER.BASE_LR == 0.02
-        base = load_config(path.stem.split("_supervised")[0].split("_random")[0], [], to_run_here=False)
-        assert protocol_of(cfg) == protocol_of(base)  # the three counterparts are compared
+        norm = "naiveSyncBN" if "naive" in path.stem else "SyncBN"
+        assert norm == cfg.MODEL.RESNETS.NORM and cfg.SOLVER.IMS_PER_BATCH == 16
+        assert (cfg.SOLVER.BASE_LR, "vissl" in path.stem) in ((0.02, False), (0.1, True))
+        source = next(line for line in head if line.startswith("# Source:"))
+        assert re.search(r"https://github.com/[^/]+/[^/]+/blob/[0-9a-f]{40}/", source)  # never a branch
+        assert "differs" not in protocol_of(cfg, shipped(cfg.PROTOCOL))  # the three counterparts are compared
 
 
 def test_c4_has_a_norm_after_res5_and_its_weights_load_with_that_norm_alone_missing(tmp_path: Path) -> None:
@@ -280,8 +306,8 @@ def test_c4_has_a_norm_after_res5_and_its_weights_load_with_that_norm_alone_miss
 
     torch.manual_seed(0)
     resnet = timm.create_model("resnet50", num_classes=0)
-    weights = convert.to_detectron2(resnet.state_dict())
-    convert.write_pickle(tmp_path / "r50.pkl", weights, {})
+    weights = layout.to_detectron2(resnet.state_dict())
+    weights_file.write_pickle(tmp_path / "r50.pkl", weights, {})
     model = build_model(load_config("small_R50_C4", []))
     assert isinstance(model.roi_heads.res5.norm, nn.BatchNorm2d)
     StrictCheckpointer(model).load(str(tmp_path / "r50.pkl"))

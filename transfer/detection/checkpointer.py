@@ -7,6 +7,7 @@ cannot hold are named, everything else must load.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,47 @@ from detectron2.utils.file_io import PathManager
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import atomic_path, write_text
+from transfer.checkpoints.backbone import load_backbone
 from transfer.conversion.weights_file import read_pickle
 
-# New in a detector that starts from a backbone file.
+# New in a detector that starts from a backbone file: of R-CNNs, Cascade R-CNN and RetinaNet.
 HEADS = re.compile(
-    r"(proposal_generator\.|roi_heads\.(box_head|box_predictor|mask_head)\.|roi_heads\.res5\.norm\."
-    r"|backbone\.fpn_(lateral|output)\d\.|pixel_(mean|std)$)"
+    r"(proposal_generator\.|roi_heads\.(box_head|box_predictor|mask_head|keypoint_head)\.|head\."
+    r"|roi_heads\.res5\.norm\.|backbone\.(fpn_(lateral|output)\d|top_block\.p\d)\.|pixel_(mean|std)$)"
 )
+# New in one that starts from a detector of other categories: as many outputs as there are categories.
+PREDICTORS = re.compile(
+    r"(roi_heads\.(box_predictor|mask_head\.predictor|keypoint_head\.score_lowres)|head\.(cls_score|bbox_pred))\."
+)
+DETECTOR = ("proposal_generator.", "roi_heads.box_predictor", "head.cls_score")
+"""Beginnings of names that a whole detector has and a backbone has not."""
+BACKBONE = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "stem.conv1.", "res2.")
 # Counters that no computation reads; frozen BatchNorm has none, older files neither.
 COUNTERS = re.compile(r".*\.num_batches_tracked$")
 # Files of the Caffe2 model zoo fold BatchNorm's statistics into its weight and bias, and hold the classifier.
 CAFFE2_MISSING = re.compile(r".*\.running_(mean|var)$")
-CAFFE2_EXTRA = re.compile(r"(fc1000\.|stem\.fc\.|stem\.conv1\.bias$)")
+CAFFE2_EXTRA = re.compile(r"(fc1000\.|stem\.conv1\.bias$)")
+# The projector, which the field's converters leave in, renamed as all that is in no layer
+# (https://github.com/facebookresearch/moco/blob/132aea9/detection/convert-pretrain-to-detectron2.py).
+PROJECTOR = re.compile(r"stem\.(fc|projection_head|projector|head)\.")
 
 
 class StrictCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer that raises UserError on any tensor missing, left over or of another shape,
-    reads safely, and writes atomically."""
+    reads safely, and writes atomically.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    `run`: the record that every file gets. `newest`: whether what is saved is where the run goes on from.
+    `other_categories`: a detector's predictors may have another number of outputs, and then start anew; their
+    names are in `anew` after loading.
+    """
+
+    def __init__(
+        self, *args: Any, run: Mapping[str, Any] | None = None, newest: bool = True,
+        other_categories: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
+        self.run, self.newest, self.other_categories = run, newest, other_categories
+        self.anew: list[str] = []
         self._caffe2 = False
         self._whole = False
 
@@ -50,9 +72,12 @@ class StrictCheckpointer(DetectionCheckpointer):
             return
         data = {"model": self.model.state_dict()}
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
+        if self.run is not None:
+            data["run"] = dict(self.run)
         with atomic_path(Path(self.save_dir) / f"{name}.pth") as aside:
             torch.save({**data, **kwargs}, aside)
-        self.tag_last_checkpoint(f"{name}.pth")
+        if self.newest:
+            self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
@@ -62,7 +87,7 @@ class StrictCheckpointer(DetectionCheckpointer):
             read_pickle(filename)  # refuses a file that would run code, before detectron2 opens it
         content = super()._load_file(filename)
         self._caffe2 = content.get("__author__") == "Caffe2"
-        self._whole = any(k.startswith("proposal_generator.") for k in content["model"])
+        self._whole = any(k.startswith(DETECTOR) for k in content["model"])
         return content
 
     def _torch_load(self, f: str) -> Any:
@@ -83,9 +108,17 @@ class StrictCheckpointer(DetectionCheckpointer):
         ]  # fmt: skip
         extra = [
             k for k in incompatible.unexpected_keys
-            if not COUNTERS.match(k) and not (self._caffe2 and CAFFE2_EXTRA.match(k))
+            if not COUNTERS.match(k) and not PROJECTOR.match(k)
+            and not (self._caffe2 and CAFFE2_EXTRA.match(k))
         ]  # fmt: skip
-        shapes = [f"{k} {tuple(a)} for {tuple(b)}" for k, a, b in incompatible.incorrect_shapes]
+        other = [k for k, _, _ in incompatible.incorrect_shapes]
+        self.anew = [k for k in other if self._whole and self.other_categories and PREDICTORS.match(k)]
+        shapes = [
+            f"{k} {tuple(a)} for {tuple(b)}"
+            for k, a, b in incompatible.incorrect_shapes
+            if k not in self.anew
+        ]
+        missing = [k for k in missing if k not in self.anew]
         if missing or extra or shapes:
             found = [
                 f"{len(names)} {what} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
@@ -121,8 +154,31 @@ def record_of(weights: str) -> dict[str, Any] | None:
     path = local_path(weights)
     if path.endswith(".pkl"):
         return read_pickle(path).get("origin")
+    return _read(path).get("run", {}).get("origin")
+
+
+def run_of(weights: str) -> dict[str, Any]:
+    """The record of the run that trained a detector: settings, protocol, seed; empty for other files."""
+    path = local_path(weights)
+    return {} if path.endswith(".pkl") else _read(path).get("run", {})
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The content of a .pth file of detectron2. Raises UserError, with what to do, for any other file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(f"{path}: not a checkpoint that loads safely ({error})") from error
-    return content.get("run", {}).get("origin")
+        names = content.get("model", content).keys()
+        if any(str(name).startswith(DETECTOR + BACKBONE) for name in names):
+            return content
+        error: Exception | str = "none of its tensors has a name of detectron2's"
+    except Exception as caught:
+        error = caught
+    try:
+        found = load_backbone(path)
+    except UserError:
+        raise UserError(f"MODEL.WEIGHTS {path}: no detector or backbone of detectron2 ({error})") from None
+    raise UserError(
+        f"MODEL.WEIGHTS {path} is a {found.format} checkpoint of a {found.arch}, not yet in detectron2's "
+        f"layout: run `python -m transfer convert --weights {path} --output {Path(path).stem}.pkl` first, "
+        f"then give MODEL.WEIGHTS {Path(path).stem}.pkl"
+    )

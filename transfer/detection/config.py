@@ -8,8 +8,6 @@ refused here, before anything starts.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +15,36 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
 
 from pretrain.common.errors import UserError
-from transfer.conversion.availability import find_config
+from transfer.conversion.availability import CONFIGS, find_config
 from transfer.detection import heads  # noqa: F401 - registers the head that C4 configs name
+from transfer.detection.protocol import flat, shipped_name, spell
 
-# Not part of the protocol: the place, the machine, the seed, and what belongs to the weights.
-NOT_PROTOCOL = (
-    "OUTPUT_DIR", "SEED", "VIS_PERIOD", "VERSION", "PROTOCOL", "CUDNN_BENCHMARK", "MODEL.WEIGHTS",
-    "MODEL.DEVICE", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD", "INPUT.FORMAT", "MODEL.RESNETS.DEPTH",
-    "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP", "MODEL.RESNETS.RES2_OUT_CHANNELS",
-    "MODEL.RESNETS.STRIDE_IN_1X1", "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
-    "SOLVER.AMP.ENABLED",
-)  # fmt: skip
-# What may differ when a run goes on where it stopped: none of it changes the numbers.
-NOT_THE_RUN = ("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS",
-               "SOLVER.CHECKPOINT_PERIOD")  # fmt: skip
+# What may differ when a run goes on where it stopped: none of it changes what is learned.
+NOT_THE_RUN = ("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE",
+               "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
+               "TEST.EXPECTED_RESULTS")  # fmt: skip
+# Keys without effect here, and why: refused where they are not at their default.
+REFUSED = {
+    "MODEL.LOAD_PROPOSALS": "proposals come from the network alone",
+    "DATASETS.PROPOSAL_FILES_TRAIN": "proposals come from the network alone",
+    "DATASETS.PROPOSAL_FILES_TEST": "proposals come from the network alone",
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": "proposals come from the network alone",
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": "proposals come from the network alone",
+    "MODEL.ANCHOR_GENERATOR.ANGLES": "rotated boxes are not judged here",
+    "MODEL.PANOPTIC_FPN.": "boxes, masks and keypoints are judged here, not whole scenes",
+    "MODEL.SEM_SEG_HEAD.": "boxes, masks and keypoints are judged here, not whole scenes",
+    "GLOBAL.HACK": "nothing reads it",
+}
+CHOICES = {
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "RetinaNet"),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
+}
+"""What detectron2 knows more of than this project can train and judge."""
 
 
 def load_config(
@@ -51,12 +63,23 @@ def load_config(
     cfg = get_cfg()
     cfg.PROTOCOL = f"{path.stem}@1"  # the name under which results may be compared
     try:
-        cfg.merge_from_file(str(path))
+        cfg.merge_from_file(str(path), allow_unsafe=False)  # a YAML tag may otherwise run any code
         if record:
             _merge_record(cfg, record)
-    except (KeyError, ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
+    except RecursionError as error:
+        raise UserError(f"{path}: its _BASE_ leads back to itself") from error
+    except (
+        AttributeError,
+        KeyError,
+        OSError,
+        ValueError,
+        TypeError,
+        AssertionError,
+        yaml.YAMLError,
+    ) as error:
         raise UserError(f"{path}: {_said(error)}") from error
     _override(cfg, overrides)
+    cfg = _scaled(cfg, ranks)
     if to_run_here:
         _suit_the_machine(cfg)
     _check(cfg, record, ranks)
@@ -92,28 +115,21 @@ def _said(error: Exception) -> str:
     return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
 
 
-def protocol_of(cfg: CfgNode) -> dict[str, str]:
-    """Name, version and hash of what makes two results comparable."""
-    name, _, version = cfg.PROTOCOL.partition("@")
-    return {"name": name, "version": version or "1", "hash": digest(cfg, without=NOT_PROTOCOL)}
+def shipped(protocol: str) -> CfgNode | None:
+    """The config of detection_configs that a PROTOCOL names, as it stands there; None where there is none."""
+    name = shipped_name(protocol)
+    return load_config(CONFIGS / f"{name}.yaml", [], to_run_here=False) if name else None
 
 
-def digest(cfg: CfgNode, *, without: Sequence[str]) -> str:
-    """sha256 of a config, some keys left out."""
-    values = {k: v for k, v in flat(cfg).items() if k not in without}
-    values = {k: "SyncBN" if v == "naiveSyncBN" else v for k, v in values.items()}
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def flat(cfg: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as {"MODEL.RESNETS.DEPTH": 18, ...}, tuples as lists."""
-    values: dict[str, Any] = {}
-    for key, value in cfg.items():
-        if isinstance(value, Mapping):
-            values.update(flat(value, f"{prefix}{key}."))
-        else:
-            values[prefix + key] = json.loads(json.dumps(value, default=str))
-    return values
+def _scaled(cfg: CfgNode, ranks: int) -> CfgNode:
+    """SOLVER.REFERENCE_WORLD_SIZE: batch, rate and schedule suited to the processes by detectron2."""
+    reference, batch = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference < 0 or (reference and batch % reference):
+        raise UserError(
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference}: wanted 0, or a number of processes that share "
+            f"SOLVER.IMS_PER_BATCH {batch}"
+        )
+    return DefaultTrainer.auto_scale_workers(cfg, ranks)
 
 
 def _merge_record(cfg: CfgNode, record: Mapping[str, Any]) -> None:
@@ -149,7 +165,8 @@ def _suit_the_machine(cfg: CfgNode) -> None:
 
 
 def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
-    """Refuse what detectron2 would build and half-load, or fail on late."""
+    """Refuse what would have no effect, what detectron2 would build and half-load, or fail on late."""
+    _refuse_without_effect(cfg)
     depth = cfg.MODEL.RESNETS.DEPTH
     if depth < 50 and "Res5ROIHeads" in cfg.MODEL.ROI_HEADS.NAME:
         raise UserError(
@@ -174,9 +191,32 @@ def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared by {ranks} processes; "
             "`python -m transfer plan` states an equivalent schedule"
         )
+    if cfg.TEST.AUG.ENABLED and (cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN" or cfg.MODEL.KEYPOINT_ON):
+        raise UserError("TEST.AUG.ENABLED True: detectron2 has test-time augmentation for boxes and masks of "
+                        "an R-CNN alone")  # fmt: skip
+    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler" and cfg.DATALOADER.REPEAT_THRESHOLD <= 0:
+        raise UserError("DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler repeats nothing with "
+                        "DATALOADER.REPEAT_THRESHOLD 0: set the share of images below which a category is "
+                        "rare (LVIS: 0.001)")  # fmt: skip
     steps = list(cfg.SOLVER.STEPS)
     if cfg.SOLVER.MAX_ITER < 1 or steps != sorted(steps):
         raise UserError(
             f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER} STEPS {tuple(steps)}: wanted at least one iteration and "
             "steps in rising order"
         )
+
+
+def _refuse_without_effect(cfg: CfgNode) -> None:
+    """A key that nothing reads, or a choice that this project cannot judge, would go unnoticed."""
+    ours, default = flat(cfg), flat(get_cfg())
+    for key, why in REFUSED.items():
+        changed = [k for k in ours if (k == key or (key[-1] == "." and k.startswith(key)))
+                   and ours[k] != default.get(k)]  # fmt: skip
+        if changed:
+            raise UserError(
+                f"{changed[0]} {spell(ours[changed[0]])} would have no effect: {why}; leave it at "
+                f"{spell(default[changed[0]])}"
+            )
+    for key, known in CHOICES.items():
+        if ours[key] not in known:
+            raise UserError(f"{key} {ours[key]}: can be {' or '.join(known)} here")

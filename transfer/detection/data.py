@@ -6,27 +6,43 @@ undisturbed one sees, whatever the number of loader workers.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    detection_utils,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.common import DatasetFromList
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.common.errors import UserError
-from pretrain.data.datasets import read_image
+from pretrain.common.files import write_json
 from pretrain.data.loader import set_up_worker
+from transfer.detection import coco_file
 
-SAMPLED_IMAGES = 32
+SAMPLED_IMAGES = 32  # of each set, decoded before training; the headers of all are read
+HEADER_THREADS = 8
+NEEDS_PACKAGE = {"lvis": "lvis", "cityscapes_instance": "cityscapesscripts"}
+"""What detectron2's evaluator of a kind of data set cannot do without."""
+JUDGED = ("coco", "pascal_voc", *NEEDS_PACKAGE)
 
 
 def register(definitions: Sequence[str], *, option: str = "--dataset") -> None:
@@ -46,64 +62,191 @@ def register(definitions: Sequence[str], *, option: str = "--dataset") -> None:
         register_coco_instances(name, {}, annotations, images)
 
 
-def check(cfg: CfgNode, *, train: bool = True, option: str = "--dataset") -> list[str]:
+def check(
+    cfg: CfgNode, *, train: bool = True, option: str = "--dataset", mended: Path | None = None
+) -> list[str]:
     """Check the config's data sets, given by `option`, before anything runs; one line of counts each.
 
-    Raises UserError for a missing file, categories that do not match NUM_CLASSES, boxes outside images,
-    duplicate ids, unreadable images (a sample of them is decoded).
+    Annotation files that would be misread are read from a mended copy in the folder `mended` from now on
+    (None: a dry run, nothing is kept). Raises UserError for a missing file, categories that differ between
+    the sets or do not match NUM_CLASSES, ids that name nothing, objects without what the config asks for,
+    images whose size is not that of the annotations or that detectron2 would read wrongly.
     """
-    names = [*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]
-    if not names:
-        raise UserError("DATASETS.TRAIN and DATASETS.TEST are empty")
-    return [_check_one(name, cfg, option) for name in dict.fromkeys(names)]
+    if not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty: name at least one set to judge by")
+    if train and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name at least one set to train on")
+    names = list(dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]))
+    with tempfile.TemporaryDirectory() as aside:
+        lines = [_check_one(name, cfg, option, mended or Path(aside)) for name in names]
+        for name in names[1:]:
+            same_categories(names[0], categories(names[0]), name, categories(name))
+        if mended is None:
+            _read_originals(names)
+    return lines
 
 
-def _check_one(name: str, cfg: CfgNode, option: str) -> str:
+def categories(name: str) -> list[tuple[Any, str]]:
+    """(id in the annotation file, name) of a checked set's categories, in the classifier's order."""
+    metadata = MetadataCatalog.get(name)
+    ids = {v: k for k, v in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
+    return [(ids.get(i, i + 1), str(label)) for i, label in enumerate(metadata.thing_classes)]
+
+
+def same_categories(
+    first: str, ours: Sequence[tuple[Any, str]], second: str, theirs: Sequence[tuple[Any, str]]
+) -> None:
+    """Raises UserError, naming the first difference, where a classifier's outputs mean other things."""
+    for number, (a, b) in enumerate(itertools.zip_longest(ours, theirs)):
+        if a is None or b is None or a[1] != b[1]:
+            one, other = (f"{c[1]!r} (id {c[0]})" if c else "none" for c in (a, b))
+            raise UserError(
+                f"category {number + 1} is {one} in {first} and {other} in {second}: a detector trained on "
+                "the one would be judged by wrong names on the other; give both the same categories, with "
+                "ids in the same order"
+            )
+
+
+def use_mended(folder: Path, names: Sequence[str]) -> None:
+    """Read the data sets from the copies that `check` left in `folder`, where it did."""
+    for name in names:
+        if (copy := _copy(folder, name)).is_file():
+            _read_from(name, copy)
+
+
+def _copy(folder: Path, name: str) -> Path:
+    return folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.json"
+
+
+def _read_from(name: str, file: Path) -> None:
+    """Let `name` have its annotations in `file`, a copy of the same categories."""
+    metadata = MetadataCatalog.get(name)
+    known = vars(metadata)  # set() takes no second value
+    known.setdefault("original_json_file", metadata.json_file)
+    known["json_file"] = str(file)
+    DatasetCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: load_coco_json(str(file), metadata.image_root, name))
+
+
+def _read_originals(names: Sequence[str]) -> None:
+    for name in names:
+        if original := MetadataCatalog.get(name).get("original_json_file"):
+            _read_from(name, Path(original))
+
+
+def _check_one(name: str, cfg: CfgNode, option: str, mended: Path) -> str:
     if name not in DatasetCatalog.list():
         raise UserError(
             f"data set {name!r} is not known: give {option} {name}=ANNOTATIONS.json:IMAGES, or put a "
             "standard set under the folder that DETECTRON2_DATASETS names"
         )
     metadata = MetadataCatalog.get(name)
-    if metadata.get("json_file"):
-        _check_annotations(name, Path(metadata.json_file), option)
+    kind, keypoints = metadata.get("evaluator_type", "none"), cfg.MODEL.KEYPOINT_ON
+    if kind not in JUDGED:
+        raise UserError(
+            f"data set {name!r}: sets of kind {kind} are not judged here, only {', '.join(JUDGED)}"
+        )
+    package = NEEDS_PACKAGE.get(kind)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"data set {name!r} needs the package {package}: pip install {package}")
+    if kind == "pascal_voc" and (cfg.MODEL.MASK_ON or keypoints):
+        raise UserError(f"data set {name!r} has boxes only: add MODEL.MASK_ON False MODEL.KEYPOINT_ON False")
+    notes: list[str] = []
+    if metadata.get("json_file") and kind == "coco":
+        notes = _check_annotations(name, option, mended, masks=cfg.MODEL.MASK_ON, keypoints=keypoints)
     elif metadata.get("dirname"):
         _check_voc_folder(name, Path(metadata.dirname), metadata.split)
     try:
         records = DatasetCatalog.get(name)
-    except (OSError, KeyError, ValueError, AssertionError) as error:
+    except (OSError, KeyError, ValueError, AttributeError, AssertionError, SyntaxError) as error:
         raise UserError(f"data set {name!r} cannot be read: {error}") from error
     if not records:
         raise UserError(f"data set {name!r} holds no images")
     classes = len(MetadataCatalog.get(name).thing_classes)
-    wanted = (
-        cfg.MODEL.RETINANET.NUM_CLASSES
-        if cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-        else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    )
+    key = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    wanted = cfg.MODEL[key].NUM_CLASSES
     if classes != wanted:
         raise UserError(
             f"data set {name!r} has {classes} categories, the config's model {wanted}: add "
-            f"MODEL.ROI_HEADS.NUM_CLASSES {classes}"
+            f"MODEL.{key}.NUM_CLASSES {classes}"
         )
-    folder_missing = [r["file_name"] for r in records if not Path(r["file_name"]).is_file()]
-    if folder_missing:
-        raise UserError(f"{name}: {len(folder_missing)} image files are missing, as {folder_missing[0]}")
-    step = max(1, len(records) // SAMPLED_IMAGES)
-    for record in records[::step]:
-        image = read_image(record["file_name"])
-        size = (record.get("width", image.width), record.get("height", image.height))
-        if image.size != size:
-            raise UserError(
-                f"{record['file_name']}: is {image.width} x {image.height}, its annotation says "
-                f"{size[0]} x {size[1]}"
-            )
+    _check_images(name, records)
     objects = [a for r in records for a in r.get("annotations", ())]
+    if not any(not a.get("iscrowd") for a in objects):
+        raise UserError(f"data set {name!r} holds no object to train on or to judge by")
+    if keypoints:
+        _check_keypoints(name, cfg, objects)
     # crowds, COCO's only run-length masks, are left out of training
     run_length = any(isinstance(a.get("segmentation"), dict) and not a.get("iscrowd") for a in objects)
     if run_length and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
         raise UserError(f"{name}: its masks are run-length encoded: add INPUT.MASK_FORMAT bitmask")
-    return f"{name}: {len(records)} images, {len(objects)} objects, {classes} categories"
+    return "; ".join([f"{name}: {len(records)} images, {len(objects)} objects, {classes} categories", *notes])
+
+
+def name_keypoints(name: str) -> None:
+    """Tell detectron2 the keypoints that the annotation file names; a mirror swaps left and right."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("keypoint_names") or not metadata.get("json_file"):
+        return
+    categories = json.loads(Path(metadata.json_file).read_bytes().decode("utf-8-sig"))["categories"]
+    names: list[str] = next((c["keypoints"] for c in categories if c.get("keypoints")), [])
+    swaps = [(n, n.replace("left", "right", 1)) for n in names if n.replace("left", "right", 1) in names]
+    metadata.set(keypoint_names=list(names), keypoint_flip_map=[(a, b) for a, b in swaps if a != b])
+
+
+def _check_keypoints(name: str, cfg: CfgNode, objects: Sequence[Mapping[str, Any]]) -> None:
+    """The names of the keypoints and which of them a mirror swaps are known, and their number is right."""
+    name_keypoints(name)
+    if not MetadataCatalog.get(name).get("keypoint_names"):
+        raise UserError(f"data set {name!r}: no category of its annotation file names its keypoints")
+    wanted = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    for a in objects:
+        count = len(a.get("keypoints", ())) // 3
+        if not a.get("iscrowd") and count != wanted:
+            raise UserError(
+                f"data set {name!r} has objects of {count} keypoints, the config's model {wanted}: set "
+                "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
+            )
+
+
+def _check_images(name: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """The header of every image, and the whole of a sample, as detectron2 will read them."""
+    with ThreadPoolExecutor(HEADER_THREADS) as pool:
+        faults = [fault for fault in pool.map(_fault_of_header, records, chunksize=64) if fault]
+    if faults:
+        more = f" ({len(faults)} of {len(records)} images)" if len(faults) > 1 else ""
+        raise UserError(f"{name}: {faults[0]}{more}")
+    for record in records[:: max(1, len(records) // SAMPLED_IMAGES)]:
+        try:
+            detection_utils.read_image(record["file_name"], "RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{record['file_name']}: not a readable image ({error}); replace it") from error
+
+
+def _fault_of_header(record: Mapping[str, Any]) -> str | None:
+    """Why detectron2 would fail on an image or misread it, seen from its header; None where it would not."""
+    file = record["file_name"]
+    try:
+        with Image.open(file) as image:
+            size, mode = image.size, image.mode
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except FileNotFoundError:
+        return f"{file} is missing"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"{file} is not a readable image ({error})"
+    if mode[0] in "IF":
+        return f"{file} has more than 8 bits a pixel, of which detectron2 makes white: convert it to 8 bits"
+    shown = size[::-1] if turned else size
+    said = (record.get("width", shown[0]), record.get("height", shown[1]))
+    if said == shown:
+        return None
+    wanted = f"its annotation says {said[0]} x {said[1]}"
+    if turned:
+        return (
+            f"{file} is shown as {shown[0]} x {shown[1]} by its EXIF orientation, {wanted}: detectron2 turns "
+            "such images, and wants annotations of the turned one"
+        )
+    return f"{file} is {shown[0]} x {shown[1]}, {wanted}"
 
 
 def _check_voc_folder(name: str, folder: Path, split: str) -> None:
@@ -115,59 +258,41 @@ def _check_voc_folder(name: str, folder: Path, split: str) -> None:
             )
 
 
-def _check_annotations(name: str, file: Path, option: str) -> None:
-    """What COCO's and detectron2's loaders take for granted."""
+def _check_annotations(name: str, option: str, mended: Path, *, masks: bool, keypoints: bool) -> list[str]:
+    """Examine the annotation file, and read its mended copy from now on where it has to be mended."""
+    _read_originals([name])
+    file = Path(MetadataCatalog.get(name).json_file)
     if not file.is_file():
         raise UserError(
             f"{name}: {file} is missing; set DETECTRON2_DATASETS to the folder that holds it, or give "
             f"{option} {name}=ANNOTATIONS.json:IMAGES"
         )
-    try:
-        content = json.loads(file.read_text())
-        images, categories = content["images"], content["categories"]
-        annotations = content.get("annotations", [])
-        sizes = {i["id"]: (i["width"], i["height"]) for i in images}
-        known = {c["id"] for c in categories}
-        for what, entries in (("image", images), ("category", categories), ("annotation", annotations)):
-            ids = [e["id"] for e in entries]
-            if len(set(ids)) < len(ids):
-                twice = next(i for i in ids if ids.count(i) > 1)
-                raise UserError(f"{file}: {what} id {twice} occurs more than once; ids must be unique")
-        for a in annotations:
-            if a["image_id"] not in sizes:
-                raise UserError(
-                    f"{file}: annotation {a['id']} names image {a['image_id']}, which is not listed"
-                )
-            if a["category_id"] not in known:
-                raise UserError(
-                    f"{file}: annotation {a['id']} names category {a['category_id']}, which is not listed"
-                )
-            x, y, w, h = a["bbox"]
-            width, height = sizes[a["image_id"]]
-            if min(x, y, w, h) < -1 or x + w > width + 1 or y + h > height + 1:
-                raise UserError(
-                    f"{file}: annotation {a['id']} has box {a['bbox']} outside its image of "
-                    f"{width} x {height}; boxes are [x, y, width, height] in pixels"
-                )
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{file}: not in COCO's format ({type(error).__name__}: {error})") from error
+    content, notes = coco_file.examine(file, masks=masks, keypoints=keypoints)
+    copy = _copy(mended, name)
+    if content is None:
+        copy.unlink(missing_ok=True)  # of an earlier state of the file
+    else:
+        write_json(copy, content)
+        _read_from(name, copy)
+    return notes
 
 
 def index_batches(
-    wide_N: Sequence[bool], *, seed: int, rank: int, world_size: int, batch_per_rank: int, by_shape: bool
-) -> Iterator[list[tuple[int, int]]]:
+    wide_N: Sequence[bool], *, seed: int, rank: int, world_size: int, batch_per_rank: int, by_shape: bool,
+    repeats_N: np.ndarray | None = None,
+) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """Endless batches of (position, index) for one rank, a function of the arguments alone.
 
     Positions count the images of one stream of permutations (the first of seed, 0; the next of seed, 1 …)
     that the ranks share in turn, as detectron2's TrainingSampler; `by_shape` fills a batch with wide or with
-    tall images only, as its AspectRatioGroupedDataset.
+    tall images only, as its AspectRatioGroupedDataset. `repeats_N`: how often an epoch holds each image, the
+    fraction by chance, as its RepeatFactorTrainingSampler.
     """
     buckets: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
     position = 0
     for epoch in itertools.count():
-        order = np.random.default_rng((seed, epoch)).permutation(len(wide_N))
+        rng = np.random.default_rng((seed, epoch))
+        order = rng.permutation(len(wide_N) if repeats_N is None else _repeated(repeats_N, rng))
         for index in order.tolist():
             if position % world_size == rank:
                 bucket = buckets[int(wide_N[index]) if by_shape else 0]
@@ -176,6 +301,12 @@ def index_batches(
                     yield list(bucket)
                     bucket.clear()
             position += 1
+
+
+def _repeated(repeats_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    whole_N = np.floor(repeats_N)
+    count_N = whole_N + (rng.random(len(repeats_N)) < repeats_N - whole_N)
+    return np.repeat(np.arange(len(repeats_N)), count_N.astype(int))
 
 
 class _Positioned(Dataset):
@@ -215,8 +346,15 @@ def train_loader(
 ) -> Iterator[list[dict[str, Any]]]:
     """Endless training batches of this rank, from iteration `start` on."""
     records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
     )
+    repeats = None
+    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        repeats = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        ).numpy()
     sampler = _From(
         [r["width"] > r["height"] for r in records],
         start,
@@ -225,6 +363,7 @@ def train_loader(
         world_size=world_size,
         batch_per_rank=cfg.SOLVER.IMS_PER_BATCH // world_size,
         by_shape=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        repeats_N=repeats,
     )
     workers = cfg.DATALOADER.NUM_WORKERS if num_workers is None else num_workers
     return iter(DataLoader(

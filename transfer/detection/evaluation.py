@@ -6,31 +6,49 @@ VOC's from detectron2's own evaluator.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from xml.etree import ElementTree
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, inference_on_dataset
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    COCOEvaluator,
+    DatasetEvaluator,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    inference_on_dataset,
+    pascal_voc_evaluation,
+)
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
 from pretrain.common.progress import Progress
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-REPORTED = METRICS[:6]
+KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+CATEGORY = "AP-"  # detectron2's prefix of a category's own AP
+
+Task = Literal["bbox", "segm", "keypoints"]
+Outcome = dict[str, dict[str, float]]
+"""By task: numbers in percent, those of single categories as "AP-NAME"."""
 
 
-def coco_stats(
-    annotations: str | Path, results: Sequence[dict[str, Any]], iou_type: Literal["bbox", "segm"]
-) -> np.ndarray:
-    """COCO's twelve numbers (`METRICS`, as fractions; -1 where no object is of that size).
+def coco_evaluation(
+    annotations: str | Path, results: Sequence[dict[str, Any]], task: Task, sigmas: Sequence[float] = ()
+) -> Any:
+    """The finished evaluation of COCO result entries: `all_stats`, and `eval["precision"]` by category.
 
-    `results` are COCO result entries (image_id, category_id, bbox, score, segmentation as RLE).
+    `results`: image_id, category_id, score, and bbox, segmentation (RLE) or keypoints. `sigmas`: one a
+    keypoint; none: those of COCO's persons.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -39,15 +57,34 @@ def coco_stats(
 
     truth = COCO(str(annotations), print_function=silent)
     # With a box in it, a mask's area, and so its size class, would be taken from the box.
-    keep = ("image_id", "category_id", "score", "bbox" if iou_type == "bbox" else "segmentation")
-    found = truth.loadRes([{k: r[k] for k in keep} for r in results])
-    evaluation = COCOeval_faster(truth, found, iouType=iou_type, print_function=silent)
+    keep = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[task]
+    found = truth.loadRes([{k: r[k] for k in ("image_id", "category_id", "score", keep)} for r in results])
+    evaluation = COCOeval_faster(
+        truth, found, iouType=task, print_function=silent, kpt_oks_sigmas=list(sigmas) or None
+    )
     evaluation.run()
-    return np.asarray(evaluation.all_stats[:12], dtype=np.float64)
+    return evaluation
+
+
+def coco_stats(
+    annotations: str | Path, results: Sequence[dict[str, Any]], task: Task, sigmas: Sequence[float] = ()
+) -> np.ndarray:
+    """COCO's twelve numbers (`METRICS`, as fractions; -1 where no object is of that size), or its ten of
+    keypoints (`KEYPOINT_METRICS`); see `coco_evaluation`."""
+    count = len(KEYPOINT_METRICS if task == "keypoints" else METRICS)
+    stats = coco_evaluation(annotations, results, task, sigmas).all_stats
+    return np.asarray(stats[:count], dtype=np.float64)
+
+
+def category_precisions(evaluation: Any) -> np.ndarray:
+    """AP of each category of `params.catIds`, as a fraction; nan for one without objects."""
+    precision_TRKAM = evaluation.eval["precision"]  # IoU, recall, category, area, detections an image
+    values = [p[p > -1] for p in np.moveaxis(precision_TRKAM[:, :, :, 0, -1], 2, 0)]
+    return np.array([v.mean() if v.size else np.nan for v in values])
 
 
 class CocoAP(COCOEvaluator):
-    """detectron2's evaluator, the numbers by `coco_stats`: {"bbox": {"AP": ..., ...}, "segm": {...}}."""
+    """detectron2's evaluator, the numbers by `coco_evaluation`: {"bbox": {"AP": ..., ...}, "segm": {...}}."""
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: Any = None) -> None:
         results = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
@@ -58,8 +95,62 @@ class CocoAP(COCOEvaluator):
             path = Path(self._output_dir) / "coco_instances_results.json"
             path.write_text(json.dumps(results))
         for task in self._tasks:
-            stats = coco_stats(self._metadata.json_file, results, task)
-            self._results[task] = {name: 100 * float(v) for name, v in zip(METRICS, stats) if v >= 0}
+            sigmas = self._kpt_oks_sigmas or ()
+            evaluation = coco_evaluation(self._metadata.json_file, results, task, sigmas)
+            names = KEYPOINT_METRICS if task == "keypoints" else METRICS
+            numbers = {name: float(v) for name, v in zip(names, evaluation.all_stats) if v >= 0}
+            if len(self._metadata.thing_classes) > 1:
+                names_by_id = {i: self._metadata.thing_classes[n] for n, i in to_dataset_id.items()}
+                aps = zip(evaluation.params.catIds, category_precisions(evaluation).tolist())
+                numbers |= {CATEGORY + names_by_id[i]: ap for i, ap in aps}
+            self._results[task] = {name: 100 * v for name, v in numbers.items()}
+
+
+class VocAP(PascalVOCDetectionEvaluator):
+    """detectron2's evaluator of PASCAL VOC, which also gives each category's AP and reads annotations without
+    pose, truncated or difficult (none of them difficult, as in VOC's development kit)."""
+
+    def evaluate(self) -> Outcome | None:
+        """{"bbox": {"AP", "AP50", "AP75", "AP-aeroplane" ...}}, on the main rank. All ranks must call."""
+        aps: dict[str, list[float]] = {name: [] for name in self._class_names}
+        by_file, judge = functools.cache(_voc_objects), pascal_voc_evaluation.voc_eval
+
+        def noted(predictions: str, annotations: str, listing: str, name: str, **options: Any) -> Any:
+            outcome = judge(predictions, annotations, listing, name, **options)
+            aps[name].append(100 * float(outcome[2]))
+            return outcome
+
+        with _replaced(pascal_voc_evaluation, parse_rec=by_file, voc_eval=noted):
+            outcome = super().evaluate()
+        if outcome:
+            outcome["bbox"] |= {CATEGORY + name: float(np.mean(values)) for name, values in aps.items()}
+        return outcome
+
+
+def _voc_objects(file: str) -> list[dict[str, Any]]:
+    """The objects of a VOC annotation file as detectron2's evaluator wants them."""
+    objects = []
+    for thing in ElementTree.parse(file).findall("object"):
+        box = [
+            int(float(thing.findtext(f"bndbox/{side}", "nan"))) for side in ("xmin", "ymin", "xmax", "ymax")
+        ]
+        objects.append({
+            "name": thing.findtext("name"), "pose": thing.findtext("pose", "Unspecified"), "bbox": box,
+            "truncated": int(thing.findtext("truncated", "0")),
+            "difficult": int(thing.findtext("difficult", "0")),
+        })  # fmt: skip
+    return objects
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, **functions: Any) -> Iterator[None]:
+    """Other functions in a module for a while: detectron2's evaluator calls them by their names there."""
+    earlier = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
+    try:
+        yield
+    finally:
+        vars(module).update(earlier)
 
 
 class _Counted:
@@ -77,22 +168,40 @@ class _Counted:
             self.progress.update(1)
 
 
-def evaluate(cfg: CfgNode, model: nn.Module, name: str) -> dict[str, dict[str, float]]:
-    """Average precision on the data set `name`: {"bbox": {...}} and, with masks on, {"segm": {...}}.
+def evaluate(cfg: CfgNode, model: nn.Module, name: str, *, augmented: bool = False) -> Outcome:
+    """Average precision on the data set `name`: {"bbox": {...}}, and "segm" and "keypoints" where trained.
 
-    A size of which there is no object is left out. All ranks must call; the main one gets the numbers.
+    `augmented`: with detectron2's test-time augmentation as TEST.AUG has it. A number that the set has no
+    objects for is left out. All ranks must call; the main one gets the numbers.
     """
-    if MetadataCatalog.get(name).evaluator_type == "pascal_voc":
-        evaluator: Any = PascalVOCDetectionEvaluator(name)
-    else:
-        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        evaluator = CocoAP(name, tasks=tasks, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+    if augmented:
+        model = GeneralizedRCNNWithTTA(cfg, model.module if hasattr(model, "module") else model)
     loader = build_detection_test_loader(cfg, name)
     with Progress(
-        len(loader), label=f"evaluating on {name}", unit="image", file=Path(cfg.OUTPUT_DIR) / "progress.json"
-    ) as progress:
-        outcome = inference_on_dataset(model, _Counted(loader, progress), evaluator) or {}
+        len(loader), label=f"evaluating on {name}{' (augmented)' if augmented else ''}", unit="image",
+        file=Path(cfg.OUTPUT_DIR) / "progress.json",
+    ) as progress:  # fmt: skip
+        folder = str(Path(cfg.OUTPUT_DIR) / ("inference_augmented" if augmented else "inference"))
+        outcome = inference_on_dataset(model, _Counted(loader, progress), _evaluator(cfg, name, folder)) or {}
     return {
-        task: {k: float(v) for k, v in values.items() if k in REPORTED and math.isfinite(v)}
-        for task, values in outcome.items()
+        task: {k: float(v) for k, v in values.items() if math.isfinite(v)} for task, values in outcome.items()
     }
+
+
+def _evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    """detectron2's evaluator for the kind of data set that `name` is."""
+    kind = MetadataCatalog.get(name).evaluator_type
+    switches: tuple[tuple[Task, bool], ...] = (
+        ("bbox", True), ("segm", cfg.MODEL.MASK_ON), ("keypoints", cfg.MODEL.KEYPOINT_ON)
+    )  # fmt: skip
+    tasks = tuple(task for task, on in switches if on)
+    if kind == "pascal_voc":
+        return VocAP(name)
+    if kind == "lvis":
+        return LVISEvaluator(name, tasks=tasks, output_dir=folder)
+    if kind == "cityscapes_instance":
+        return CityscapesInstanceEvaluator(name)
+    return CocoAP(
+        name, tasks=tasks, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        allow_cached_coco=False,
+    )  # fmt: skip

@@ -77,9 +77,8 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     precise = max(1, round(cfg.TEST.PRECISE_BN.NUM_ITER / k))
     norms = {f"MODEL.{part}.NORM": cfg.MODEL[part].NORM for part in
              ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}  # fmt: skip
-    changed = {n: "BN" for n, v in norms.items() if v in ("SyncBN", "naiveSyncBN") and settings.num_gpus == 1}
     overrides: dict[str, Any] = {f"SOLVER.{name}": value for name, value in after.items()}
-    overrides.update({"TEST.EVAL_PERIOD": round(cfg.TEST.EVAL_PERIOD / k), **changed})
+    overrides["TEST.EVAL_PERIOD"] = round(cfg.TEST.EVAL_PERIOD / k)
     if cfg.TEST.PRECISE_BN.ENABLED:
         overrides["TEST.PRECISE_BN.NUM_ITER"] = precise
     rule = (
@@ -88,9 +87,9 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         else f"batch and learning rate x {k:g}; iterations, steps, warm-up and periods x {1 / k:g}"
     )
     notes = []
-    if changed:
-        notes.append("one GPU: BatchNorm over its own images is synchronised BatchNorm")
     synchronised = any("Sync" in v for v in norms.values())
+    if synchronised and settings.num_gpus == 1:
+        notes.append("on one GPU synchronised BatchNorm is BatchNorm over its own images: nothing to change")
     if synchronised and batch < before["IMS_PER_BATCH"]:
         notes.append(
             f"BatchNorm's statistics come from {batch} images instead of {before['IMS_PER_BATCH']}: expect "
@@ -100,7 +99,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
         notes.append("a batch more than 4 times the published one is outside what the rule was checked for")
     return {
         "config_file": str(path), "num_gpus": settings.num_gpus, "ims_per_gpu": per_gpu, "rule": rule,
-        "before": before, "after": after, "norm": {**norms, **changed}, "notes": notes,
+        "before": before, "after": after, "norm": norms, "notes": notes,
         "images_seen": after["IMS_PER_BATCH"] * after["MAX_ITER"], "overrides": overrides,
     }  # fmt: skip
 

@@ -10,17 +10,26 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import create_ddp_model
+from detectron2.engine import HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventStorage,
+    EventWriter,
+    JSONWriter,
+    TensorboardXWriter,
+    get_event_storage,
+)
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import Tensor, nn
 
@@ -30,15 +39,18 @@ from pretrain.common.files import read_jsonl, write_text
 from pretrain.common.process_group import barrier
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
+from pretrain.metrics import start_wandb
 from transfer.detection import config
 from transfer.detection.checkpointer import StrictCheckpointer
 from transfer.detection.data import train_loader
+from transfer.detection.protocol import flat
 
 logger = logging.getLogger(__name__)
 LAST, FINAL = "model_last", "model_final"  # .pth, in OUTPUT_DIR
 PRECISE_BN_STREAM = 1_000_003  # added to the seed: PreciseBN sees images in another order than training
 
-Evaluate = Callable[[nn.Module], Mapping[str, Mapping[str, float]]]
+Evaluate = Callable[[nn.Module], Mapping[str, Mapping[str, Any]]]
+"""A model -> its numbers by test set and task."""
 
 
 def fine_tune(
@@ -47,113 +59,239 @@ def fine_tune(
     evaluate: Evaluate,
     *,
     seed: int,
-    origin: Mapping[str, Any],
+    record: Mapping[str, Any],
     resume_changed: bool = False,
-) -> dict[str, Any]:
+    keep: int = 1,
+    wandb: str | None = None,
+) -> tuple[dict[str, Any], Mapping[str, Mapping[str, Any]]]:
     """Train `model` for SOLVER.MAX_ITER iterations, from OUTPUT_DIR's checkpoint where there is one.
 
-    All ranks must call. Leaves OUTPUT_DIR/config.yaml and model_final.pth; returns the record kept in that.
-    On SIGTERM or SIGUSR2 it saves and hands over (`pretrain.common.signals`). `resume_changed`: go on
-    although settings differ.
+    All ranks must call. Leaves OUTPUT_DIR/config.yaml, model_final.pth, with TEST.EVAL_PERIOD model_best.pth,
+    and the newest `keep` checkpoints (1: none once finished); returns the record kept in them (`record` with
+    seed and settings) and the numbers of the trained model. On SIGTERM or SIGUSR2 it saves and hands over
+    (`pretrain.common.signals`). `resume_changed`: go on although settings differ. `wandb`: W&B project.
     Raises RunFailed when a loss is not finite, UserError when weights or settings do not fit.
     """
-    rank, world_size = comm.get_rank(), comm.get_world_size()
     output, max_iter = Path(cfg.OUTPUT_DIR), cfg.SOLVER.MAX_ITER
-    on_gpu = cfg.MODEL.DEVICE != "cpu"
-    optimizer = build_optimizer(cfg, model)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    scaler = torch.amp.GradScaler("cuda", enabled=cfg.SOLVER.AMP.ENABLED and on_gpu)
-    precision = torch.float16 if on_gpu else torch.bfloat16  # with AMP; bfloat16 needs no scaling
-    if not on_gpu:
-        model.backbone.to(memory_format=torch.channels_last)  # 1.1x on a CPU
+    trainer = FineTuning(cfg, model)
     checkpointer = StrictCheckpointer(
-        model, str(output), optimizer=optimizer, scheduler=scheduler, scaler=scaler
+        model, str(output), optimizer=trainer.optimizer, scheduler=trainer.scheduler, scaler=trainer.scaler
     )
-    record = {"seed": seed, "settings": _settings(cfg), "origin": dict(origin)}
+    run: dict[str, Any] = {"seed": seed, "settings": _settings(cfg), **record}
     start = 0
     if checkpointer.has_checkpoint():
         held = checkpointer.load(checkpointer.get_checkpoint_file())
-        _refuse_another_run(held["run"], record, output, resume_changed)
-        record["seed"] = seed = held["run"]["seed"]
+        _refuse_another_run(held["run"], run, output, resume_changed)
+        run |= {k: v for k, v in held["run"].items() if k in ("seed", "best")}
         start = held["iteration"] + 1
         logger.info("going on from iteration %d", start)
-        if start < max_iter and scheduler.last_epoch != start:
+        if start < max_iter and trainer.scheduler.last_epoch != start:
             raise UserError(
                 f"{output} holds a finished run of {start} iterations without its optimizer; to train on, "
                 f"give another OUTPUT_DIR and MODEL.WEIGHTS {output / FINAL}.pth"
             )
     elif cfg.MODEL.WEIGHTS:
+        checkpointer.other_categories = True
         checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
-    if comm.is_main_process():
+        if checkpointer.anew:
+            logger.warning("trained anew, for other categories: %s", ", ".join(checkpointer.anew))
+    main = comm.is_main_process()
+    if main:
         write_text(output / "config.yaml", cfg.dump())
-    parallel = create_ddp_model(
-        model, broadcast_buffers=False, device_ids=[torch.cuda.current_device()] if on_gpu else None
-    )
-    writers = _writers(output, start, max_iter) if comm.is_main_process() else []
-    write_every = max(1, min(20, max_iter // 20))
-    batches = train_loader(cfg, seed=seed, rank=rank, world_size=world_size, start=start)
-    parallel.train()
-    with (
-        EventStorage(start) as storage,
-        StopSignals() as stop,
-        Progress(
-            max_iter, label=f"fine-tuning {cfg.PROTOCOL}", unit="iteration", start=start,
-            file=output / "progress.json",
-        ) as progress,
-    ):  # fmt: skip
-        for iteration in range(start, max_iter):
-            torch.manual_seed(_seed_of(seed, iteration, rank))
-            batch = next(batches)
-            with torch.autocast("cuda" if on_gpu else "cpu", precision, enabled=cfg.SOLVER.AMP.ENABLED):
-                losses: dict[str, Tensor] = parallel(batch)
-                total = torch.stack(list(losses.values())).sum()
-            optimizer.zero_grad()
-            scaler.scale(total).backward()
-            means, stopping = _agree(losses, stop.requested)
-            if not all(math.isfinite(v) for v in means.values()):
-                terms = ", ".join(f"{k} {v:.4g}" for k, v in means.items())
-                raise RunFailed(
-                    f"the loss is not finite at iteration {iteration} ({terms}); lower SOLVER.BASE_LR "
-                    f"({cfg.SOLVER.BASE_LR}) or lengthen SOLVER.WARMUP_ITERS ({cfg.SOLVER.WARMUP_ITERS})"
-                )
-            scaler.step(optimizer)
-            scaler.update()
-            storage.put_scalars(total_loss=sum(means.values()), **means)
-            storage.put_scalar("lr", optimizer.param_groups[0]["lr"], smoothing_hint=False)
-            scheduler.step()
+    outcome: dict[str, Mapping[str, Any]] = {}
 
-            done = iteration + 1
-            evaluation_due = cfg.TEST.EVAL_PERIOD > 0 and done % cfg.TEST.EVAL_PERIOD == 0
-            if evaluation_due or done == max_iter:
-                precise_statistics(cfg, model, seed=seed)
-            if evaluation_due and done < max_iter:
-                put_metrics(storage, evaluate(parallel))
-                parallel.train()
-            storage.step()
-            if done % write_every == 0 or done == max_iter:
-                for writer in writers:
-                    writer.write()
-            progress.update(1, loss=sum(means.values()), lr=optimizer.param_groups[0]["lr"])
-            if done < max_iter and (stopping or done % cfg.SOLVER.CHECKPOINT_PERIOD == 0):
-                checkpointer.save(LAST, iteration=iteration, run=record)
-            if stopping and done < max_iter:
-                barrier()
-                stop.received = stop.received or StopSignals.SIGNALS[0]  # another rank's signal
-                stop.hand_over()
-    for writer in writers:
-        writer.close()
-    if start < max_iter:
-        final = StrictCheckpointer(model, str(output))
-        final.save(FINAL, iteration=max_iter - 1, run=record)
-        if comm.is_main_process():
-            (output / f"{LAST}.pth").unlink(missing_ok=True)
+    def judge() -> dict[str, Any]:
+        outcome.update(evaluate(model))
+        trainer.parallel.train()
+        return next(iter(outcome.values())) if len(outcome) == 1 else dict(outcome)
+
+    period, best = cfg.TEST.EVAL_PERIOD, None
+    if period > 0 and main:
+        best = _best(cfg, model, run)
+    writers = _writers(output, start, max_iter, run["settings"], wandb) if main else []
+    with StopSignals() as stop, Progress(
+        max_iter, label=f"fine-tuning {cfg.PROTOCOL}", unit="iteration", start=start,
+        file=output / "progress.json",
+    ) as progress:  # fmt: skip
+        trainer.register_hooks([
+            hooks.IterationTimer(),
+            hooks.CallbackHook(after_step=lambda t: t.precise_statistics()),
+            Checkpoints(checkpointer, run, stop, keep=keep, best=best),
+            hooks.EvalHook(period, judge),
+            best,
+            hooks.PeriodicWriter(writers, max(1, min(20, max_iter // 20))),
+            hooks.CallbackHook(after_step=lambda t: t.show(progress)),
+            hooks.CallbackHook(after_step=lambda t: t.stop_here()),
+        ])  # fmt: skip
+        try:
+            trainer.train_from(start, seed=run["seed"], stop=stop)
+        finally:
+            for writer in writers:
+                writer.close()
     barrier()
-    return record
+    return run, outcome
+
+
+class FineTuning(TrainerBase):
+    """detectron2's loop of hooks around one step: forward, backward, update.
+
+    Everything random in iteration i follows from (seed, i, rank). All ranks take part.
+    """
+
+    def __init__(self, cfg: CfgNode, model: Any) -> None:
+        super().__init__()
+        self.cfg, self.model, self.parallel = cfg, model, model
+        self.on_gpu = cfg.MODEL.DEVICE != "cpu"
+        self.optimizer = build_optimizer(cfg, model)
+        self.scheduler = build_lr_scheduler(cfg, self.optimizer)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=cfg.SOLVER.AMP.ENABLED and self.on_gpu)
+        self.precision = (
+            torch.float16 if self.on_gpu else torch.bfloat16
+        )  # with AMP; bfloat16 needs no scaling
+        self.stopping = False
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+        if not self.on_gpu:
+            model.backbone.to(memory_format=torch.channels_last)  # 1.1x on a CPU
+
+    def train_from(self, start: int, *, seed: int, stop: StopSignals) -> None:
+        """Run iterations `start` to SOLVER.MAX_ITER; the base class would print a stop as an error."""
+        cfg, rank, world_size = self.cfg, comm.get_rank(), comm.get_world_size()
+        self.iter = self.start_iter = start
+        self.max_iter, self.seed, self.stop = cfg.SOLVER.MAX_ITER, seed, stop
+        self.parallel = create_ddp_model(
+            self.model, broadcast_buffers=False,
+            device_ids=[torch.cuda.current_device()] if self.on_gpu else None,
+        )  # fmt: skip
+        self.batches = train_loader(cfg, seed=seed, rank=rank, world_size=world_size, start=start)
+        self.parallel.train()
+        with EventStorage(start) as self.storage:
+            self.before_train()
+            for iteration in range(start, self.max_iter):
+                self.iter = iteration
+                self.before_step()
+                self.run_step()
+                self.after_step()
+            self.iter = self.max_iter  # by which hooks know that training has ended well
+            self.after_train()
+
+    def run_step(self) -> None:
+        """One update from the batch that is due. Raises RunFailed where a loss is not finite."""
+        began = time.perf_counter()
+        torch.manual_seed(_seed_of(self.seed, self.iter, comm.get_rank()))
+        batch = next(self.batches)
+        waited = time.perf_counter() - began
+        enabled = self.cfg.SOLVER.AMP.ENABLED
+        with torch.autocast("cuda" if self.on_gpu else "cpu", self.precision, enabled=enabled):
+            losses: dict[str, Tensor] = self.parallel(batch)
+            total = torch.stack(list(losses.values())).sum()
+        self.optimizer.zero_grad()
+        self.scaler.scale(total).backward()
+        means, self.stopping = _agree(losses, self.stop.requested)
+        if not all(math.isfinite(v) for v in means.values()):
+            terms = ", ".join(f"{k} {v:.4g}" for k, v in means.items())
+            raise RunFailed(
+                f"the loss is not finite at iteration {self.iter} ({terms}); lower SOLVER.BASE_LR "
+                f"({self.cfg.SOLVER.BASE_LR}) or lengthen SOLVER.WARMUP_ITERS "
+                f"({self.cfg.SOLVER.WARMUP_ITERS})"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.storage.put_scalars(total_loss=sum(means.values()), data_time=waited, **means)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.storage.put_scalars(smoothing_hint=False, lr=lr, max_mem=peak_memory_mib(self.on_gpu))
+        self.scheduler.step()
+
+    def precise_statistics(self) -> None:
+        """Before every evaluation: BatchNorm's statistics, over batches of their own."""
+        done, period = self.iter + 1, self.cfg.TEST.EVAL_PERIOD
+        if done == self.max_iter or (period > 0 and done % period == 0):
+            precise_statistics(self.cfg, self.model, seed=self.seed)
+
+    def show(self, progress: Progress) -> None:
+        """Loss, learning rate and speed beside the bar."""
+        latest = {name: value for name, (value, _) in self.storage.latest().items()}
+        speed = {}
+        if "time" in latest:
+            seconds = self.storage.history("time").median(20)
+            speed = {"images/s": round(self.cfg.SOLVER.IMS_PER_BATCH / seconds, 2)}
+        progress.update(1, loss=latest["total_loss"], lr=latest["lr"], **speed)
+
+    def stop_here(self) -> None:
+        """Hand over when any rank was told to stop; `Checkpoints` has saved."""
+        if self.stopping and self.iter + 1 < self.max_iter:
+            barrier()
+            self.stop.received = self.stop.received or StopSignals.SIGNALS[0]  # another rank's signal
+            self.stop.hand_over()
+
+
+class Checkpoints(HookBase):
+    """Saves when it is time or when the run is told to stop, and the trained model at the end.
+
+    detectron2's PeriodicCheckpointer cannot save the run's record, nor at the moment of a signal.
+    """
+
+    def __init__(
+        self, checkpointer: StrictCheckpointer, run: dict[str, Any], stop: StopSignals, *, keep: int,
+        best: hooks.BestCheckpointer | None,
+    ) -> None:  # fmt: skip
+        self.checkpointer, self.run, self.stop, self.keep, self.best = checkpointer, run, stop, keep, best
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        due = self.trainer.stopping or done % self.trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 0
+        if done == self.trainer.max_iter or not due:
+            return
+        name = LAST if self.keep == 1 else f"model_{self.trainer.iter:07d}"
+        self._save(self.checkpointer, name)
+        if comm.is_main_process():
+            self._drop(self._numbered()[: -self.keep] if self.keep > 1 else [])
+
+    def after_train(self) -> None:
+        if self.trainer.start_iter == self.trainer.max_iter:
+            return
+        self._save(StrictCheckpointer(self.trainer.model, self.checkpointer.save_dir), FINAL)
+        if comm.is_main_process():
+            self._drop([Path(self.checkpointer.save_dir) / f"{LAST}.pth"])
+
+    def _save(self, checkpointer: StrictCheckpointer, name: str) -> None:
+        if self.best is not None and self.best.best_metric is not None:
+            self.run["best"] = [self.best.best_metric, self.best.best_iter]
+        checkpointer.run = self.run
+        checkpointer.save(name, iteration=min(self.trainer.iter, self.trainer.max_iter - 1))
+
+    def _numbered(self) -> list[Path]:
+        return sorted(Path(self.checkpointer.save_dir).glob("model_[0-9]*.pth"))
+
+    def _drop(self, files: Sequence[Path]) -> None:
+        for file in files:
+            file.unlink(missing_ok=True)
+
+
+def _best(cfg: CfgNode, model: nn.Module, run: Mapping[str, Any]) -> hooks.BestCheckpointer:
+    """detectron2's keeper of model_best.pth, by box AP on the first test set, from where the run stopped."""
+    file = StrictCheckpointer(
+        model,
+        cfg.OUTPUT_DIR,
+        newest=False,
+        run={k: v for k, v in run.items() if k != "best"} | {"selection": "best"},
+    )
+    several = len(cfg.DATASETS.TEST) > 1
+    metric = f"{cfg.DATASETS.TEST[0]}/bbox/AP" if several else "bbox/AP"
+    hook = hooks.BestCheckpointer(cfg.TEST.EVAL_PERIOD, file, metric)
+    hook.best_metric, hook.best_iter = run.get("best", (None, None))
+    return hook
+
+
+def peak_memory_mib(on_gpu: bool) -> float:
+    """Most memory in use so far, MiB: of tensors on the GPU, or of this process where there is none."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def _settings(cfg: CfgNode) -> dict[str, Any]:
     """What must be the same for a run to be the same run."""
-    values = config.flat(cfg)
+    values = flat(cfg)
     return {k: v for k, v in values.items() if k not in config.NOT_THE_RUN}
 
 
@@ -214,18 +352,33 @@ def average_statistics(model: nn.Module) -> None:
         norm.running_var.copy_(square - norm.running_mean**2)
 
 
-def put_metrics(storage: EventStorage, outcome: Mapping[str, Mapping[str, float]]) -> None:
-    """Note evaluation results as bbox/AP, segm/AP50 … for metrics.json and TensorBoard."""
-    for task, values in outcome.items():
-        for name, value in values.items():
-            storage.put_scalar(f"{task}/{name}", value, smoothing_hint=False)
-
-
-def _writers(output: Path, start: int, max_iter: int) -> list[Any]:
-    """detectron2's metrics.json, without lines of iterations that will be run again, and TensorBoard."""
+def _writers(
+    output: Path, start: int, max_iter: int, settings: Mapping[str, Any], wandb: str | None
+) -> list[EventWriter]:
+    """detectron2's log.txt, metrics.json, without lines of iterations that will be run again, TensorBoard."""
     path = output / "metrics.json"
     kept = [line for line in read_jsonl(path) if line.get("iteration", 0) < start]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-    if start >= max_iter:
-        return []
-    return [JSONWriter(str(path)), TensorboardXWriter(str(output / "tensorboard"), purge_step=start)]
+    return [
+        CommonMetricPrinter(max_iter),
+        JSONWriter(str(path)),
+        TensorboardXWriter(str(output / "tensorboard"), purge_step=start),
+        *([WandbWriter(wandb, output, start, settings)] if wandb else []),
+    ]
+
+
+class WandbWriter(EventWriter):
+    """What the other writers write, to Weights & Biases."""
+
+    def __init__(self, project: str, output: Path, start: int, settings: Mapping[str, Any]) -> None:
+        self._run = start_wandb(project, output, start, settings)
+        self._written = -1
+
+    def write(self) -> None:
+        latest = get_event_storage().latest_with_smoothing_hint(20)
+        new = {name: value for name, (value, step) in latest.items() if step > self._written}
+        self._written = get_event_storage().iter
+        self._run.log(new, step=self._written)
+
+    def close(self) -> None:
+        self._run.finish()

@@ -29,7 +29,7 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "detectron2
 class Result:
     """One figure or set of figures that one evaluation gave, with all that is needed to compare it."""
 
-    task: Literal["knn", "linear", "semisup", "detection", "segmentation"]
+    task: Literal["knn", "linear", "semisup", "detection", "segmentation", "keypoints"]
     dataset: str
     split: str
     """test, and in brackets which split of several, and what is missing of the set."""
@@ -37,10 +37,11 @@ class Result:
     """Images judged, each counted once."""
     metrics: dict[str, float]
     """In percent: knn top1_k20, top5_k20 … (and mean_per_class_k20 … where the data set is reported in it);
-    linear and semisup top1, top5, mean_per_class or mAP; detection and segmentation AP, AP50, AP75, APs, APm,
-    APl."""
+    linear and semisup top1, top5, mean_per_class or mAP; detection, segmentation and keypoints COCO's or
+    VOC's AP and AR."""
     protocol: dict[str, Any]
-    """name, version and hash of its content."""
+    """name, version and hash of its content; `differs`: what a detector's run has otherwise than the
+    config of that name as it ships (the hash is then that of both)."""
     weights: dict[str, Any]
     """path, sha256, format and branch (online or ema); mean and std that images were normalised with."""
     arch: str | None = None

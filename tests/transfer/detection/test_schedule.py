@@ -10,7 +10,8 @@ import pytest
 
 from pretrain.common.cli import run
 from transfer.detection import schedule
-from transfer.detection.config import load_config
+from transfer.detection.config import load_config, shipped
+from transfer.detection.protocol import protocol_of
 
 VOC = {
     "IMS_PER_BATCH": 16, "BASE_LR": 0.02, "MAX_ITER": 24000, "STEPS": [18000, 22000], "WARMUP_ITERS": 100,
@@ -44,13 +45,17 @@ def test_gpus_keep_their_two_images_by_default(capsys: Any) -> None:
     assert any("4 images instead of 16" in note for note in result["notes"])
 
 
-def test_one_gpu_needs_no_synchronised_norm_and_the_file_is_read_back(tmp_path: Path, capsys: Any) -> None:
+def test_the_same_batch_on_one_gpu_is_the_same_protocol_and_the_file_is_read_back(
+    tmp_path: Path, capsys: Any
+) -> None:
     out = tmp_path / "one.yaml"
     words = ["--config-file", "coco_R50_FPN_1x", "--num-gpus", "1", "--ims-per-gpu", "16"]
     assert run(schedule.main, [*words, "--output", str(out)]) == 0
     assert "the same global batch" in capsys.readouterr().out
-    cfg = load_config(out, [])
-    assert cfg.MODEL.RESNETS.NORM == "BN" and cfg.MODEL.FPN.NORM == "BN"
+    cfg = load_config(out, ["PROTOCOL", "coco_R50_FPN_1x@1"], to_run_here=False)
+    assert protocol_of(cfg, shipped(cfg.PROTOCOL)) == {
+        "name": "coco_R50_FPN_1x", "version": "1", "hash": "da7c223bd2f0a667"
+    }  # fmt: skip
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (16, 90000, (60000, 80000))
     assert cfg.MODEL.MASK_ON  # the rest is the original's
 

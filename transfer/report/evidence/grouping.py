@@ -21,6 +21,7 @@ TASK_NAMES = {
     "semisup": "Semi-supervised",
     "detection": "Box",
     "segmentation": "Mask",
+    "keypoints": "Keypoint",
 }
 SELECTIONS = ("last", "held-out", "best")
 """In the order in which one is taken for the headline: nothing selected on the reported split comes first."""

@@ -1,0 +1,87 @@
+"""Weights files of the field: what loads, what is new in the model, and what to do about the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from detectron2.modeling import build_model
+
+from pretrain.common.errors import UserError
+from tests.transfer.detection.test_config import CASCADE, KEYPOINTS, RETINANET, TINY
+from transfer.conversion.layout import to_detectron2
+from transfer.conversion.weights_file import write_pickle
+from transfer.detection.checkpointer import StrictCheckpointer, record_of, run_of
+from transfer.detection.config import load_config
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Any:
+    torch.manual_seed(0)
+    return timm.create_model("resnet18", num_classes=0)
+
+
+def detector(*words: str) -> Any:
+    return build_model(load_config("scenes_R18_FPN", [*TINY, *words]))
+
+
+@pytest.mark.parametrize(
+    "words", [[], KEYPOINTS, CASCADE, RETINANET], ids=["mask", "keypoint", "cascade", "retina"]
+)
+def test_a_backbone_starts_every_detector(backbone: Any, words: list[str], tmp_path: Path) -> None:
+    write_pickle(tmp_path / "w.pkl", to_detectron2(backbone.state_dict()), {})
+    model = detector(*words)
+    StrictCheckpointer(model).load(str(tmp_path / "w.pkl"))
+    assert torch.equal(model.backbone.bottom_up.res5[1].conv2.weight, backbone.layer4[1].conv2.weight)
+
+
+def test_the_fields_own_converters_leave_the_projector_in(backbone: Any, tmp_path: Path) -> None:
+    weights = to_detectron2(backbone.state_dict())
+    weights["stem.fc.0.weight"] = np.zeros((8, 8), np.float32)  # MoCo v2's projector, renamed
+    weights["stem.fc.2.bias"] = np.zeros(8, np.float32)
+    write_pickle(tmp_path / "moco.pkl", weights, {})
+    StrictCheckpointer(detector()).load(str(tmp_path / "moco.pkl"))
+    weights["res9.conv.weight"] = np.zeros(1, np.float32)  # what no converter leaves is still refused
+    write_pickle(tmp_path / "moco.pkl", weights, {})
+    with pytest.raises(UserError, match=r"1 unknown to the model \(res9"):
+        StrictCheckpointer(detector()).load(str(tmp_path / "moco.pkl"))
+
+
+def test_a_detector_of_other_categories_starts_all_but_its_predictors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    coco = detector("MODEL.ROI_HEADS.NUM_CLASSES", "80")
+    torch.save({"model": coco.state_dict()}, tmp_path / "coco.pth")
+    model = detector()
+    start = StrictCheckpointer(model, other_categories=True)
+    start.load(str(tmp_path / "coco.pth"), checkpointables=[])
+    assert sorted(start.anew) == [
+        "roi_heads.box_predictor.bbox_pred.bias", "roi_heads.box_predictor.bbox_pred.weight",
+        "roi_heads.box_predictor.cls_score.bias", "roi_heads.box_predictor.cls_score.weight",
+        "roi_heads.mask_head.predictor.bias", "roi_heads.mask_head.predictor.weight",
+    ]  # fmt: skip
+    assert torch.equal(model.roi_heads.box_head.fc1.weight, coco.roi_heads.box_head.fc1.weight)
+    with pytest.raises(UserError, match="of another shape"):  # to be judged, it must be whole
+        StrictCheckpointer(detector()).load(str(tmp_path / "coco.pth"))
+    other = detector("MODEL.ROI_BOX_HEAD.FC_DIM", "4")
+    with pytest.raises(UserError, match="of another shape"):
+        StrictCheckpointer(other, other_categories=True).load(str(tmp_path / "coco.pth"))
+
+
+def test_a_raw_checkpoint_is_to_be_converted_first(backbone: Any, tmp_path: Path) -> None:
+    state = {f"module.encoder_q.{k}": v for k, v in backbone.state_dict().items()}
+    state |= {f"module.encoder_q.fc.{k}": torch.zeros(128, 512) if k == "weight" else torch.zeros(128)
+              for k in ("weight", "bias")}  # fmt: skip
+    torch.save({"state_dict": state, "epoch": 200, "arch": "resnet18"}, tmp_path / "moco.pth.tar")
+    with pytest.raises(
+        UserError, match=r"is a MoCo.* checkpoint of a resnet18.*run `python -m transfer convert"
+    ):
+        record_of(str(tmp_path / "moco.pth.tar"))
+    torch.save({"something": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="no detector or backbone of detectron2"):
+        record_of(str(tmp_path / "other.pth"))
+    torch.save({"model": detector().state_dict()}, tmp_path / "model.pth")
+    assert record_of(str(tmp_path / "model.pth")) is None and run_of(str(tmp_path / "model.pth")) == {}
