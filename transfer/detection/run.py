@@ -194,7 +194,7 @@ def _on_each_rank(trial: Trial) -> None:
         )  # fmt: skip
         seed, iteration = run["seed"], cfg.SOLVER.MAX_ITER
     for name in cfg.DATASETS.TEST:
-        judged_by = {(): outcomes[name]}
+        judged_by: dict[tuple[str, ...], Mapping[str, Any]] = {(): outcomes[name]}
         if cfg.TEST.AUG.ENABLED:
             judged_by[_augmentation(cfg)] = evaluate(cfg, model, name, augmented=True)
         if comm.is_main_process():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from transfer.conversion.availability import need_detectron2
 
 SCHEDULE = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
 REFERENCE_GPUS = 8  # what published detectron2 schedules were run on
+WARM_UP = 3  # iterations before those that are measured
+OBJECTS = 7  # in an image of COCO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,9 @@ class PlanSettings:
     """GPUs that will run it, over all machines."""
     ims_per_gpu: int | None = None
     """Images a GPU takes at a time; by default as many as on the 8 GPUs of the published runs."""
+    measure: int | None = None
+    """Run as many iterations here, after three that do not count, and say how many hours and how much memory
+    the schedule takes."""
     output: Path | None = None
     """YAML file to write, for train_net's --config-file; printed only when not given."""
     json: bool = False
@@ -43,6 +50,8 @@ class PlanSettings:
             raise ValueError(f"--num-gpus {self.num_gpus}: wanted 1 or more")
         if self.ims_per_gpu is not None and self.ims_per_gpu < 1:
             raise ValueError(f"--ims-per-gpu {self.ims_per_gpu}: wanted 1 or more")
+        if self.measure is not None and self.measure < 1:
+            raise ValueError(f"--measure {self.measure}: wanted 1 iteration or more")
 
 
 def equivalent(solver: dict[str, Any], *, batch: int) -> dict[str, Any]:
@@ -104,6 +113,80 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def cost(result: dict[str, Any], iterations: int) -> dict[str, Any]:
+    """What the planned schedule takes, from `iterations` of one process on this machine.
+
+    Keys: device, seconds (median of an iteration), images_per_second (of all processes), hours, memory_gib
+    (peak). Images and objects are made up, of COCO's shape; loading them and the exchange between processes
+    are not in it.
+    """
+    import torch
+    from detectron2.modeling import build_model
+    from detectron2.utils.events import EventStorage
+
+    from pretrain.common.signals import StopSignals
+    from transfer.detection.config import load_config
+    from transfer.detection.train_loop import FineTuning, peak_memory_mib
+    from transfer.evaluation.results import device_name
+
+    words = [w for key, value in result["overrides"].items() for w in (key, _text(value))]
+    batch = result["ims_per_gpu"]
+    cfg = load_config(result["config_file"], [*words, "SOLVER.IMS_PER_BATCH", str(batch)])
+    torch.manual_seed(0)
+    trainer = FineTuning(cfg, build_model(cfg))
+    trainer.seed, trainer.stop = 0, StopSignals()
+    trainer.batches = iter(lambda: [_made_up(cfg) for _ in range(batch)], None)
+    trainer.model.train()
+    seconds = []
+    with EventStorage(0) as trainer.storage:
+        for trainer.iter in range(WARM_UP + iterations):
+            began = time.perf_counter()
+            trainer.run_step()
+            if trainer.on_gpu:
+                torch.cuda.synchronize()
+            waited = trainer.storage.history("data_time").latest()
+            seconds.append(time.perf_counter() - began - waited)
+    median = statistics.median(seconds[WARM_UP:])
+    return {
+        "device": device_name(torch.device(cfg.MODEL.DEVICE)),
+        "seconds": median,
+        "images_per_second": batch * result["num_gpus"] / median,
+        "hours": median * result["after"]["MAX_ITER"] / 3600,
+        "memory_gib": peak_memory_mib(trainer.on_gpu) / 1024,
+    }
+
+
+def _made_up(cfg: Any) -> dict[str, Any]:
+    """A training image of the config's size with as many objects as COCO's have (860,001 in 117,266)."""
+    import torch
+    from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
+
+    sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)
+    height = sizes[len(sizes) // 2]
+    width = min(height * 4 // 3, cfg.INPUT.MAX_SIZE_TRAIN)
+    corner = torch.rand(OBJECTS, 2) * torch.tensor([width * 0.7, height * 0.7])
+    boxes = torch.cat([corner, corner + torch.tensor([width * 0.25, height * 0.25])], dim=1)
+    instances = Instances((height, width), gt_boxes=Boxes(boxes))
+    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    classes = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    instances.gt_classes = torch.randint(classes, (OBJECTS,))
+    if cfg.MODEL.MASK_ON:
+        polygons = [[box[[0, 1, 2, 1, 2, 3, 0, 3]].double().numpy()] for box in boxes]
+        masks = PolygonMasks(polygons)
+        instances.gt_masks = (
+            masks if cfg.INPUT.MASK_FORMAT == "polygon" else BitMasks.from_polygon_masks(masks, height, width)
+        )
+    if cfg.MODEL.KEYPOINT_ON:
+        points = torch.rand(OBJECTS, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, 3)
+        points[..., :2] = boxes[:, None, :2] + points[..., :2] * (boxes[:, None, 2:] - boxes[:, None, :2])
+        points[..., 2] = 2  # visible
+        instances.gt_keypoints = Keypoints(points)
+    return {
+        "image": torch.randint(256, (3, height, width), dtype=torch.uint8),
+        "height": height, "width": width, "instances": instances,
+    }  # fmt: skip
+
+
 def as_config(result: dict[str, Any], folder: Path) -> str:
     """The plan as a YAML file of detectron2, based on the original (paths as seen from `folder`)."""
     nested: dict[str, Any] = {"_BASE_": os.path.relpath(result["config_file"], folder)}
@@ -125,6 +208,8 @@ def main(argv: list[str]) -> int | None:
     if settings.output is not None and settings.output.suffix != ".yaml":
         raise UserError(f"--output {settings.output}: wanted a file name that ends in .yaml")
     result = plan(settings)
+    if settings.measure is not None:
+        result["cost"] = cost(result, settings.measure)
     if settings.output is not None:
         write_text(settings.output, as_config(result, settings.output.resolve().parent))
     if settings.json:
@@ -136,11 +221,22 @@ def main(argv: list[str]) -> int | None:
         print(f"  SOLVER.{key:18s} {value!s:>18}  ->  {result['after'][key]}")
     for key, value in result["norm"].items():
         print(f"  {key:25s} {value or 'none'}")
+    if "cost" in result:
+        c = result["cost"]
+        print(
+            f"measured on one {c['device']}: {c['seconds']:.3g} s an iteration, {c['images_per_second']:.3g} "
+            f"images/s on {result['num_gpus']} without their exchange and loading, {c['hours']:.3g} hours, "
+            f"{c['memory_gib']:.3g} GiB of memory"
+        )
     for note in result["notes"]:
         print(f"note: {note}")
     print("append to train_net: " + " ".join(f"{k} {_spell(v)}" for k, v in result["overrides"].items()))
     return None
 
 
+def _text(value: Any) -> str:
+    return str(tuple(value)) if isinstance(value, list) else str(value)
+
+
 def _spell(value: Any) -> str:
-    return f'"{tuple(value)}"' if isinstance(value, list) else str(value)
+    return f'"{_text(value)}"' if isinstance(value, list) else str(value)

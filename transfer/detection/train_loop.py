@@ -103,7 +103,7 @@ def fine_tune(
     def judge() -> dict[str, Any]:
         outcome.update(evaluate(model))
         trainer.parallel.train()
-        return next(iter(outcome.values())) if len(outcome) == 1 else dict(outcome)
+        return dict(*outcome.values()) if len(outcome) == 1 else dict(outcome)
 
     period, best = cfg.TEST.EVAL_PERIOD, None
     if period > 0 and main:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pretrain.common.cli import run
+from transfer.conversion.availability import CONFIGS
 from transfer.detection import schedule
 from transfer.detection.config import load_config, shipped
 from transfer.detection.protocol import protocol_of
@@ -58,6 +59,18 @@ def test_the_same_batch_on_one_gpu_is_the_same_protocol_and_the_file_is_read_bac
     }  # fmt: skip
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (16, 90000, (60000, 80000))
     assert cfg.MODEL.MASK_ON  # the rest is the original's
+
+
+def test_the_cost_is_measured_here(tmp_path: Path, capsys: Any) -> None:
+    small = tmp_path / "small.yaml"
+    base = f"_BASE_: {CONFIGS / 'scenes_R18_FPN.yaml'}\n"
+    small.write_text(base + "INPUT:\n  MIN_SIZE_TRAIN: [64]\nSOLVER:\n  IMS_PER_BATCH: 2\n")
+    words = ["--config-file", str(small), "--num-gpus", "2", "--ims-per-gpu", "1", "--measure", "2", "--json"]
+    assert run(schedule.main, words) == 0
+    found = json.loads(capsys.readouterr().out)["cost"]
+    assert found["hours"] == pytest.approx(found["seconds"] * 250 / 3600)
+    assert found["images_per_second"] == pytest.approx(2 / found["seconds"])
+    assert 0.1 < found["memory_gib"] < 100 and found["device"]
 
 
 @pytest.mark.parametrize(
