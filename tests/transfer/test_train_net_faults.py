@@ -87,7 +87,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(
         finish(process)
     assert finish(start(folder, tmp_path)) == EXIT_OK
     same(tmp_path, undisturbed)
-    assert [m["iteration"] for m in read_jsonl(tmp_path / "metrics.json")] == list(range(ITERATIONS))
+    assert [m["iteration"] for m in read_jsonl(tmp_path / "metrics.json")] == list(range(ITERATIONS + 1))
     assert len(read_jsonl(tmp_path / "results.jsonl")) == 2
 
 
