@@ -70,7 +70,7 @@ def our_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Step:
     learner = Learner(
         encoder=encoder,
         target=target_encoder_of(encoder),
-        optimizer=build_optimizer(encoder, name="sgd", momentum=MOMENTUM, weight_decay=0.0),
+        optimizer=build_optimizer(encoder, momentum=MOMENTUM, weight_decay=0.0),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
     views = [v.contiguous(memory_format=torch.channels_last) for v in views]

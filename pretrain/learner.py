@@ -45,7 +45,7 @@ class Learner:
             encoder = cast(Encoder, convert_sync_batchnorm(encoder, device))
         target = target_encoder_of(encoder) if settings.ema else None
         optimizer = build_optimizer(
-            encoder, name=settings.optimizer, momentum=settings.momentum,
+            encoder, momentum=settings.momentum,
             weight_decay=settings.weight_decay, decay_1d=settings.decay_1d,
         )  # fmt: skip
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 def lr_at(step: int, *, base: float, warmup: int, total: int, final_ratio: float = 0.001) -> float:
@@ -38,45 +37,8 @@ def parameter_groups(
 
 
 def build_optimizer(
-    model: nn.Module, *, name: str, momentum: float, weight_decay: float, decay_1d: bool = False
+    model: nn.Module, *, momentum: float, weight_decay: float, decay_1d: bool = False
 ) -> torch.optim.Optimizer:
-    """ "sgd" (fused) or "lars", its learning rate set before each step."""
+    """SGD, fused; its learning rate is set before each step."""
     groups = parameter_groups(model, weight_decay=weight_decay, decay_1d=decay_1d)
-    if name == "lars":
-        return LARS(groups, lr=0.0, momentum=momentum)
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
-
-
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates, https://arxiv.org/abs/1708.03888, in the form of Barlow Twins and VICReg.
-
-    For a weight w (2 or more dimensions) with gradient g + weight_decay · w, the update is scaled by
-    eta · ‖w‖ / ‖g + weight_decay · w‖, then goes through momentum; 1-d parameters take plain SGD.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        eta: float = 0.001,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                update = p.grad.add(p, alpha=group["weight_decay"])
-                if p.ndim > 1:
-                    w_norm, u_norm = p.norm(), update.norm()
-                    ratio = group["eta"] * w_norm / u_norm
-                    update = update * torch.where((w_norm > 0) & (u_norm > 0), ratio, torch.ones_like(ratio))
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                p.sub_(state["momentum_buffer"], alpha=group["lr"])

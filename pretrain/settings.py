@@ -74,10 +74,8 @@ class Settings:
     """Learning rate of the last step, as a share of the highest."""
     warmup_epochs: float = 2.0
     """Epochs of linear warm-up."""
-    optimizer: Literal["sgd", "lars"] = "sgd"
-    """The optimizer."""
     momentum: float = 0.9
-    """Of the optimizer."""
+    """Momentum of SGD."""
     weight_decay: float = 1e-5
     """Weight decay."""
     decay_1d: bool = False

@@ -118,9 +118,9 @@ def test_a_finished_run_is_left_alone(
     [
         {},
         {"ema": True, "view_sizes": [24, 16, 16], "blur_p": [0.5], "solarise_p": [0.1], "whitening": "batch"},
-        {"optimizer": "lars", "precision": "bfloat16", "stem": "cifar", "view_sizes": [12, 12]},
+        {"precision": "bfloat16", "stem": "cifar", "view_sizes": [12, 12]},
     ],
-    ids=["two views", "six-crop-like with EMA", "LARS in bfloat16"],
+    ids=["two views", "six-crop-like with EMA", "CIFAR stem in bfloat16"],
 )
 def test_stopped_and_continued_equals_uninterrupted_to_the_bit(
     changes: dict, cifar_folder: Path, finished: Path, tmp_path: Path
@@ -217,9 +217,7 @@ def test_control_has_the_runs_initialisation_and_estimated_statistics(
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     cifar_folder: Path, tmp_path: Path
 ) -> None:
-    settings = tiny(
-        cifar_folder, tmp_path, lr=1e25, warmup_epochs=0, log_every=1, save_every=1, optimizer="sgd"
-    )
+    settings = tiny(cifar_folder, tmp_path, lr=1e25, warmup_epochs=0, log_every=1, save_every=1)
     with pytest.raises(
         RunFailed, match=r"(loss is not finite at step \d+: total .* learning rate|weights are not)"
     ):

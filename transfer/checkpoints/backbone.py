@@ -127,11 +127,6 @@ class Reading:
         return self.faults == 0
 
 
-def load_state(path: str | Path) -> Any:
-    """The object in a checkpoint file, read safely: containers, tensors, plain values, inert placeholders."""
-    return load_file(path).value
-
-
 def load_backbone(path: str | Path, *, arch: str | None = None, branch: str = "online") -> Backbone:
     """Load the backbone of `branch` ("online" or "ema") from a checkpoint of any known format.
 

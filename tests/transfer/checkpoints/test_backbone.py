@@ -24,8 +24,9 @@ from pretrain.common.errors import UserError
 from pretrain.model import build_backbone
 from tests.helpers import checkpoint_zoo as zoo
 from transfer.checkpoints.architecture import ARCHS, SAME_SHAPES, arch_shapes
-from transfer.checkpoints.backbone import load_backbone, load_state
+from transfer.checkpoints.backbone import load_backbone
 from transfer.checkpoints.formats import FORMATS
+from transfer.checkpoints.safe_load import load_file
 
 A, B = zoo.backbone(0), zoo.backbone(1)
 
@@ -280,7 +281,7 @@ def test_own_training_run_says_what_its_images_are(tmp_path: Path):
     found = load_backbone(save(zoo.ZOO["this project, training run"][0](A, B), tmp_path / "checkpoint.pt"))
     assert found.metadata["image_size"] == "48" and found.metadata["mean"] == "0.1,0.2,0.3"
     assert found.metadata["source"] == "INTL pretraining"
-    assert set(load_state(tmp_path / "checkpoint.pt")) >= {"model", "ema", "config"}
+    assert set(load_file(tmp_path / "checkpoint.pt").value) >= {"model", "ema", "config"}
 
 
 @pytest.mark.parametrize(
