@@ -131,7 +131,8 @@ def _shrunk(images: ImageDataset, by: int) -> Iterator[Pair]:
     for i in range(len(images)):
         full = images.image(i)
         box = _box(full, i, SMALL_SIZE, min_scale=0.5)
-        small = images.image(i, least_size=lambda size: (size[0] // by, size[1] // by))
+        with images.open(i) as opened:
+            small = opened.decode((full.width // by, full.height // by))
         shrunk = round(full.width / small.width)
         if shrunk != by or min(box[2:]) < by * SMALL_SIZE:
             continue  # not a JPEG, or too small for that

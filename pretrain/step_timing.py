@@ -16,9 +16,8 @@ from pretrain.data.loader import (
     StepBatches,
     Views,
     batches,
+    colour_place,
     default_workers,
-    finishes_in_workers,
-    where_finished,
 )
 from pretrain.learner import Learner, choose_dtype, parallel
 from pretrain.settings import Settings
@@ -35,7 +34,7 @@ def report(settings: Settings, steps: int) -> None:
     """Time some steps part by part, and print the table."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     others = alternatives(settings, device)
-    images = open_dataset(settings.dataset, settings.data_dir, "train")
+    images = open_dataset(settings.dataset, settings.data_dir, "train", labelled=False)
     with Progress((1 + len(others)) * (steps + WARM_UP), label="profile") as bar:
         seconds = time_parts(settings, images, device, steps, bar)
         peak_gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
@@ -70,7 +69,7 @@ def alternatives(settings: Settings, device: torch.device) -> dict[str, Settings
     changes: dict[str, Any] = {}
     workers = _workers(settings, device)
     if settings.augment_on == "auto" and (device.type == "cuda" or workers > 0):
-        changes["augment_on"] = "device" if finishes_in_workers("auto", device) else "workers"
+        changes["augment_on"] = "device" if colour_place("auto", workers, device)[0] else "workers"
     if workers < cores():
         changes["workers"] = min(max(2 * workers, 1), cores())
     dtype, native = (choose_dtype(p, device) for p in (settings.precision, "auto"))
@@ -103,8 +102,7 @@ def speedups(seconds: dict[str, float], tried: dict[str, dict[str, float]]) -> d
 
 
 def _said_of_placement(settings: Settings, device: torch.device) -> str:
-    in_workers = finishes_in_workers(settings.augment_on, device)
-    where = where_finished(in_workers, _workers(settings, device), device)
+    _, where = colour_place(settings.augment_on, _workers(settings, device), device)
     return f"colour and blur {where} (--augment-on {settings.augment_on})"
 
 
@@ -118,7 +116,8 @@ def time_parts(
     encoder = parallel(learner.encoder, device, compiled=settings.compile)
     views = Views(
         images, views_of(settings), seed=0, mean=settings.mean, std=settings.std,
-        finish_here=finishes_in_workers(settings.augment_on, device), jpeg_draft=settings.jpeg_draft,
+        finish_here=colour_place(settings.augment_on, _workers(settings, device), device)[0],
+        jpeg_draft=settings.jpeg_draft,
     )  # fmt: skip
     order = StepBatches(
         len(images),

@@ -27,21 +27,21 @@ from pretrain.common.signals import StopSignals
 from pretrain.control import estimate_bn
 from pretrain.data.augment import View, finish
 from pretrain.data.corrupt_images import Skipped
-from pretrain.data.datasets import BrokenImage, ImageDataset, open_dataset
+from pretrain.data.datasets import ImageDataset, open_dataset
+from pretrain.data.images import BrokenImage
 from pretrain.data.loader import (
     Batch,
     StepBatches,
     Views,
     batches,
+    colour_place,
     default_workers,
-    finishes_in_workers,
-    where_finished,
 )
 from pretrain.diagnostics import collapse, diagnose
 from pretrain.learner import Learner, choose_dtype, parallel
 from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
 from pretrain.metrics import LossLog, MetricsWriter
-from pretrain.model import SHALLOW
+from pretrain.model import SHALLOW, build_backbone
 from pretrain.optim import ema_momentum_at, lr_at
 from pretrain.settings import FREE_TO_CHANGE, Settings
 from pretrain.spectral import power
@@ -115,9 +115,11 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     output = Path(settings.output)
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb needs the wandb package: pip install 'intl-bench[wandb]'")
-    images = open_dataset(settings.dataset, settings.data_dir, "train")
-    plan = Plan.of(settings, len(images), world_size())
     dtype = choose_dtype(settings.precision, device)
+    with torch.device("meta"):
+        build_backbone(settings.arch, stem=settings.stem)  # an unknown name is told before the listing
+    images = open_dataset(settings.dataset, settings.data_dir, "train", labelled=False)
+    plan = Plan.of(settings, len(images), world_size())
     start, saved, unlogged, broken = 0, None, [], []
     if (output / "checkpoint.pt").exists():
         saved = load_checkpoint(output / "checkpoint.pt")
@@ -177,7 +179,8 @@ def _loop(
     hook: Hook | None,
 ) -> None:
     output, total = Path(settings.output), plan.steps
-    finish_here = finishes_in_workers(settings.augment_on, device)
+    workers = default_workers(device) if settings.workers is None else settings.workers
+    finish_here, where = colour_place(settings.augment_on, workers, device)
     views = Views(
         images, views_of(settings), seed=settings.seed, mean=settings.mean, std=settings.std,
         finish_here=finish_here, jpeg_draft=settings.jpeg_draft,
@@ -186,7 +189,6 @@ def _loop(
         len(images), batch_global=settings.batch_global, rank=rank(), world=world_size(),
         seed=settings.seed, start=start, stop=total,
     )  # fmt: skip
-    workers = default_workers(device) if settings.workers is None else settings.workers
     loader = batches(views, steps, workers=workers, pin_memory=device.type == "cuda")
     encoder = parallel(learner.encoder, device, compiled=settings.compile)
     learner.encoder.train()
@@ -199,8 +201,7 @@ def _loop(
     skipped = Skipped(settings.max_broken_images, broken)
     logger.info(
         "training %s on %s: %d steps, %s, %d loader workers, colour and blur %s (--augment-on %s)",
-        settings.arch, device, total, dtype, workers, where_finished(finish_here, workers, device),
-        settings.augment_on,
+        settings.arch, device, total, dtype, workers, where, settings.augment_on,
     )  # fmt: skip
 
     progress = Progress(total, label="pretrain", start=start, file=output / "progress.json")
@@ -214,7 +215,7 @@ def _loop(
             try:
                 batch = next(loader)
             except BrokenImage as error:
-                raise RunFailed(str(error).rpartition("BrokenImage: ")[2].strip()) from None
+                raise RunFailed(str(error)) from None
             skipped.note(batch.broken)
             lr = lr_at(
                 step, base=plan.lr, warmup=plan.warmup, total=total, final_ratio=settings.lr_final_ratio

@@ -53,6 +53,14 @@ What `--dataset NAME --data-dir DIR` wants in DIR.
 - `cifar10`, `cifar100`: torchvision's files, or class folders; `fashion_mnist`: its four idx files. `voc07`:
   `VOC2007/`, for `linear` with an SVM's protocol.
 
+Of a class folder the files named .bmp, .jpeg, .jpg, .pgm, .png, .ppm, .tif, .tiff and .webp are taken,
+however deep; hidden names and those of systems (`__MACOSX`, `@eaDir`, `Thumbs.db`) are left out, and what
+else is left out is counted in a warning. Pretraining needs no labels: with `--dataset imagefolder` its
+images may lie in `train/` itself. An image that cannot be read stops no evaluation on cached features before
+all such images are listed, and `--max-broken-images` allows for some. Of more than 100,000 images the list is
+kept in the user's cache folder, for as long as no folder changes; `touch` the folder of a file that was
+overwritten in place.
+
 They are reported in top-1 (`voc07` in mAP), the sets below in the metric of their row: it is the headline of
 the report, and held-out heads, C and best epochs are chosen by it. Mean per class is the mean over classes of
 the share of their images that is judged right, `mean_per_class` in results.

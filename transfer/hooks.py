@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pretrain.common.errors import UserError
 from pretrain.common.signals import StopSignals
-from pretrain.data.datasets import BrokenImage, ImageDataset, open_dataset
+from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.model import build_backbone
 from pretrain.settings import Settings
 from transfer.checkpoints.backbone import Backbone
@@ -97,21 +97,12 @@ def _features(
     rows: list[Tensor] = []
     labels: list[np.ndarray] = []
     for pixels, positions in image_batches(
-        _Readable(images, extractor.transform), batches, extractor.transform, workers
-    ):
+        Decoded(images, extractor.transform), batches, extractor.transform, workers,
+        on_broken=lambda *_: None,
+    ):  # fmt: skip
         if StopSignals.heard is not None:
             return None
-        good = positions >= 0
-        rows.append(extractor(pixels).cpu()[torch.from_numpy(good)])
-        labels.append(images.labels_N[positions[good]])
+        if len(positions):
+            rows.append(extractor(pixels).cpu())
+            labels.append(images.labels_N[positions])
     return torch.cat(rows), np.concatenate(labels)
-
-
-class _Readable(Decoded):
-    """Pixels by position; black ones at position -1 for an image that cannot be read."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        try:
-            return super().__getitem__(index)
-        except BrokenImage:
-            return torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8), -1

@@ -73,6 +73,9 @@ class EvaluationSettings:
     within 5 % of their spread."""
     random_init: bool = False
     """Judge a backbone that was never trained (BatchNorm without statistics), which is refused otherwise."""
+    max_broken_images: int = 0
+    """Images that may be unreadable, of training and test part together: they are left out, and a result's n
+    is the number judged. With more, all of them are listed and nothing is lost."""
     force: bool = False
     """Evaluate again although OUTPUT holds the result."""
 
@@ -85,6 +88,8 @@ class EvaluationSettings:
                 raise ValueError(f"--{name} {values}: wanted three numbers, such as [0.5, 0.5, 0.5]")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"--std {self.std}: wanted three numbers above 0")
+        if self.max_broken_images < 0:
+            raise ValueError(f"--max-broken-images {self.max_broken_images}: wanted 0 or more")
         if self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: wanted 1 or more")
         if self.workers is not None and self.workers < 0:

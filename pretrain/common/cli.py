@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
-from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.errors import RunFailed, UserError, worker_failure
 from pretrain.common.files import write_text
 from pretrain.common.help_formatter import EXIT_CODES, Formatter, help_text
 from pretrain.common.signals import Stopped
@@ -202,6 +202,12 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         return EXIT_USAGE
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except RuntimeError as error:
+        said = worker_failure(error)  # told by a signal, wherever the main thread was
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
         return EXIT_FAILED
     except Stopped as stop:
         print(f"{stop}; run the same command again to go on", file=sys.stderr)

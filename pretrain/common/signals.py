@@ -15,6 +15,8 @@ from types import FrameType
 from typing import Any, ClassVar
 
 OWN_SIGNAL_WAIT_S = 10.0
+ECHO_S = 2.0  # a scheduler may send the same signal to a job's script and to its step: one request
+REQUEUE_WAIT_S = 60.0  # half of what a job is given between SIGUSR2 and its end (slurm/steps/resources.py)
 
 
 class Stopped(Exception):
@@ -24,9 +26,10 @@ class Stopped(Exception):
 class StopSignals:
     """Turn SIGTERM, SIGUSR2 and SIGINT into the flag `requested` for as long as the block lasts.
 
-    A second Ctrl-C does not wait: it raises KeyboardInterrupt. A process that is deaf to Ctrl-C (a job, which
-    whoever started it stops) stays so. Outside the main thread, where Python allows no handlers, the flag
-    stays False.
+    A second signal leaves at once, without saving: Ctrl-C raises KeyboardInterrupt, the others are handed
+    over. So is SIGUSR2 where the loop has not come round to it within REQUEUE_WAIT_S: a job that hangs is
+    queued again all the same. Processes that ignore SIGINT (a job, which whoever started it stops) keep
+    ignoring it. Outside the main thread, where Python allows no handlers, the flag stays False.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
@@ -35,7 +38,9 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._received_at = 0.0
         self._earlier: dict[int, Any] = {}
+        self._overdue: threading.Timer | None = None
 
     @property
     def requested(self) -> bool:
@@ -53,16 +58,36 @@ class StopSignals:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            if self.received == number:
+        now = time.monotonic()
+        if self.received is not None:
+            if number == self.received == signal.SIGINT:
                 raise KeyboardInterrupt
+            if now - self._received_at > ECHO_S:
+                self._leave(number, "without saving: what was saved before is kept")
+            return
+        if number == signal.SIGINT:
             print("saving; Ctrl-C again leaves at once", file=sys.stderr, flush=True)
         self.received = StopSignals.heard = number
+        self._received_at = now
+        if number == signal.SIGUSR2 and callable(self._earlier.get(number)):
+            self._overdue = threading.Timer(REQUEUE_WAIT_S, os.kill, (os.getpid(), number))
+            self._overdue.daemon = True
+            self._overdue.start()
+
+    def _leave(self, number: int, how: str) -> None:
+        """Give the signal to whoever handled it before, or raise Stopped."""
+        earlier = self._earlier.get(number)
+        self._restore()
+        if callable(earlier):
+            os.kill(os.getpid(), number)
+        raise Stopped(f"stopped by {signal.Signals(number).name} {how}")
 
     def _restore(self) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         self._earlier.clear()
+        if self._overdue is not None:
+            self._overdue.cancel()
 
     def hand_over(self) -> None:
         """After saving: give the signal to whoever handled it before, or raise Stopped.
@@ -75,8 +100,4 @@ class StopSignals:
             time.sleep(0.02)
         if self.received is None:
             raise Stopped("stopped because another rank was told to, with everything saved")
-        earlier = self._earlier.get(self.received)
-        self._restore()
-        if callable(earlier):
-            os.kill(os.getpid(), self.received)
-        raise Stopped(f"stopped by {signal.Signals(self.received).name} with everything saved")
+        self._leave(self.received, "with everything saved")

@@ -39,6 +39,10 @@ CACHE_BYTES = 1 << 20  # of float32 images that one pass of `finish` holds on a 
 ORDERS = np.array(list(itertools.permutations(range(3))))  # of brightness, contrast, saturation
 
 
+Box = tuple[int, int, int, int]
+"""Left, top, width and height of a crop, px."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class View:
     """How one view is made: see the options of the same names in `pretrain.settings`."""
@@ -71,7 +75,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def crop_box(u: np.ndarray, width: int, height: int, view: View) -> tuple[int, int, int, int]:
+def crop_box(u: np.ndarray, width: int, height: int, view: View) -> Box:
     """torchvision's RandomResizedCrop.get_params from 22 uniform numbers: left, top, width, height in px."""
     area = width * height
     for k in range(CROP_TRIES):
@@ -89,7 +93,7 @@ def crop_box(u: np.ndarray, width: int, height: int, view: View) -> tuple[int, i
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def resized_crop(pixels: Tensor, box: tuple[int, int, int, int], view: View) -> Tensor:
+def resized_crop(pixels: Tensor, box: Box, view: View) -> Tensor:
     """S x S x 3 uint8: the part (left, top, width, height) of an H x W x 3 image, antialiased.
 
     torch's uint8 kernel, four times as fast as Pillow's: within one level of it, but for a pixel in thousands
@@ -103,7 +107,7 @@ def resized_crop(pixels: Tensor, box: tuple[int, int, int, int], view: View) -> 
     return out[0].permute(1, 2, 0)
 
 
-def shrunk_crop(image: Image.Image, box: tuple[int, int, int, int], shrunk: int, view: View) -> Tensor:
+def shrunk_crop(image: Image.Image, box: Box, shrunk: int, view: View) -> Tensor:
     """S x S x 3 uint8: the same part of an image that was decoded `shrunk` times smaller.
 
     The box, given in px of the full size, falls between decoded pixels; Pillow takes it there, where rounding

@@ -1,10 +1,4 @@
-"""Data sets by name: labelled RGB images, one at a time.
-
-Conversions: every image becomes 8-bit RGB as `PIL.Image.convert("RGB")` makes it (an alpha channel is
-dropped, CMYK and palettes are converted, EXIF rotation is not applied, as in the published pipelines); 16-bit
-grey keeps its upper eight bits, where PIL (and torchvision with it) makes all above 255 white. Images of
-32-bit integers or floats, of which nobody can tell what is white, are refused.
-"""
+"""Data sets by name: labelled RGB images, one at a time."""
 
 from __future__ import annotations
 
@@ -12,37 +6,32 @@ import gzip
 import hashlib
 import io
 import logging
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile
 
+from pretrain.common.collectives import gather_objects
 from pretrain.common.errors import UserError
+from pretrain.common.process_group import is_main
+from pretrain.data.folder_advice import no_class, no_folder, no_image, no_split, one_level_too_high
+from pretrain.data.folders import IMAGE_SUFFIXES, class_folders, list_images, stats_of, tell_passed_over
+from pretrain.data.images import BrokenImage, OpenImage, common_small_side, open_file
 from pretrain.data.shards import Shards, find_shards, open_shards
 from pretrain.data.transfer_sets import SETS, read_transfer_set
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLIT_FOLDERS = {"train": ("train",), "test": ("val", "test", "validation")}
-SIXTEEN_BIT_AS_I = ("PNG", "PPM")  # formats that have 16 bits at most, which PIL may open as mode I
-SMALL_SIDE = 64  # px: an image set whose images all are at most this large is evaluated without cropping
+KEEP_BYTES = "surrogateescape"  # of file names that are no UTF-8
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-
-SizeRule = Callable[[tuple[int, int]], tuple[int, int]]
-
-
-class BrokenImage(UserError):
-    """An image file that cannot be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +46,8 @@ class ImageDataset:
     native_size: int | None
     root: Path
     files: Sequence[str] | None = None
+    listed_N2: np.ndarray | None = None
+    """Size and modification time in ns of each of `files`, where listing them has told."""
     shards: Shards | None = None
     pixels: np.ndarray | None = None
     notes: tuple[str, ...] = ()
@@ -71,16 +62,33 @@ class ImageDataset:
             return self.shards.key(i)
         return self.files[i] if self.files is not None else str(i)
 
-    def image(self, i: int, *, least_size: SizeRule | None = None) -> Image.Image:
-        """Image `i` as 8-bit RGB, see `read_image`. Raises BrokenImage naming the file."""
+    def open(self, i: int) -> OpenImage:
+        """Image `i`, open and not decoded yet. Raises BrokenImage naming the file."""
+        if self.pixels is not None:
+            return OpenImage(Image.fromarray(self.pixels[i]), str(i), "")
+        path = self.root / self.key(i)
+        if self.shards is None:
+            return open_file(path)
+        try:
+            data = self.shards.read(i)
+        except OSError as error:
+            raise BrokenImage(f"{path}: cannot be read ({error})") from error
+        return OpenImage(io.BytesIO(data), path, "write the shard anew without it")
+
+    def image(self, i: int) -> Image.Image:
+        """Image `i` as 8-bit RGB. Raises BrokenImage naming the file."""
+        with self.open(i) as image:
+            return image.decode()
+
+    @cached_property
+    def stats_N2(self) -> np.ndarray:
+        """What shows that image i is as it was: size and time of its file, or of its shard and its place."""
+        if self.listed_N2 is not None:
+            return self.listed_N2
         if self.shards is not None:
-            return _read_member(self.root / self.key(i), self.shards, i, least_size)
-        if self.pixels is None:
-            return read_image(self.root / self.key(i), least_size=least_size)
-        image = Image.fromarray(self.pixels[i])
-        if least_size is not None:
-            least_size(image.size)
-        return image.convert("RGB")
+            stamps = np.array(self.shards.stamps, np.int64)[self.shards.shard_N]
+            return np.concatenate([stamps, self.shards.offset_N[:, None]], 1)
+        return stats_of(self.root, self.files or ())
 
     @cached_property
     def contents(self) -> str:
@@ -89,7 +97,9 @@ class ImageDataset:
         if self.pixels is not None:
             digest.update(self.pixels.tobytes())
         else:
-            digest.update("\n".join([*self.classes, *map(self.key, range(len(self)))]).encode())
+            digest.update(
+                "\n".join([*self.classes, *map(self.key, range(len(self)))]).encode(errors=KEEP_BYTES)
+            )
         return digest.hexdigest()
 
     @cached_property
@@ -99,59 +109,20 @@ class ImageDataset:
         digest.update(self.labels_N.tobytes())
         if self.pixels is not None:
             digest.update(self.pixels.tobytes())
-        for file in self.files or ():
-            stat = os.stat(self.root / file)
-            digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        if self.files is not None:
+            digest.update("\0".join(self.files).encode(errors=KEEP_BYTES))
+            digest.update(np.ascontiguousarray(self.stats_N2).tobytes())
         if self.shards is not None:
             for path, (size, time) in zip(self.shards.paths, self.shards.stamps):
-                digest.update(f"{path.name}\0{size}\0{time}\n".encode())
+                digest.update(f"{path.name}\0{size}\0{time}\n".encode(errors=KEEP_BYTES))
         return digest.hexdigest()
 
+    def agree(self) -> None:
+        """Take rank 0's word for the fingerprint, so that it alone looks at the files.
 
-def read_image(path: str | Path, *, least_size: SizeRule | None = None) -> Image.Image:
-    """Decode an image file to 8-bit RGB. Raises BrokenImage naming the file.
-
-    `least_size`, asked with the image's (width, height), answers with a size: a JPEG is then decoded at 1/2,
-    1/4 or 1/8 of its own where that is no smaller.
-    """
-    return _decode(path, path, least_size, "replace the file or take it out of the folder")
-
-
-def _read_member(name: Path, shards: Shards, i: int, least_size: SizeRule | None) -> Image.Image:
-    try:
-        data = shards.read(i)
-    except OSError as error:
-        raise BrokenImage(f"{name}: cannot be read ({error})") from error
-    return _decode(io.BytesIO(data), name, least_size, "write the shard anew without it")
-
-
-def _decode(
-    file: str | Path | BinaryIO, name: str | Path, least_size: SizeRule | None, advice: str
-) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            if least_size is not None:
-                image.draft(None, least_size(image.size))
-            return to_rgb(image)
-    except FileNotFoundError as error:
-        raise BrokenImage(f"{name}: the file is gone since the folder was read") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error)
-        for named in (repr(str(file)), str(file)):  # the message begins with the name
-            reason = reason.replace(named, "")
-        reason = reason.rstrip(": ")
-        raise BrokenImage(f"{name}: not a readable image ({reason}); {advice}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image as 8-bit RGB, see the module's first lines. Raises ValueError for 32 bits a channel."""
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT_AS_I)
-    if image.mode in ("I", "F") and not deep:
-        kind = "floats" if image.mode == "F" else "32-bit or signed integers"
-        raise ValueError(f"its pixels are {kind}, PIL's mode {image.mode}; wanted 8 or 16 bits a channel")
-    if deep:
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+        All ranks must call, before it is asked for otherwise.
+        """
+        self.__dict__["fingerprint"] = gather_objects(self.fingerprint if is_main() else None)[0]
 
 
 CLASS_COUNTS = {
@@ -167,8 +138,10 @@ IMAGE_COUNTS = {
 """Of train and test."""
 
 
-def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
+def open_dataset(name: str, data_dir: str | Path, split: str, *, labelled: bool = True) -> ImageDataset:
     """The `split` ("train" or "test"; for ImageNet-like folders "test" is val/) of `name` in `data_dir`.
+
+    Where labels are not needed (`labelled` False) an imagefolder's images may lie in any folders, or in none.
 
     Raises UserError for an unknown name or split, a missing or empty folder, a cut-off file, and for another
     number of classes than the data set has: a name stands for its data wherever figures are compared.
@@ -180,8 +153,9 @@ def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
         raise UserError(f"unknown split {split!r}; choose train or test")
     root = Path(data_dir)
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder; --data-dir must name the folder that holds {name}")
-    data = DATASETS[name](name, root, split)
+        raise UserError(no_folder(root, name))
+    reader = DATASETS[name] if labelled or name != "imagefolder" else _open_unlabelled
+    data = reader(name, root, split)
     wanted = CLASS_COUNTS.get(name, len(data.classes))
     if len(data.classes) != wanted:
         raise UserError(
@@ -197,25 +171,21 @@ def open_dataset(name: str, data_dir: str | Path, split: str) -> ImageDataset:
 
 
 def _open_folder(
-    name: str, root: Path, split: str, classes: Sequence[str] | None = None, native_size: int | None = None
+    name: str,
+    root: Path,
+    split: str,
+    classes: Sequence[str] | None = None,
+    native_size: int | None = None,
+    *,
+    labelled: bool = True,
 ) -> ImageDataset:
     """`root`/<split>/<class>/<image>; with `classes`, these alone and in this order."""
     folder = next((root / n for n in SPLIT_FOLDERS[split] if (root / n).is_dir()), None)
     if folder is None:
-        wanted = " or ".join(f"{n}/" for n in SPLIT_FOLDERS[split])
-        raise UserError(
-            f"{root}: has no {wanted}; wanted {root}/{SPLIT_FOLDERS[split][0]}/<class>/<image files>"
-        )
-    found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        raise UserError(no_split(root, SPLIT_FOLDERS[split]))
+    found = class_folders(folder)
     if not found:
-        flat = any(Path(entry.name).suffix.lower() in IMAGE_SUFFIXES for entry in os.scandir(folder))
-        hint = (
-            "holds images but no class folders; sort them into one folder a class (for ImageNet's validation "
-            "images, the script valprep.sh does so)"
-            if flat
-            else "is empty; wanted one folder a class with image files in it"
-        )
-        raise UserError(f"{folder}: {hint}")
+        raise UserError(no_class(folder))
     if classes is not None:
         missing = sorted(set(classes) - set(found))
         if missing:
@@ -223,48 +193,34 @@ def _open_folder(
                 f"{folder}: {len(missing)} of the {len(classes)} class folders of {name} are missing "
                 f"({', '.join(missing[:3])} ...); wanted ImageNet's folder names (n01440764 ...)"
             )
-    files: list[str] = []
-    labels: list[int] = []
-    for label, class_name in enumerate(classes or found):
-        names = sorted(_image_files(folder / class_name))
-        if not names:
-            raise UserError(
-                f"{folder / class_name}: no image in this class folder; add images or remove the folder "
-                f"(wanted {', '.join(sorted(IMAGE_SUFFIXES))})"
-            )
-        files += [f"{class_name}/{n}" for n in names]
-        labels += [label] * len(names)
+    taken = list(classes or found)
+    listing = list_images(folder, taken)
+    empty = np.flatnonzero(np.bincount(listing.labels_N, minlength=len(taken)) == 0)
+    if len(empty):
+        raise UserError(no_image(folder / taken[int(empty[0])]))
+    if labelled and (nested := one_level_too_high(folder, taken, listing.files)):
+        raise UserError(nested)
+    tell_passed_over(folder, listing.passed_over)
     return ImageDataset(
-        name=name, split=split, classes=list(classes or found), labels_N=np.asarray(labels, np.int64),
-        native_size=native_size or _common_small_side(len(files), lambda i: folder / files[i]), root=folder,
-        files=files,
+        name=name, split=split, classes=taken, labels_N=listing.labels_N, root=folder, files=listing.files,
+        listed_N2=listing.stats_N2,
+        native_size=native_size
+        or common_small_side(len(listing.files), lambda i: open_file(folder / listing.files[i])),
     )  # fmt: skip
 
 
-def _image_files(folder: Path) -> list[str]:
-    """Image files anywhere under `folder`, relative to it."""
-    out = []
-    for entry in os.scandir(folder):
-        if entry.is_dir():
-            out += [f"{entry.name}/{n}" for n in _image_files(Path(entry.path))]
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-            out.append(entry.name)
-    return out
-
-
-def _common_small_side(count: int, image_file: Callable[[int], Path | BinaryIO]) -> int | None:
-    """The side of the images where 32 of them spread over the set are all square, equal and small."""
-    sizes = set()
-    for i in range(0, count, max(1, count // 32)):
-        try:
-            with Image.open(image_file(i)) as image:
-                sizes.add(image.size)
-        except OSError:
-            continue
-        if len(sizes) > 1 or max(image.size) > SMALL_SIDE:
-            return None
-    width, height = sizes.pop() if sizes else (0, 1)
-    return width if width == height else None
+def _open_unlabelled(name: str, root: Path, split: str) -> ImageDataset:
+    """As `_open_folder`, or images that lie in `root`/<split> or in `root` itself, as one class."""
+    folder = next((root / n for n in SPLIT_FOLDERS[split] if (root / n).is_dir()), root)
+    flat = list_images(folder, [""]) if folder == root or not class_folders(folder) else None
+    if flat is None or not flat.files:
+        return _open_folder(name, root, split, labelled=False)
+    tell_passed_over(folder, flat.passed_over)
+    return ImageDataset(
+        name=name, split=split, classes=["all"], labels_N=flat.labels_N, root=folder, files=flat.files,
+        listed_N2=flat.stats_N2,
+        native_size=common_small_side(len(flat.files), lambda i: open_file(folder / flat.files[i])),
+    )  # fmt: skip
 
 
 def _open_webdataset(name: str, root: Path, split: str) -> ImageDataset:
@@ -273,7 +229,9 @@ def _open_webdataset(name: str, root: Path, split: str) -> ImageDataset:
     return ImageDataset(
         name=name, split=split, classes=[str(c) for c in range(int(shards.labels_N.max()) + 1)],
         labels_N=shards.labels_N, root=root, shards=shards,
-        native_size=_common_small_side(len(shards.names), lambda i: io.BytesIO(shards.read(i))),
+        native_size=common_small_side(
+            len(shards.names), lambda i: OpenImage(io.BytesIO(shards.read(i)), shards.names[i], "")
+        ),
     )  # fmt: skip
 
 

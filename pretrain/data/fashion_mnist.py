@@ -6,7 +6,6 @@ Xiao et al., 2017, https://github.com/zalandoresearch/fashion-mnist (MIT licence
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import subprocess
 import tempfile
@@ -14,18 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.common.errors import UserError
+from pretrain.data.cache import cache_dir
 
 logger = logging.getLogger(__name__)
 
 FILES = tuple(f"{s}-{k}-ubyte.gz" for s in ("train", "t10k") for k in ("images-idx3", "labels-idx1"))
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
-
-
-def cache_dir() -> Path:
-    """Where data sets fetched by this project are kept: $INTL_BENCH_DATA, else the user's cache folder."""
-    own = os.environ.get("INTL_BENCH_DATA")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(own) if own else cache / "intl-bench"
 
 
 def _places() -> Iterator[Path]:

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from pretrain.common.machine import cores_of_rank
 from pretrain.data.augment import (
+    Box,
     Colours,
     View,
     crop_box,
@@ -34,12 +30,13 @@ from pretrain.data.augment import (
     shrunk_crop,
     uniforms,
 )
-from pretrain.data.datasets import BrokenImage, ImageDataset
+from pretrain.data.datasets import ImageDataset
+from pretrain.data.images import BrokenImage
+from pretrain.data.workers import load
 
 logger = logging.getLogger(__name__)
 
 MOST_BROKEN_IN_A_ROW = 100
-PARENT_LOOK_S = 5.0  # between two looks of a worker at the process it works for
 FIRST_COLOUR_SLOT = 22  # the first 22 uniform numbers place the crop
 
 
@@ -122,20 +119,12 @@ class Views(Dataset[Any]):
 
     def _crops(self, index: int, numbers: list[np.ndarray], broken: list[str]) -> list[Tensor]:
         """The crops of image `index`, or of the next one that can be read."""
-        boxes: list[tuple[int, int, int, int]] = []
-        full = (0, 0)
-
-        def place_crops(size: tuple[int, int]) -> tuple[int, int]:
-            nonlocal full
-            full = size
-            boxes[:] = [crop_box(u, *size, view) for u, view in zip(numbers, self.views)]
-            shrink = min(min(w, h) / view.size for (_, _, w, h), view in zip(boxes, self.views))
-            shrink = max(shrink / 2, 1.0) if self.jpeg_draft else 1.0
-            return int(size[0] / shrink), int(size[1] / shrink)
-
         for after in range(MOST_BROKEN_IN_A_ROW):
             try:
-                image = self.images.image((index + after) % len(self.images), least_size=place_crops)
+                with self.images.open((index + after) % len(self.images)) as image:
+                    width, height = image.size
+                    boxes = [crop_box(u, width, height, view) for u, view in zip(numbers, self.views)]
+                    decoded = image.decode(self._least(width, height, boxes))
                 break
             except BrokenImage as error:
                 broken.append(str(error))
@@ -143,20 +132,28 @@ class Views(Dataset[Any]):
             raise BrokenImage(
                 f"{MOST_BROKEN_IN_A_ROW} images in a row cannot be read, the last: {broken[-1]}"
             )
-        shrunk = round(full[0] / image.width)  # 2, 4 or 8 where a JPEG was decoded smaller
+        shrunk = round(width / decoded.width)  # 2, 4 or 8 where a JPEG was decoded smaller
         if shrunk > 1:
-            return [shrunk_crop(image, box, shrunk, view) for box, view in zip(boxes, self.views)]
-        pixels = torch.from_numpy(np.array(image))
+            return [shrunk_crop(decoded, box, shrunk, view) for box, view in zip(boxes, self.views)]
+        pixels = torch.from_numpy(np.array(decoded))
         return [resized_crop(pixels, box, view) for box, view in zip(boxes, self.views)]
+
+    def _least(self, width: int, height: int, boxes: list[Box]) -> tuple[int, int] | None:
+        """The least size to decode at, where each crop has at least twice the pixels of its view a side."""
+        if not self.jpeg_draft:
+            return None
+        shrink = min(min(w, h) / view.size for (_, _, w, h), view in zip(boxes, self.views))
+        shrink = max(shrink / 2, 1.0)
+        return int(width / shrink), int(height / shrink)
 
 
 def batches(views: Views, steps: StepBatches, *, workers: int, pin_memory: bool = False) -> Iterator[Batch]:
     """Batches of the steps, made ahead by `workers` processes (0: in this one)."""
-    loader = DataLoader(
-        views, batch_sampler=steps, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None, worker_init_fn=set_up_worker,
-    )  # fmt: skip
-    return iter(loader)
+    here = steps.batch_global // steps.world
+    size = sum(3 * view.size**2 for view in views.views) * here * (4 if views.finish_here else 1)
+    return load(
+        views, steps, workers=workers, collate=_as_it_is, batch_bytes=size, pin_memory=pin_memory, prefetch=2
+    )
 
 
 def default_workers(device: torch.device) -> int:
@@ -164,45 +161,16 @@ def default_workers(device: torch.device) -> int:
     return min(16, max(1, cores_of_rank() - 1)) if device.type == "cuda" else 1
 
 
-def finishes_in_workers(augment_on: str, device: torch.device) -> bool:
-    """Where colour, blur and solarisation run; "auto": on a GPU, without one in the workers, beside the step.
+def colour_place(augment_on: str, workers: int, device: torch.device) -> tuple[bool, str]:
+    """Whether `Views` does colour, blur and solarisation too, and where they run then, in words.
 
-    `python -m pretrain.profile` times both.
+    "auto": on a GPU, without one in the workers, beside the step. `python -m pretrain.profile` times both.
     """
-    return augment_on == "workers" or (augment_on == "auto" and device.type == "cpu")
-
-
-def where_finished(in_workers: bool, workers: int, device: torch.device) -> str:
-    """The same in words."""
-    if in_workers and workers > 0:
-        return "in the workers"
-    return "on the GPU" if device.type == "cuda" and not in_workers else "in the training process"
+    by_views = augment_on == "workers" or (augment_on == "auto" and device.type == "cpu")
+    if by_views and workers > 0:
+        return by_views, "in the workers"
+    return by_views, "on the GPU" if device.type == "cuda" and not by_views else "in the training process"
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def set_up_worker(_: int) -> None:
-    """Start of a DataLoader's worker: signals are for the main process, OpenCV takes one thread."""
-    # A signal to the whole group (SLURM, Ctrl-C) must not take the workers from under the last step.
-    for number in (signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_heed_parent, daemon=True).start()
-    cv2.setNumThreads(0)  # the workers are the threads
-
-
-def _heed_parent() -> None:
-    """End this worker when the process it works for terminates it or is gone.
-
-    Otherwise it would wait for ever where an error kept the loader from closing in order, or where that
-    process was killed before torch's own watch over it had begun.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    while os.getppid() == parent.pid:
-        heard = signal.sigtimedwait({signal.SIGTERM}, PARENT_LOOK_S)
-        if heard is not None and heard.si_pid == parent.pid:
-            break
-    os._exit(0)

@@ -13,16 +13,13 @@ read, only to write shards: the tests write theirs with it and compare with what
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
 import os
 import re
 import tarfile
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -30,9 +27,8 @@ from typing import BinaryIO
 import numpy as np
 
 from pretrain.common.errors import UserError
-from pretrain.common.files import atomic_path
 from pretrain.common.progress import Progress
-from pretrain.data.fashion_mnist import cache_dir
+from pretrain.data.cache import cache_dir, load_arrays, one_at_a_time, packed, save_arrays, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +37,10 @@ NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key and field, as webdataset.
 META = re.compile(r"__[^/]*__($|/)")  # members that webdataset leaves out
 LABEL = "cls"
 OPEN_SHARDS = 256
+COLUMNS = ("names", "labels", "shards", "offsets", "sizes")
+MOST_CLASSES = 1 << 20
+LABEL_BYTES = 32  # a whole number is shorter
+HEADER_BYTES = 1 << 20  # more than any extended header that holds a name
 
 Stamp = tuple[int, int]
 Place = tuple[int, str, int, int, int]
@@ -115,42 +115,32 @@ def open_shards(paths: Sequence[Path], suffixes: frozenset[str]) -> Shards:
         f"{FORMAT} {sorted(suffixes)}\n{said}".encode(errors="surrogateescape")
     ).hexdigest()
     kept = cache_dir() / "shards" / f"{digest[:32]}.npz"
-    with _alone(kept):
-        columns = _load(kept)
-        if columns is None:
+    with one_at_a_time(kept):
+        columns = load_arrays(kept, COLUMNS)
+        if columns is None or not _fits(columns, len(paths)):
             columns = _columns(_places(paths, suffixes))
-            with contextlib.suppress(OSError), atomic_path(kept) as aside, open(aside, "wb") as file:
-                np.savez(file, **columns)  # type: ignore[arg-type]
-    names = columns["names"].tobytes().decode(errors="surrogateescape").split("\0")
+            save_arrays(kept, columns)
+    names = unpacked(columns["names"])
     return Shards(
         paths=list(paths), stamps=stamps, names=names, labels_N=columns["labels"], shard_N=columns["shards"],
         offset_N=columns["offsets"], size_N=columns["sizes"],
     )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _alone(kept: Path) -> Iterator[None]:
-    """One process at a time; others wait and find the work done. Where nothing can be kept, each works."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(kept.with_suffix(".lock"), "w")), fcntl.LOCK_EX)
-        yield
-
-
-def _load(kept: Path) -> dict[str, np.ndarray] | None:
-    try:
-        with np.load(kept, allow_pickle=False) as columns:
-            return {name: columns[name] for name in ("names", "labels", "shards", "offsets", "sizes")}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        return None
+def _fits(columns: dict[str, np.ndarray], shards: int) -> bool:
+    """Whether the columns that were kept belong together."""
+    counts = {len(unpacked(columns["names"])), *(columns[name].size for name in COLUMNS[1:])}
+    return (
+        len(counts) == 1
+        and all(columns[name].ndim == 1 for name in COLUMNS)
+        and (columns["shards"].min() >= 0 and columns["shards"].max() < shards)
+    )
 
 
 def _columns(places: list[Place]) -> dict[str, np.ndarray]:
     labels, names, shards, offsets, sizes = zip(*places)
-    joined = "\0".join(names).encode(errors="surrogateescape")
     return {
-        "names": np.frombuffer(joined, np.uint8), "labels": np.array(labels, np.int64),
+        "names": packed(list(names)), "labels": np.array(labels, np.int64),
         "shards": np.array(shards, np.int32), "offsets": np.array(offsets, np.int64),
         "sizes": np.array(sizes, np.int64),
     }  # fmt: skip
@@ -175,16 +165,21 @@ def _scan(path: Path, *, suffixes: frozenset[str]) -> list[tuple[int, str, int, 
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
     with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
         try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115
+            tar = tarfile.open(fileobj=_Headers(file), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]
+                if not 0 <= member.size <= length - member.offset_data:
+                    raise tarfile.ReadError(f"{member.name!r} claims {member.size} bytes")
+                if "\0" in member.name:
+                    raise tarfile.ReadError(f"a name with a NUL byte, {member.name[:60]!r}")
                 match = NAME.fullmatch(member.name)
                 if not member.isreg() or match is None or META.match(member.name):
                     continue
                 key, field = match[1], match[2].lower()
                 if field == LABEL:
-                    text = os.pread(file.fileno(), member.size, member.offset_data)
+                    text = os.pread(file.fileno(), min(member.size, LABEL_BYTES + 1), member.offset_data)
                     labels[key] = _label(text, f"{path}: {member.name}")
                 elif f".{field}" in suffixes:
                     if key in images:
@@ -192,7 +187,9 @@ def _scan(path: Path, *, suffixes: frozenset[str]) -> list[tuple[int, str, int, 
                             f"{path}: sample {key} has two images, {images[key][0]} and {member.name}"
                         )
                     images[key] = member.name, member.offset_data, member.size
-        except (tarfile.TarError, OSError) as error:
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"{path}: not a whole tar file ({error}); write or fetch it again") from error
         # tarfile takes a header that it cannot read for the end; the true end is a block of zeros.
         if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
@@ -213,11 +210,25 @@ def _scan(path: Path, *, suffixes: frozenset[str]) -> list[tuple[int, str, int, 
     return [(labels[key], *place) for key, place in images.items()]
 
 
+class _Headers:
+    """A shard as tarfile reads it: headers alone, none of a size that only an attack or damage has."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= HEADER_BYTES:
+            raise OSError(f"a header of {size} bytes")
+        return self._read(size)
+
+
 def _label(text: bytes, where: str) -> int:
     try:
-        label = int(text)
+        label = int(text) if len(text) <= LABEL_BYTES else -1
     except ValueError:
         label = -1
-    if label < 0:
-        raise UserError(f"{where}: wanted a class as a whole number from 0, got {text[:40]!r}")
+    if not 0 <= label < MOST_CLASSES:
+        raise UserError(
+            f"{where}: wanted a class as a whole number from 0 to {MOST_CLASSES - 1}, got {text[:40]!r}"
+        )
     return label

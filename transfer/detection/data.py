@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
-from pretrain.data.loader import set_up_worker
+from pretrain.data.workers import set_up_worker
 from transfer.detection import coco_file
 
 SAMPLED_IMAGES = 32  # of each set, decoded before training; the headers of all are read

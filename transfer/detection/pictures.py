@@ -15,7 +15,7 @@ from detectron2.utils.visualizer import Visualizer
 from torch import nn
 
 from pretrain.common.files import atomic_path, read_jsonl
-from pretrain.data.datasets import read_image
+from pretrain.data.images import read_image
 from transfer.detection.checkpointer import StrictCheckpointer
 
 SHOWN = 6

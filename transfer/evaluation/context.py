@@ -19,7 +19,7 @@ from pretrain.data.datasets import ImageDataset, open_dataset
 from transfer.checkpoints.backbone import RAW_PIXELS, Backbone, load_backbone, numbers_text, raw_pixels
 from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
 from transfer.evaluation import results
-from transfer.evaluation.features import Extractor, extract, make_extractor
+from transfer.evaluation.features import Extractor, Features, extract_all, make_extractor
 from transfer.evaluation.parts import check_pair, doubts_about
 from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import Protocol
@@ -90,6 +90,8 @@ class Evaluation:
     """Result.warnings: what is doubtful about the two parts."""
     more_conditions: Mapping[str, Any] = field(default_factory=dict)
     """What only this task's numbers hang on, see Result.evaluated_under."""
+    unreadable: dict[str, int] = field(default_factory=dict)
+    """How many images of each part could not be read and are left out."""
 
     def conditions(self) -> dict[str, Any]:
         """Result.evaluated_under."""
@@ -98,7 +100,8 @@ class Evaluation:
             "image_size": look.size, "resize": look.resize,
             "fit": look.fit, "interpolation": look.interpolation,
             "mean": list(look.mean), "std": list(look.std), "precision": self.precision,
-            "n": len(self.test), "n_train": len(self.train),
+            "n": len(self.test) - self.unreadable.get("test", 0),
+            "n_train": len(self.train) - self.unreadable.get("train", 0),
         }  # fmt: skip
         if self.test.name in ANY_IMAGES or self.train.notes or self.test.notes:
             found["images"] = contents_of(self.train, self.test)  # the name does not say which
@@ -126,14 +129,16 @@ class Evaluation:
     def result(self, metrics: dict[str, float], device: torch.device, **more: Any) -> Result:
         """A Result with everything that does not depend on the evaluator filled in."""
         ranks = {"world_size": world_size()} | ({"gpus": world_size()} if device.type == "cuda" else {})
-        more["settings"] = {"precision": self.precision, **more.get("settings", {}), **ranks}
+        left_out = {"unreadable": dict(self.unreadable)} if self.unreadable else {}
+        more["settings"] = {"precision": self.precision, **more.get("settings", {}), **ranks, **left_out}
         normalised = {"mean": list(self.transform.mean), "std": list(self.transform.std)}
         said = dict.fromkeys([*self.train.notes, *self.test.notes])
         if self.test.name in ANY_IMAGES:
             said[f"{len(self.test.classes)} classes, files {contents_of(self.train, self.test)[:6]}"] = None
         split = f"{self.test.split} ({'; '.join(said)})" if said else self.test.split
         return Result(
-            task=self.task, dataset=self.test.name, split=split, n=len(self.test),
+            task=self.task, dataset=self.test.name, split=split,
+            n=len(self.test) - self.unreadable.get("test", 0),
             metrics={k: round(v, 4) for k, v in metrics.items()}, protocol=self.protocol.reference,
             weights=self.backbone.weights | normalised, arch=self.backbone.arch, label=self.settings.label,
             seed=self.seed, label_percent=self.label_percent, image_size=self.transform.size,
@@ -172,15 +177,22 @@ class Evaluation:
                 print(spell(r))
 
     def features(
-        self, extractor: Extractor, part: ImageDataset, indices: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Features of `part`, or of its images `indices`, N x D, as `extract`. All ranks must call."""
+        self, extractor: Extractor, *parts: tuple[ImageDataset, np.ndarray | None]
+    ) -> list[Features]:
+        """Features of each of `parts`, a data set and which of its images (None: all), as `extract_all`.
+
+        What could not be read is noted for the results. All ranks must call.
+        """
         settings = self.settings
-        return extract(
-            extractor, self.backbone, part, cache=settings.cache, indices=indices,
-            batch_size=settings.batch_size, workers=settings.workers,
-            progress=settings.output / "progress.json",
+        found = extract_all(
+            extractor, self.backbone, parts, cache=settings.cache, batch_size=settings.batch_size,
+            workers=settings.workers, progress=settings.output / "progress.json",
+            max_broken=settings.max_broken_images,
         )  # fmt: skip
+        for features in found:
+            if features.broken:
+                self.unreadable[features.split] = len(features.broken)
+        return found
 
 
 def contents_of(train: ImageDataset, test: ImageDataset) -> str:
@@ -203,9 +215,9 @@ def set_up(
 
     Raises UserError for what cannot be judged.
     """
+    backbone = backbone_of(settings)  # before the data, whose listing may take minutes
     train, test = parts or open_pair(settings)
     doubts = doubts_about(train, test)
-    backbone = backbone_of(settings)
     transform = eval_transform(
         values, native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
         given=[name for name in ("mean", "std") if getattr(settings, name) is not None],

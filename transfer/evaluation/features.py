@@ -1,19 +1,17 @@
-"""Features of a frozen backbone, computed once and kept in a file.
+"""Features of images by a frozen backbone, computed once and kept (`feature_cache.py` has the files).
 
-The folder `cache/<key>/` holds features.npy (N x D float32, memory-mapped by its readers) and meta.json. The
-key is a hash of weights, branch, images, transform and precision, so what changed is never taken from an old
-file. While it is being made, parts of PART images each lie beside it: ranks share them out, a run that was
-cut off takes up what is there, and rank 0 joins them at the end. Every rank must see the folder.
+Ranks share out the parts, a run that was cut off takes up what is there, and rank 0 joins them at the end.
+Every rank must see the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import fcntl
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,24 +19,27 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from pretrain.common.collectives import any_rank
+from pretrain.common.collectives import any_rank, gather_objects
 from pretrain.common.errors import UserError
-from pretrain.common.files import atomic_path, write_json
 from pretrain.common.machine import cores_of_rank
 from pretrain.common.process_group import barrier, is_main, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
-from pretrain.data.datasets import BrokenImage, ImageDataset
-from pretrain.data.loader import set_up_worker
+from pretrain.data.datasets import ImageDataset
+from pretrain.data.images import BrokenImage
+from pretrain.data.workers import load
 from transfer.checkpoints.backbone import Backbone
+from transfer.evaluation.feature_cache import FORMAT, Broken, FeatureFolder, mapped
 from transfer.evaluation.pooled_features import LAST, Stages, widths_of
 from transfer.evaluation.transforms import EvalTransform
 
-PART = 4096  # images
+logger = logging.getLogger(__name__)
+
+TRIES = 3  # at making parts that turn out damaged or missing
+MOST_NAMED = 20  # images in an error's one line
 AGREEMENT = 0.05  # of the features' spread: the largest mean error at which bfloat16 is used by itself
-FORMAT = 1
 
 
 class Extractor:
@@ -137,11 +138,25 @@ def make_extractor(
     if precision == "bfloat16":
         return fast
     picks = np.linspace(0, len(data) - 1, min(128, len(data)), dtype=int)
-    pixels = transform.square([transform.decode(data.image(int(i))) for i in picks])
+    ((pixels, _),) = image_batches(
+        Decoded(data, transform), [picks], transform, 0, on_broken=lambda *_: None
+    )  # those that cannot be read are told when their turn comes
     wanted, got = exact(pixels), fast(pixels)
     spread = (wanted - wanted.mean(0)).norm(dim=1).mean()
     error = (got - wanted).norm(dim=1).mean()
     return exact if anywhere(not float(error) <= AGREEMENT * float(spread)) else fast
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Features of the images that could be read, N x D float32, memory-mapped read-only."""
+
+    x_ND: np.ndarray
+    positions_N: np.ndarray
+    """Of each row's image in the data set, ascending as they were asked for."""
+    broken: Broken
+    """The images without a row."""
+    split: str
 
 
 def extract(
@@ -157,115 +172,140 @@ def extract(
 ) -> np.ndarray:
     """Features of `data` (or of its images `indices`) in order, N x D float32, memory-mapped read-only.
 
-    All ranks must call. Raises UserError for features that are not finite, naming the image, and for a cache
-    that some ranks do not see; Stopped after SIGTERM with the finished parts kept.
+    All ranks must call. Raises UserError for images that cannot be read, naming each, for features that are
+    not finite, naming the image, and for a cache that some ranks do not see; Stopped after SIGTERM with the
+    finished parts kept.
     """
+    (found,) = extract_all(
+        extractor, backbone, [(data, indices)], cache=cache, batch_size=batch_size, workers=workers,
+        progress=progress,
+    )  # fmt: skip
+    return found.x_ND
+
+
+def extract_all(
+    extractor: Extractor,
+    backbone: Backbone,
+    wanted: Sequence[tuple[ImageDataset, np.ndarray | None]],
+    *,
+    cache: Path,
+    batch_size: int = 256,
+    workers: int | None = None,
+    progress: Path | None = None,
+    max_broken: int = 0,
+) -> list[Features]:
+    """`extract` for several data sets, or images of them, of which `max_broken` may be unreadable in all.
+
+    All of them are gone through before more than those are refused, in one list; what was made is kept.
+    """
+    found = [
+        _extract(extractor, backbone, data, indices, Path(cache), batch_size, workers, progress)
+        for data, indices in wanted
+    ]
+    refuse_broken([message for features in found for message in features.broken.values()], max_broken)
+    return found
+
+
+def refuse_broken(messages: Sequence[str], most: int) -> None:
+    """Tell of each image that cannot be read; raises UserError where there are more than `most`."""
+    messages = sorted(set(messages))
+    if is_main():
+        for message in messages:
+            logger.warning("%s", message)
+    if len(messages) > most:
+        names = ", ".join(m.partition(": ")[0] for m in messages[:MOST_NAMED])
+        more = f" and {len(messages) - MOST_NAMED} more, all in the log" if len(messages) > MOST_NAMED else ""
+        raise UserError(
+            f"{len(messages)} image{'s' if len(messages) > 1 else ''} cannot be read and --max-broken-images "
+            f"is {most}: {names}{more}; repair or remove them (the features of all others are kept), or "
+            "allow for them by that option: results then say how many were judged"
+        )
+
+
+def _extract(
+    extractor: Extractor,
+    backbone: Backbone,
+    data: ImageDataset,
+    indices: np.ndarray | None,
+    cache: Path,
+    batch_size: int,
+    workers: int | None,
+    progress: Path | None,
+) -> Features:
     indices = np.arange(len(data)) if indices is None else np.asarray(indices)
-    meta = {
-        "format": FORMAT, "weights": backbone.key, "dataset": data.name, "split": data.split,
-        "data": data.fingerprint, "transform": extractor.transform.as_dict(),
-        "precision": extractor.precision, "grey": extractor.grey, "n": len(indices),
-        "indices": hashlib.sha256(np.ascontiguousarray(indices, np.int64).tobytes()).hexdigest(),
+    data.agree()
+    meta: dict[str, Any] = {
+        "format": FORMAT, "weights": backbone.key, "transform": extractor.transform.as_dict(),
+        "precision": extractor.precision, "grey": extractor.grey,
     }  # fmt: skip
     if extractor.stages != LAST:
         meta["stages"] = list(extractor.stages)
-    key = hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()[:32]
-    folder = Path(cache) / key
-    done = folder / "features.npy"
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder) if is_main() else contextlib.nullcontext():
-        if not any_rank(is_main() and (folder / "meta.json").exists()):  # rank 0, which has the lock, decides
-            _write_parts(extractor, data, indices, folder, batch_size, workers, progress)
+    # rank 0's view of the files is all ranks'
+    there = gather_objects(FeatureFolder.of(cache, meta, data, indices) if is_main() else None)[0]
+    with there.lock() if is_main() else contextlib.nullcontext():
+        broken = gather_objects(there.broken(data) if is_main() else None)[0]
+        for _ in range(TRIES):
+            if broken is not None:
+                break
+            _write_parts(extractor, data, indices, there, batch_size, workers, progress)
             barrier()
-            if is_main():
-                _join(folder, done, len(indices))
-                write_json(folder / "meta.json", meta)
-        barrier()
-    try:
-        features = np.load(done, mmap_mode="r")
-    except FileNotFoundError as error:
-        raise UserError(f"{done} is missing here; --cache-dir must be a folder all ranks see") from error
-    assert features.shape[0] == len(indices)
-    return features
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One process at a time makes the same features; a second waits and finds them made."""
-    with open(folder / "lock", "w") as file:
-        with contextlib.suppress(OSError):  # file systems without locks: parts are written atomically anyway
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:06d}.npy"
+            broken = gather_objects(there.join(data, extractor.width) if is_main() else None)[0]
+    features = mapped(there.file)
+    if broken is None or features is None:
+        raise UserError(
+            f"{there.file} is missing or incomplete here; --cache-dir must be a folder all ranks see"
+        )
+    readable = indices[~np.isin(indices, list(broken))] if broken else indices
+    assert features.shape == (len(readable), extractor.width)
+    return Features(x_ND=features, positions_N=readable, broken=broken, split=data.split)
 
 
 def _write_parts(
     extractor: Extractor,
     data: ImageDataset,
     indices: np.ndarray,
-    folder: Path,
+    there: FeatureFolder,
     batch_size: int,
     workers: int | None,
     progress: Path | None,
 ) -> None:
     """Write the missing parts that are this rank's."""
-    parts = range(-(-len(indices) // PART))
-    mine = [p for p in parts if p % world_size() == rank() and not _part(folder, p).exists()]
+    mine = [p for p in there.parts[rank() :: world_size()] if not p.file.exists()]
+    if is_main():
+        there.check_space(extractor.width)
     batches = [
-        indices[start : min(start + batch_size, (p + 1) * PART, len(indices))]
-        for p in mine
-        for start in range(p * PART, min((p + 1) * PART, len(indices)), batch_size)
+        (part, start, indices[start : min(start + batch_size, part.stop)])
+        for part in mine
+        for start in range(part.start, part.stop, batch_size)
     ]
-    loader = image_batches(Decoded(data, extractor.transform), batches, extractor.transform, workers)
-    total = sum(len(b) for b in batches)
-    left = iter(mine)
+    broken: Broken = {}
+    loader = image_batches(
+        Decoded(data, extractor.transform), [b for *_, b in batches], extractor.transform, workers,
+        on_broken=broken.__setitem__,
+    )  # fmt: skip
     rows: list[np.ndarray] = []
     bar = Progress(
-        total,
-        label=f"features of {data.name} {data.split}",
-        unit="image",
+        sum(len(b) for *_, b in batches), label=f"features of {data.name} {data.split}", unit="image",
         file=progress if is_main() else None,
-    )
+    )  # fmt: skip
     with StopSignals() as stop, bar:
-        for pixels, batch in loader:
-            features = extractor(pixels).cpu()
-            if not bool(torch.isfinite(features).all()):
-                bad = int(batch[int((~torch.isfinite(features)).any(1).nonzero()[0])])
-                raise UserError(
-                    f"the features of image {data.key(bad)} are not finite: the weights hold NaN or "
-                    "infinity, or overflow in this precision (--precision float32)"
-                )
-            rows.append(features.numpy())
-            bar.update(len(batch))
-            if sum(map(len, rows)) == PART or bar.done == total:
-                with atomic_path(_part(folder, next(left))) as aside, open(aside, "wb") as file:
-                    np.save(file, np.concatenate(rows))
+        for (pixels, batch), (part, start, asked) in zip(loader, batches):
+            if len(batch):
+                features = extractor(pixels).cpu()
+                if not bool(torch.isfinite(features).all()):
+                    bad = int(batch[int((~torch.isfinite(features)).any(1).nonzero()[0])])
+                    raise UserError(
+                        f"the features of image {data.key(bad)} are not finite: the weights hold NaN or "
+                        "infinity, or overflow in this precision (--precision float32)"
+                    )
+                rows.append(features.numpy())
+            bar.update(len(asked))
+            if start + len(asked) == part.stop:
+                there.write_part(part, rows, broken, extractor.width)
                 rows = []
+                broken.clear()
             if stop.requested:
                 stop.hand_over()
-
-
-def _join(folder: Path, done: Path, n: int) -> None:
-    """All parts in order into one file, then without them."""
-    parts = [_part(folder, p) for p in range(-(-n // PART))]
-    lost = [p.name for p in parts if not p.exists()]
-    if lost:
-        raise UserError(
-            f"{folder}: {', '.join(lost[:3])} missing; --cache-dir must be a folder all ranks see"
-        )
-    width = np.load(parts[0], mmap_mode="r").shape[1]
-    with atomic_path(done) as aside:
-        out = np.lib.format.open_memmap(aside, mode="w+", dtype=np.float32, shape=(n, width))
-        for number, part in enumerate(parts):
-            out[number * PART : (number + 1) * PART] = np.load(part)
-        out.flush()
-        del out
-    for part in parts:
-        part.unlink()
 
 
 class Decoded(Dataset[Any]):
@@ -278,30 +318,58 @@ class Decoded(Dataset[Any]):
         return self.transform.decode(self.data.image(int(index))), int(index)
 
 
+class _Tolerant(Dataset[Any]):
+    """The items of another data set, and in place of pixels the message of an image that cannot be read."""
+
+    def __init__(self, images: Dataset[Any]) -> None:
+        self.images = images
+
+    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
+        try:
+            return self.images[index]
+        except BrokenImage as error:
+            return str(error), int(index)
+
+
 class _Collate:
     def __init__(self, transform: EvalTransform) -> None:
         self.transform = transform
 
-    def __call__(self, items: list[tuple[Tensor, int]]) -> tuple[Tensor, np.ndarray]:
-        return self.transform.square([pixels for pixels, _ in items]), np.array([i for _, i in items])
+    def __call__(self, items: list[tuple[Tensor | str, int]]) -> tuple[Tensor, np.ndarray, Broken]:
+        good = [(pixels, i) for pixels, i in items if isinstance(pixels, Tensor)]
+        side = self.transform.size
+        pixels = (
+            self.transform.square([pixels for pixels, _ in good])
+            if good
+            else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+        )
+        broken = {i: message for message, i in items if isinstance(message, str)}
+        return pixels, np.array([i for _, i in good], np.int64), broken
 
 
 def image_batches(
-    images: Dataset[Any], batches: Sequence[np.ndarray], transform: EvalTransform, workers: int | None
+    images: Dataset[Any],
+    batches: Sequence[np.ndarray],
+    transform: EvalTransform,
+    workers: int | None,
+    *,
+    on_broken: Callable[[int, str], object] | None = None,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """(pixels B x 3 x H x W uint8, positions B) in the order given. Raises BrokenImage naming the file."""
+    """(pixels B x 3 x H x W uint8, positions B) in the order given.
+
+    An image that cannot be read is left out of its batch and told to `on_broken`, with its position and why;
+    without that, BrokenImage names the file.
+    """
     if workers is None:
         small = transform.resize is None
         workers = 0 if small else min(8, cores_of_rank())
-    loader: DataLoader[Any] = DataLoader(
-        images, batch_sampler=[b.tolist() for b in batches], collate_fn=_Collate(transform),  # type: ignore[arg-type]
-        num_workers=workers, pin_memory=torch.cuda.is_available(), worker_init_fn=set_up_worker,
+    loader = load(
+        images if on_broken is None else _Tolerant(images), [b.tolist() for b in batches], workers=workers,
+        collate=_Collate(transform), pin_memory=torch.cuda.is_available(),
+        batch_bytes=3 * transform.size**2 * max(map(len, batches), default=0),
     )  # fmt: skip
-    try:
-        yield from loader
-    except BrokenImage as error:
-        text = str(error).rpartition("BrokenImage: ")[2].strip()  # a worker's has its traceback as text
-        error.__traceback__ = None  # a cycle with the loader in it, which would be closed late and slowly
-    else:
-        return
-    raise BrokenImage(text)
+    for pixels, positions, broken in loader:
+        for position, message in broken.items():
+            assert on_broken is not None
+            on_broken(position, message)
+        yield pixels, positions

@@ -2,8 +2,9 @@
 
 The first process of a node copies while the others wait for its lock; who comes later finds the copy done. A
 copy that was cut off goes on with the files that are missing. The copy lies in DIR/<name>-<hash of the source
-path>, its file times are those of the source, so cached features stay valid, and it counts as done only when
-every file of the source is there with its size.
+path>, a folder that is its owner's alone to write in. Its file times are those of the source, so cached
+features stay valid. A journal in it has the checksum that each file of the source had when it was copied;
+every run compares the copy's bytes with it (once for all ranks of a node) and copies anew what differs.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG, S_IWGRP, S_IWOTH
 from typing import Any
 from zlib import crc32
 
 from pretrain.common.errors import RunFailed, UserError
-from pretrain.common.files import write_json
+from pretrain.common.files import read_jsonl, write_json
+from pretrain.common.process_group import launch_id
 from pretrain.common.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 DONE = ".staged.json"
 LOCK = ".staging.lock"
+JOURNAL = ".staging.journal"
 PART = ".staging-part"
 BLOCK = 1 << 20
 THREADS = 16  # copies at the same time: small files on a network disk wait far more than they work
@@ -74,33 +78,38 @@ def stage(source: str | Path, stage_to: str | Path) -> Path:
         raise UserError(f"--stage-to {stage_to} lies inside the data set {source}; name another folder")
     target = stage_to / f"{source.name}-{hashlib.sha256(str(source).encode()).hexdigest()[:8]}"
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        stage_to.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            target.mkdir(mode=0o700)
     except OSError as error:
         raise UserError(f"--stage-to {stage_to}: cannot be written to ({error.strerror})") from error
+    _check_owner(target)
     with _locked(target):
-        launch = _launch()
+        launch = launch_id()
         if launch and _mark(target).get("launch") == launch:
             return target  # another rank of this run has compared copy and source a moment ago
         wanted = listing(source)
         if not wanted.files:
             raise UserError(f"--data-dir {source}: holds no file")
-        if _mark(target).get("digest") == wanted.digest == listing(target).digest:
-            logger.info("%s is staged in %s", source, target)
+        (target / DONE).unlink(missing_ok=True)
+        missing = _missing(target, wanted)
+        if missing:
+            _copy(source, target, wanted, missing)
         else:
-            (target / DONE).unlink(missing_ok=True)
-            _copy(source, target, wanted)
-            _check(target, wanted)
+            logger.info("%s is staged in %s", source, target)
+        _check(target, wanted)
         mark = {"source": str(source), "digest": wanted.digest, "files": len(wanted.files), "launch": launch}
         write_json(target / DONE, mark)
     return target
 
 
-def _launch() -> str:
-    """What the ranks of one run have in common and no other run has; "" with one process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return ""
-    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-    return " ".join(os.environ.get(name, "-") for name in names)
+def _check_owner(target: Path) -> None:
+    """Raises UserError for a folder that somebody else made, or may write in: its files could be anything."""
+    stat = os.lstat(target)
+    ours = S_ISDIR(stat.st_mode) and stat.st_uid == os.geteuid()
+    if not ours or stat.st_mode & (S_IWGRP | S_IWOTH):
+        why = "other users may write in it: chmod go-w" if ours else "another user's, or no folder"
+        raise UserError(f"--stage-to: {target} is not yours alone ({why}); or name a folder of your own")
 
 
 def _mark(target: Path) -> dict[str, Any]:
@@ -111,27 +120,42 @@ def _mark(target: Path) -> dict[str, Any]:
         return {}
 
 
-def listing(folder: Path) -> Listing:
-    """All regular files under `folder`, links followed; this module's own files left out."""
+def listing(folder: Path, *, follow: bool = True) -> Listing:
+    """All regular files under `folder`, links followed or left out; this module's own files left out.
+
+    Raises UserError for a link to nothing, or back to a folder above.
+    """
     found: dict[str, tuple[int, int]] = {}
-    for root, _, names in os.walk(folder, followlinks=True):
+    above: dict[str, frozenset[tuple[int, int]]] = {}
+    for root, folders, names in os.walk(folder, followlinks=follow):
+        here = os.stat(root)
+        known = above.pop(root, frozenset())
+        if (here.st_dev, here.st_ino) in known:
+            raise UserError(f"{root}: a link back to a folder above it; take it away")
+        above |= {os.path.join(root, n): known | {(here.st_dev, here.st_ino)} for n in folders}
         for name in names:
             path = os.path.join(root, name)
             relative = os.path.relpath(path, folder)
-            if relative in (DONE, LOCK) or name.endswith(PART):
+            if relative in (DONE, LOCK, JOURNAL) or name.endswith(PART):
                 continue
             try:
-                stat = os.stat(path)
-            except FileNotFoundError as error:
+                stat = os.stat(path) if follow else os.lstat(path)
+            except OSError as error:
                 raise UserError(f"{path}: a link to nothing; repair it or take it away") from error
-            found[relative] = (stat.st_size, stat.st_mtime_ns // 10**9)
+            if S_ISREG(stat.st_mode) or not follow:
+                found[relative] = (stat.st_size, stat.st_mtime_ns // 10**9)
     return Listing(files=found)
 
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """One process at a time; the system takes the lock from one that is killed."""
-    with open(target / LOCK, "w") as file:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # through no link, nothing cut off
+    try:
+        lock = open(target / LOCK, "r+", opener=lambda path, _: os.open(path, flags, 0o600))  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{target / LOCK}: no file of the staging's own ({error.strerror})") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -140,12 +164,47 @@ def _locked(target: Path) -> Iterator[None]:
         yield
 
 
-def _copy(source: Path, target: Path, wanted: Listing) -> None:
-    """Copy what is missing or different, take away what the source no longer has."""
-    there = listing(target).files
+def _missing(target: Path, wanted: Listing) -> list[str]:
+    """Files of the source that the copy lacks, or has with other bytes, size or time; others are removed."""
+    there = listing(target, follow=False).files
     for name in there.keys() - wanted.files.keys():
         (target / name).unlink()
-    missing = [name for name, stat in wanted.files.items() if there.get(name) != stat]
+    sums = _journal(target)
+    alike = [
+        n for n, stat in wanted.files.items() if there.get(n) == stat and sums.get(n, ("", 0))[0] == stat
+    ]
+    with (
+        ThreadPoolExecutor(THREADS) as pool,
+        Progress(len(alike), label=f"checking {target.name}", unit="file") as bar,
+    ):
+        for name, found in zip(alike, pool.map(lambda name: _sum_of(target / name), alike)):
+            bar.update(1)
+            if found != sums[name][1]:
+                logger.warning("%s: not the bytes that were copied; copied again", target / name)
+                there.pop(name)
+    good = {name for name in alike if name in there}
+    return [name for name in wanted.files if name not in good]
+
+
+def _journal(target: Path) -> dict[str, tuple[tuple[int, int], int]]:
+    """By name: size and time of the source's file when it was copied, and the checksum of its bytes."""
+    found = {}
+    for line in read_jsonl(target / JOURNAL):
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            found[str(line["name"])] = (int(line["size"]), int(line["time"])), int(line["crc32"])
+    return found
+
+
+def _sum_of(path: Path) -> int:
+    total = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            total = crc32(block, total)
+    return total
+
+
+def _copy(source: Path, target: Path, wanted: Listing, missing: list[str]) -> None:
+    """Copy the files `missing`, and note the checksum of each as soon as it is there."""
     size = sum(wanted.files[name][0] for name in missing)
     disk = shutil.disk_usage(target)
     spare = min(SPARE_BYTES, disk.total // 50)
@@ -161,8 +220,12 @@ def _copy(source: Path, target: Path, wanted: Listing) -> None:
         with (
             ThreadPoolExecutor(THREADS) as pool,
             Progress(len(missing), label=f"staging {source.name}", unit="file") as bar,
+            open(target / JOURNAL, "a", encoding="utf-8", buffering=1) as journal,
         ):
-            for _ in pool.map(partial(_copy_file, source, target), missing):
+            for name, total in zip(missing, pool.map(partial(_copy_file, source, target), missing)):
+                size, time = wanted.files[name]
+                record = {"name": name, "size": size, "time": time, "crc32": total}
+                journal.write(json.dumps(record) + "\n")
                 bar.update(1)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -172,27 +235,27 @@ def _copy(source: Path, target: Path, wanted: Listing) -> None:
         raise RunFailed(f"{target}: copying failed ({error}); run again to go on") from error
 
 
-def _copy_file(source: Path, target: Path, name: str) -> None:
-    """Copy one file with its times, read the copy again and compare; under its own name only when whole."""
+def _copy_file(source: Path, target: Path, name: str) -> int:
+    """Copy one file with its times, read the copy again and compare; under its own name only when whole.
+
+    Returns its checksum.
+    """
     aside = (target / name).with_name(Path(name).name + PART)
+    wanted = 0
     with open(source / name, "rb") as original, open(aside, "wb") as copied:
-        wanted = 0
         while block := original.read(BLOCK):
             copied.write(block)
             wanted = crc32(block, wanted)
-    with open(aside, "rb") as copied:
-        got = 0
-        while block := copied.read(BLOCK):
-            got = crc32(block, got)
-    if got != wanted:
+    if _sum_of(aside) != wanted:
         raise OSError(f"{name}: the copy has other bytes than were written")
     shutil.copystat(source / name, aside)
     aside.replace(target / name)
+    return wanted
 
 
 def _check(target: Path, wanted: Listing) -> None:
     """Raises RunFailed unless the copy has every file of the source with its size and time, and no other."""
-    copied = listing(target).files
+    copied = listing(target, follow=False).files
     wrong = [n for n in wanted.files.keys() | copied.keys() if wanted.files.get(n) != copied.get(n)]
     if wrong:
         raise RunFailed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import defaultdict
 
 import numpy as np
@@ -24,6 +25,11 @@ def check_pair(train: ImageDataset, test: ImageDataset) -> None:
     if train.classes != test.classes:
         lost = sorted(set(train.classes) - set(test.classes))
         more = sorted(set(test.classes) - set(train.classes))
+        if lost and _composed(lost) == _composed(more):
+            raise UserError(
+                f"{test.root}: its class names are those of {train.root} in another Unicode form, such as "
+                f"{lost[0]!r} (NFC, the one of most systems, and NFD, that of macOS); rename the folders"
+            )
         says = [f"{len(lost)} only in train ({', '.join(lost[:3])})"] if lost else []
         says += [f"{len(more)} only in the test part ({', '.join(more[:3])})"] if more else []
         raise UserError(
@@ -43,6 +49,10 @@ def check_pair(train: ImageDataset, test: ImageDataset) -> None:
             f"{test.root}: no image of class {test.classes[int(empty[0])]!r}; figures over the other classes "
             "could not be compared"
         )
+
+
+def _composed(names: list[str]) -> set[str]:
+    return {unicodedata.normalize("NFC", name) for name in names}
 
 
 def doubts_about(train: ImageDataset, test: ImageDataset) -> list[str]:
@@ -84,25 +94,31 @@ def also_trained_on(train: ImageDataset, test: ImageDataset) -> float:
         same = {path.resolve() for path in train.shards.paths} if train.shards is not None else set()
         other = {path.resolve() for path in test.shards.paths} if test.shards is not None else {None}
         return float(same == other)
-    looked = [test.root / test.files[i] for i in picks]
     by_size: defaultdict[int, list[int]] = defaultdict(list)
-    sizes = {path.stat().st_size for path in looked}
-    for i, file in enumerate(train.files):
-        size = (train.root / file).stat().st_size
-        if size in sizes:
-            by_size[size].append(i)
+    sizes_N = train.stats_N2[:, 0]  # known since the files were listed
+    for i in np.flatnonzero(np.isin(sizes_N, test.stats_N2[picks, 0])).tolist():
+        by_size[int(sizes_N[i])].append(i)
     read: dict[int, str] = {}
 
     def trained(i: int) -> str:
         if i not in read:
-            read[i] = digest((train.root / train.files[i]).read_bytes())  # type: ignore[index]
+            read[i] = _digest_of(train, i)
         return read[i]
 
     hits = []
-    for path in looked:
-        own = digest(path.read_bytes())
-        hits.append(any(trained(i) == own for i in by_size[path.stat().st_size]))
+    for i in picks:
+        own = _digest_of(test, i)
+        alike = by_size[int(test.stats_N2[i, 0])] if own else []
+        hits.append(any(trained(j) == own for j in alike))
     return float(np.mean(hits))
+
+
+def _digest_of(data: ImageDataset, i: int) -> str:
+    """Of the file's bytes; "" where it cannot be read, which is told when its turn comes."""
+    try:
+        return digest((data.root / data.key(i)).read_bytes())
+    except OSError:
+        return ""
 
 
 def digest(data: bytes) -> str:

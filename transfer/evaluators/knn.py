@@ -53,12 +53,12 @@ def main(argv: list[str]) -> int:
 
 def _judge(evaluation: Evaluation, extractor: Extractor, values: KnnProtocol) -> list[Result]:
     train, test = evaluation.train, evaluation.test
-    bank, queries = (evaluation.features(extractor, part) for part in (train, test))
+    bank, queries = evaluation.features(extractor, (train, None), (test, None))
     with Progress(len(train), label=f"neighbours of {len(test)} images", unit="training image") as bar:
         metrics = knn_evaluate(
-            bank, train.labels_N, queries, test.labels_N, ks=values.ks, temperature=values.temperature,
-            vote=values.vote, metric=values.metric, device=extractor.device, told=bar.update,
-            per_class=metric_of(test.name) == "mean_per_class",
+            bank.x_ND, train.labels_N[bank.positions_N], queries.x_ND, test.labels_N[queries.positions_N],
+            ks=values.ks, temperature=values.temperature, vote=values.vote, metric=values.metric,
+            device=extractor.device, told=bar.update, per_class=metric_of(test.name) == "mean_per_class",
         )  # fmt: skip
-    extra = {"bank": len(train), **dict(evaluation.protocol.values)}
+    extra = {"bank": len(bank.x_ND), **dict(evaluation.protocol.values)}
     return [evaluation.result(metrics, extractor.device, settings=extra)]

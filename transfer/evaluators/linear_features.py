@@ -68,16 +68,20 @@ def cached_parts(
             features_ND=torch.from_numpy(x_ND).to(device), labels_N=torch.from_numpy(labels_N).to(device)
         )
 
-    test_ND = np.array(evaluation.features(extractor, test))
     if values.augmentation:
-        held = (
-            labelled(np.array(evaluation.features(extractor, train, aside)), train.labels_N[aside])
-            if len(aside)
-            else None
+        tested, *asides = evaluation.features(
+            extractor, (test, None), *([(train, aside)] if len(aside) else [])
         )
-        return None, held, labelled(test_ND, test.labels_N), fit
-    all_ND = evaluation.features(extractor, train)  # all of them: the same file that k-NN uses
-    fit_ND, aside_ND = all_ND[fit], all_ND[aside]  # copies, which the cached file is not
+        kept = [labelled(np.array(f.x_ND), train.labels_N[f.positions_N]) for f in asides]
+        judged = labelled(np.array(tested.x_ND), test.labels_N[tested.positions_N])
+        return None, kept[0] if kept else None, judged, fit
+    # all of the training images: the same file that k-NN uses
+    tested, every = evaluation.features(extractor, (test, None), (train, None))
+    test_ND, test_labels_N = np.array(tested.x_ND), test.labels_N[tested.positions_N]
+    row_N = np.full(len(train), -1)
+    row_N[every.positions_N] = np.arange(len(every.positions_N))
+    fit, aside = fit[row_N[fit] >= 0], aside[row_N[aside] >= 0]
+    fit_ND, aside_ND = every.x_ND[row_N[fit]], every.x_ND[row_N[aside]]  # copies, unlike the cached file
     if values.scaling == "standardise":
         mean_D, std_D = mean_and_std(fit_ND)
         for x_ND in (fit_ND, aside_ND, test_ND):
@@ -86,4 +90,4 @@ def cached_parts(
         for x_ND in (fit_ND, aside_ND, test_ND):
             to_unit_length(x_ND)
     held = labelled(aside_ND, train.labels_N[aside]) if len(aside) else None
-    return labelled(fit_ND, train.labels_N[fit]), held, labelled(test_ND, test.labels_N), fit
+    return labelled(fit_ND, train.labels_N[fit]), held, labelled(test_ND, test_labels_N), fit

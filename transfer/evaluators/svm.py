@@ -145,13 +145,15 @@ def evaluate_voc(settings: LinearSettings, protocol: Protocol, values: LinearPro
     )
 
     def judge(settled: Evaluation, extractor: Extractor) -> list[Result]:
-        train_ND, test_ND = (unit_length(settled.features(extractor, part)) for part in (train, test))
+        bank, tested = settled.features(extractor, (train, None), (test, None))
+        train_ND, test_ND = unit_length(bank.x_ND), unit_length(tested.x_ND)
+        targets_NC, test_targets_NC = train_targets[bank.positions_N], test_targets[tested.positions_N]
         digest = hashlib.sha256(f"{settled.backbone.key} {protocol.hash} {settings.seed}".encode())
         digest.update(f"{settled.conditions()} {train.fingerprint} {test.fingerprint}".encode())
-        for targets in (train_targets, test_targets):
+        for targets in (targets_NC, test_targets_NC):
             digest.update(np.ascontiguousarray(targets).tobytes())
         folder = settings.output / PARTS / digest.hexdigest()[:16]
-        _fit_all(folder, train_ND, train_targets, test_ND, test_targets, values, settings)
+        _fit_all(folder, train_ND, targets_NC, test_ND, test_targets_NC, values, settings)
         barrier()
         if not is_main():
             return []

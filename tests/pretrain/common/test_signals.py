@@ -11,8 +11,9 @@ import threading
 import pytest
 from torch.utils.data import DataLoader
 
+from pretrain.common import signals
 from pretrain.common.signals import Stopped, StopSignals
-from pretrain.data.loader import set_up_worker
+from pretrain.data.workers import set_up_worker
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
@@ -37,6 +38,41 @@ def test_ctrl_c_saves_first_and_a_second_one_does_not_wait() -> None:
         assert stop.requested
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second Ctrl-C was waited out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_second_signal_leaves_at_once(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"{number.name} without saving"), StopSignals() as stop:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # to the job's script and to its step: one request
+        assert stop.requested
+        stop._received_at -= 3
+        os.kill(os.getpid(), number)
+        pytest.fail("the second signal was waited out")
+    assert signal.getsignal(number) == before
+
+
+def test_a_job_that_hangs_is_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGUSR2 before a time limit, and a loop that never asks for it: submitit's handler has its turn."""
+    monkeypatch.setattr(signals, "REQUEUE_WAIT_S", 0.2)
+    monkeypatch.setattr(signals, "ECHO_S", 0.1)
+
+    def requeue(number: int, frame: object) -> None:
+        raise SystemExit("queued again")
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit, match="queued again"), StopSignals():
+            os.kill(os.getpid(), signal.SIGUSR2)
+            threading.Event().wait(120)  # hangs
+            pytest.fail("it was waited out")
+        with pytest.raises(SystemExit), StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            stop.hand_over()
+        assert stop._overdue is not None and stop._overdue.finished.is_set()  # in time: nothing comes after
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 def test_who_is_deaf_to_ctrl_c_stays_so() -> None:
@@ -104,7 +140,7 @@ def test_a_worker_that_starts_when_its_process_is_gone_already_ends() -> None:
     """Killed right after the fork, before torch's watch: such a worker would stay for ever."""
     program = (
         "import multiprocessing, os, signal, time\n"
-        "from pretrain.data.loader import set_up_worker\n"
+        "from pretrain.data.workers import set_up_worker\n"
         "def work():\n"
         "    time.sleep(1)\n"
         "    set_up_worker(0)\n"

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from pretrain.common.errors import UserError
-from pretrain.data.datasets import DATASETS, BrokenImage, open_dataset, read_image
+from pretrain.data.datasets import DATASETS, open_dataset
 from pretrain.data.fashion_mnist import FILES, find_or_fetch
+from pretrain.data.images import BrokenImage, read_image
 from pretrain.data.loader import StepBatches
 
 

@@ -16,7 +16,8 @@ from PIL import Image
 import pretrain.data.shards
 from pretrain.common.errors import UserError
 from pretrain.common.signals import Stopped
-from pretrain.data.datasets import BrokenImage, ImageDataset, open_dataset
+from pretrain.data.datasets import ImageDataset, open_dataset
+from pretrain.data.images import BrokenImage
 from pretrain.train import train
 from tests.helpers.training import differing, stop_after_epoch_one, tiny
 
@@ -149,6 +150,8 @@ def _wrong() -> Iterator[tuple[str, dict[str, bytes], str]]:
         {**GOOD, "b.cls": b"cat"},
         r"train-0\.tar: b\.cls: wanted a class as a whole number.*b'cat'",
     )
+    yield "far too many classes", {**GOOD, "b.cls": b"1000000000000"}, r"b\.cls: wanted a class .* to 1048575"
+    yield "a long number", {**GOOD, "b.cls": b"1" * 5000}, r"b\.cls: wanted a class"
     yield "negative", {**GOOD, "b.cls": b"-1"}, r"b\.cls: wanted a class"
     yield "two images", {**GOOD, "a.jpg": b""}, r"sample a has two images, a\.png and a\.jpg"
     yield "nothing", {"readme": b""}, r"1 shards without a sample"
@@ -158,6 +161,19 @@ def _wrong() -> Iterator[tuple[str, dict[str, bytes], str]]:
 def test_a_wrong_sample_is_named(members: dict[str, bytes], said: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "train-0.tar", members)
     with pytest.raises(UserError, match=said):
+        open_dataset("webdataset", tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "pax", [{"size": "-512"}, {"size": str(10**15)}, {"path": "a\0b.png"}, {"comment": "x" * (2 << 20)}]
+)
+def test_hostile_headers_are_named(pax: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "train-0.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size, info.pax_headers = 8, pax
+        tar.addfile(info, io.BytesIO(bytes(8)))
+    with pytest.raises(UserError, match=r"train-0\.tar: not a whole tar file \("):
         open_dataset("webdataset", tmp_path, "train")
 
 

@@ -297,7 +297,8 @@ def test_the_folder_may_be_the_sets_own_renamed_or_staged(
         data = open_dataset(name, folder, "test")
         assert data.fingerprint == wanted.fingerprint and data.files == wanted.files
     assert open_dataset(name, roots[name], "train").fingerprint != wanted.fingerprint
-    image = data.image(0, least_size=lambda size: (16, 16))  # a JPEG's draft, as for any folder
+    with data.open(0) as opened:
+        image = opened.decode((16, 16))  # a JPEG's draft, as for any folder
     assert image.mode == "RGB"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from pretrain.common.signals import Stopped
 from pretrain.data.datasets import open_dataset
 from pretrain.model import build_backbone
 from transfer.checkpoints.backbone import Backbone
-from transfer.evaluation.features import Extractor, extract, make_extractor
+from transfer.evaluation import feature_cache, results
+from transfer.evaluation.features import Extractor, extract, extract_all, make_extractor
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
+from transfer.evaluators import knn
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(size=32)
@@ -55,7 +58,7 @@ def plain(backbone: Backbone, images, indices) -> torch.Tensor:
 
 
 def test_features_are_right_and_made_once(backbone, images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(transfer.evaluation.features, "PART", 48)  # several parts, the last one shorter
+    monkeypatch.setattr(feature_cache, "PART", 32)  # several parts
     extractor = Extractor(backbone.model, TRANSFORM, CPU, "float32")
     got = extract(extractor, backbone, images, cache=tmp_path, batch_size=20)
     assert isinstance(got, np.memmap) and got.shape == (160, 512)
@@ -63,11 +66,7 @@ def test_features_are_right_and_made_once(backbone, images, tmp_path, monkeypatc
     torch.testing.assert_close(
         torch.from_numpy(got[picks]), plain(backbone, images, picks), rtol=1e-4, atol=1e-5
     )
-    assert [p.name for p in sorted(next(tmp_path.iterdir()).iterdir())] == [
-        "features.npy",
-        "lock",
-        "meta.json",
-    ]
+    assert sorted(p.name for p in tmp_path.glob("*/*")) == ["features.npy", "lock", "meta.json"]
     monkeypatch.setattr(Extractor, "__call__", lambda *_: pytest.fail("extracted again"))
     np.testing.assert_array_equal(extract(extractor, backbone, images, cache=tmp_path), got)
 
@@ -84,7 +83,7 @@ def test_a_part_of_the_images_and_workers(backbone, images, tmp_path) -> None:
 def test_what_changed_is_extracted_anew(backbone, images, tmp_path, cifar_folder) -> None:
     def count(backbone=backbone, transform=TRANSFORM, images=images, precision="float32") -> int:
         extract(Extractor(None, transform, CPU, precision), backbone, images, cache=tmp_path / "cache")
-        return len(list((tmp_path / "cache").iterdir()))
+        return len(list((tmp_path / "cache").glob("*/features.npy")))
 
     shutil.copytree(cifar_folder / "test", tmp_path / "test")
     copied = open_dataset("imagefolder", tmp_path, "test")
@@ -98,7 +97,7 @@ def test_what_changed_is_extracted_anew(backbone, images, tmp_path, cifar_folder
 
 
 def test_a_stopped_run_goes_on(backbone, images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(transfer.evaluation.features, "PART", 40)
+    monkeypatch.setattr(feature_cache, "PART", 16)
     wanted = np.array(
         extract(Extractor(None, TRANSFORM, CPU, "float32"), backbone, images, cache=tmp_path / "a")
     )
@@ -117,29 +116,158 @@ def test_a_stopped_run_goes_on(backbone, images, tmp_path, monkeypatch) -> None:
     extractor = Slow(None, TRANSFORM, CPU, "float32")
     with pytest.raises(Stopped):
         extract(extractor, backbone, images, cache=tmp_path / "b", batch_size=20)
-    assert len(seen) < 8
+    made = sum(len(np.load(part)["features"]) for part in (tmp_path / "b").glob("parts-*/*.npz"))
+    assert 0 < made <= sum(seen) < 160
+    before = sum(seen)
     got = extract(extractor, backbone, images, cache=tmp_path / "b", batch_size=20)
     np.testing.assert_array_equal(got, wanted)
-    assert sum(seen) < 160 + 40  # the finished part was not made again
+    assert sum(seen) == before + 160 - made  # the finished parts were not made again
 
 
-def test_rank_0_says_whether_the_features_are_there(backbone, images, tmp_path, monkeypatch) -> None:
+def test_damage_is_told_and_mended(
+    backbone, images, tmp_path, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
     extractor = Extractor(None, TRANSFORM, CPU, "float32")
     wanted = np.array(extract(extractor, backbone, images, cache=tmp_path))
-    # Another rank, whose view of the folder is behind: it takes rank 0's word and does not look itself.
-    told: list[bool] = []
-    monkeypatch.setattr(transfer.evaluation.features, "is_main", lambda: False)
-    monkeypatch.setattr(transfer.evaluation.features, "any_rank", lambda flag, *_: told.append(flag) or True)
-    monkeypatch.setattr(
-        transfer.evaluation.features, "_write_parts", lambda *_: pytest.fail("extracted again")
-    )
-    (meta,) = tmp_path.glob("*/meta.json")
-    meta.unlink()
+    (file,) = tmp_path.glob("*/features.npy")
+    whole, meta = file.read_bytes(), file.with_name("meta.json").read_bytes()
+    one_row = io.BytesIO()
+    np.save(one_row, wanted[:1])
+    for damaged in (whole[:4096] + bytes(len(whole) // 2), whole[:5000], b"", one_row.getvalue()):
+        file.write_bytes(damaged + whole[len(damaged) :] if len(damaged) > 5000 else damaged)
+        caplog.clear()
+        np.testing.assert_array_equal(extract(extractor, backbone, images, cache=tmp_path), wanted)
+        assert f"{file} is damaged" in caplog.text
+        assert file.read_bytes() == whole
+    for damaged in (meta[:50], b"[]", b"{}"):
+        file.with_name("meta.json").write_bytes(damaged)
+        np.testing.assert_array_equal(extract(extractor, backbone, images, cache=tmp_path), wanted)
+    monkeypatch.setattr(Extractor, "__call__", lambda *_: pytest.fail("extracted again"))
     np.testing.assert_array_equal(extract(extractor, backbone, images, cache=tmp_path), wanted)
-    assert told == [False]
-    (meta.parent / "features.npy").unlink()
-    with pytest.raises(UserError, match="a folder all ranks see"):
-        extract(extractor, backbone, images, cache=tmp_path)
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def stop_at_the_end(extractor, backbone, images, cache, monkeypatch) -> list[Path]:
+    """All parts made, and killed before they were joined."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            feature_cache.FeatureFolder, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        extract(extractor, backbone, images, cache=cache)
+    return sorted(cache.glob("parts-*/*.npz"))
+
+
+def test_a_damaged_part_is_made_again(backbone, images, tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(feature_cache, "PART", 16)
+    seen: list[int] = []
+
+    class Counted(Extractor):
+        def __call__(self, pixels):
+            seen.append(len(pixels))
+            return super().__call__(pixels)
+
+    extractor = Counted(None, TRANSFORM, CPU, "float32")
+    wanted = np.array(extract(extractor, backbone, images, cache=tmp_path / "whole"))
+    parts = stop_at_the_end(extractor, backbone, images, tmp_path / "cut", monkeypatch)
+    assert len(parts) > 3
+    sizes = [len(np.load(part)["features"]) for part in parts]
+    content = parts[0].read_bytes()
+    parts[0].write_bytes(content[:600] + bytes(300) + content[900:])  # half zeroed: the zip's checksum tells
+    parts[1].write_bytes(b"")
+    one_row = dict(np.load(parts[2]))
+    np.savez(parts[2], **one_row | {"features": one_row["features"][:1]})  # must not stand for all its images
+    seen.clear()
+    np.testing.assert_array_equal(extract(extractor, backbone, images, cache=tmp_path / "cut"), wanted)
+    assert sum(seen) == sum(sizes[:3])
+    assert caplog.text.count("is damaged; its features are made again") == 2
+    assert "holds (1, 3072) features" in caplog.text
+
+
+def test_parts_without_the_changed_file_survive(
+    backbone, cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image added, removed or mended: only the parts that hold it are made again."""
+    monkeypatch.setattr(feature_cache, "PART", 16)
+    shutil.copytree(cifar_folder / "test", tmp_path / "test")
+    extractor = Extractor(None, TRANSFORM, CPU, "float32")
+    cache = tmp_path / "cache"
+
+    def names() -> set[str]:
+        data = open_dataset("imagefolder", tmp_path, "test")
+        return {
+            p.file.name for p in feature_cache.FeatureFolder.of(cache, {}, data, np.arange(len(data))).parts
+        }
+
+    before = names()
+    assert len(before) >= 6
+    data = open_dataset("imagefolder", tmp_path, "test")
+    for change in ("remove", "add", "mend"):
+        path = tmp_path / "test" / data.key(80)
+        content = path.read_bytes()
+        if change == "remove":
+            path.unlink()
+        elif change == "add":
+            path.with_name("0.jpg").write_bytes(content)
+        else:
+            path.write_bytes(content + b"x")
+        after = names()
+        assert 1 <= len(before - after) <= 3, change
+        if change == "add":
+            path.with_name("0.jpg").unlink()
+        path.write_bytes(content)
+        before = names()
+    # and what survives is taken: all but the changed part was made before the stop
+    data = open_dataset("imagefolder", tmp_path, "test")
+    stop_at_the_end(extractor, backbone, data, cache, monkeypatch)
+    (tmp_path / "test" / data.key(80)).unlink()
+    data = open_dataset("imagefolder", tmp_path, "test")
+    seen: list[int] = []
+    call = Extractor.__call__
+    monkeypatch.setattr(Extractor, "__call__", lambda self, x: seen.append(len(x)) or call(self, x))
+    got = extract(extractor, backbone, data, cache=cache)
+    assert 0 < sum(seen) < 80 and len(got) == 159
+    np.testing.assert_array_equal(got, extract(extractor, backbone, data, cache=tmp_path / "anew"))
+
+
+def test_all_broken_images_are_listed_and_what_was_made_is_kept(
+    backbone, cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    monkeypatch.setattr(feature_cache, "PART", 16)
+    shutil.copytree(cifar_folder, tmp_path / "data")
+    train, test = (open_dataset("imagefolder", tmp_path / "data", split) for split in ("train", "test"))
+    bad = [train.root / train.key(i) for i in (3, 600)] + [test.root / test.key(5)]
+    good = [path.read_bytes() for path in bad]
+    for path in bad:
+        path.write_bytes(b"no JPEG")
+    train, test = (open_dataset("imagefolder", tmp_path / "data", split) for split in ("train", "test"))
+    extractor = Extractor(None, TRANSFORM, CPU, "float32")
+    both = [(train, None), (test, None)]
+    with pytest.raises(UserError) as caught:
+        extract_all(extractor, backbone, both, cache=tmp_path / "cache", max_broken=2)
+    assert str(caught.value).startswith("3 images cannot be read and --max-broken-images is 2: ")
+    assert all(str(path) in str(caught.value) and str(path) in caplog.text for path in bad)
+    with monkeypatch.context() as patch:
+        patch.setattr(Extractor, "__call__", lambda *_: pytest.fail("extracted again"))
+        bank, queries = extract_all(extractor, backbone, both, cache=tmp_path / "cache", max_broken=3)
+    assert bank.positions_N.tolist() == [i for i in range(640) if i not in (3, 600)]
+    assert queries.x_ND.shape == (159, 3072) and list(queries.broken) == [5] and queries.split == "test"
+    alone = extractor(TRANSFORM.decode(test.image(6))[None]).numpy()
+    np.testing.assert_array_equal(queries.x_ND[5:6], alone)
+    # mended in place, with the times of before: still noticed, as the size is another
+    for path, content in zip(bad, good):
+        path.write_bytes(content)
+    test = open_dataset("imagefolder", tmp_path / "data", "test")
+    assert extract(extractor, backbone, test, cache=tmp_path / "cache").shape == (160, 3072)
+
+
+def test_a_disk_that_is_too_small_is_told_before(backbone, images, tmp_path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    with pytest.raises(UserError, match=r"the features need 0\.00 GB and 0\.00 GB are free; make room"):
+        extract(Extractor(None, TRANSFORM, CPU, "float32"), backbone, images, cache=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +322,13 @@ def test_a_broken_image_met_by_a_worker_is_one_line(cifar_folder: Path, tmp_path
     )
     assert done.returncode == 2, done.stderr
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
-    assert line.count(str(broken)) == 1 and "not a readable image (cannot identify image file);" in line
+    assert line.count(str(broken)) == 1 and "1 image cannot be read and --max-broken-images is 0: " in line
+    assert "not a readable image (cannot identify image file);" in done.stderr
     assert "Traceback" not in done.stderr and "DataLoader" not in done.stderr
     assert not (output / "results.jsonl").exists()
+    knn.main([*words, "--max-broken-images", "1"])
+    (result,) = results.read(output)
+    assert (result.n, result.settings["bank"], result.settings["unreadable"]) == (160, 639, {"train": 1})
 
 
 def test_bfloat16_keeps_the_neighbours(backbone, images) -> None:

@@ -47,7 +47,9 @@ def test_a_second_call_copies_nothing(source: Path, tmp_path: Path) -> None:
     assert _inodes(first) == before
 
 
-@pytest.mark.parametrize("change", ["gone", "shorter", "new in source", "more in copy", "newer in source"])
+@pytest.mark.parametrize(
+    "change", ["gone", "shorter", "other bytes", "new in source", "more in copy", "newer in source"]
+)
 def test_only_what_differs_is_copied_again(source: Path, tmp_path: Path, change: str) -> None:
     copy = stage(source, tmp_path / "local")
     before = _inodes(copy)
@@ -56,6 +58,10 @@ def test_only_what_differs_is_copied_again(source: Path, tmp_path: Path, change:
         (copy / name).unlink()
     elif change == "shorter":
         (copy / name).write_bytes(b"x")
+    elif change == "other bytes":  # of the same size and time, as a failing disk or a crash leaves them
+        stat = (copy / name).stat()
+        (copy / name).write_bytes(bytes(stat.st_size))
+        os.utime(copy / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     elif change == "new in source":
         name = "train/cat/new.jpg"
         (source / name).write_bytes(b"new")
@@ -76,11 +82,11 @@ def test_a_copy_cut_off_is_not_taken_for_whole_and_goes_on(
 ) -> None:
     done: list[str] = []
 
-    def dies(origin: Path, target: Path, name: str) -> None:
+    def dies(origin: Path, target: Path, name: str) -> int:
         if len(done) == 7:
             raise KeyboardInterrupt
-        copy_file(origin, target, name)
         done.append(name)
+        return copy_file(origin, target, name)
 
     copy_file = local_copy._copy_file
     monkeypatch.setattr(local_copy, "_copy_file", dies)
@@ -102,7 +108,7 @@ def test_processes_of_a_node_make_one_copy(source: Path, tmp_path: Path) -> None
         "import sys\nfrom transfer.evaluation import local_copy\n"
         "real = local_copy._copy_file\n"
         "def noted(source, target, name):\n"
-        "    open(sys.argv[3], 'a').write(name + chr(10))\n    real(source, target, name)\n"
+        "    open(sys.argv[3], 'a').write(name + chr(10))\n    return real(source, target, name)\n"
         "local_copy._copy_file = noted\nprint(local_copy.stage(sys.argv[1], sys.argv[2]))\n"
     )
     log = tmp_path / "copied"
@@ -121,7 +127,7 @@ def test_ranks_of_one_run_trust_the_first_ones_comparison(
         monkeypatch.setenv(name, value)
     copy = stage(source, tmp_path / "local")
     with monkeypatch.context() as patch:
-        patch.setattr(local_copy, "listing", lambda folder: pytest.fail("compared again"))
+        patch.setattr(local_copy, "listing", lambda folder, **_: pytest.fail("compared again"))
         assert stage(source, tmp_path / "local") == copy
     monkeypatch.setenv("MASTER_PORT", "12346")  # another run compares anew
     (copy / "train/cat/1.jpg").unlink()
@@ -153,6 +159,37 @@ def test_wrong_bytes_on_the_way_are_noticed(
     assert not list((tmp_path / "local").rglob("*.jpg"))
 
 
+def test_a_link_in_the_way_is_not_followed(source: Path, tmp_path: Path) -> None:
+    copy = stage(source, tmp_path / "local")
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (copy / local_copy.LOCK).unlink()
+    (copy / local_copy.LOCK).symlink_to(victim)
+    with pytest.raises(UserError, match="symbolic links"):
+        stage(source, tmp_path / "local")
+    assert victim.read_text() == "precious"
+
+
+def test_a_folder_that_others_may_have_filled_is_refused(source: Path, tmp_path: Path) -> None:
+    copy = stage(source, tmp_path / "local")
+    assert copy.stat().st_mode & 0o777 == 0o700
+    copy.chmod(0o777)
+    with pytest.raises(UserError, match=r"not yours alone \(other users may write in it"):
+        stage(source, tmp_path / "local")
+    shutil.rmtree(copy)
+    (tmp_path / "elsewhere").mkdir()
+    copy.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="not yours alone"):
+        stage(source, tmp_path / "local")
+    copy.unlink()
+    copy.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        os.chown(copy, 12345, 12345)
+        with pytest.raises(UserError, match="another user's"):
+            stage(source, tmp_path / "local")
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_bad_input_is_said_before_anything_is_copied(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +207,10 @@ def test_bad_input_is_said_before_anything_is_copied(
     with pytest.raises(UserError, match="a link to nothing"):
         stage(source, tmp_path / "local")
     (source / "train/cat/9.jpg").unlink()
+    (source / "train/cat/up").symlink_to(source / "train")
+    with pytest.raises(UserError, match="a link back to a folder above"):
+        stage(source, tmp_path / "local")
+    (source / "train/cat/up").unlink()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda path: usage._replace(free=10))
     with pytest.raises(UserError, match="GB to copy"):

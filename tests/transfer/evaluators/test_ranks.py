@@ -13,20 +13,21 @@ import pytest
 import torch
 import yaml
 
-import transfer.evaluation.features
+import transfer.evaluation.feature_cache
 from pretrain.common.process_group import rank
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.model import build_backbone
 from tests.helpers.ranks import finish_ranks, fork_ranks, kill_ranks, run_on_ranks
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import results
+from transfer.evaluation.feature_cache import FeatureFolder
 from transfer.evaluation.features import Extractor, extract
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
 from transfer.evaluators.heads import HeadGrid, HeadGrids
 
 BACKBONE = Backbone(model=None, arch=None, weights={"sha256": "s", "branch": "online"}, metadata={})
-PART = 24  # of 160 images: seven parts, the last one shorter
+PART = 24  # images on average, of 160
 WORLDS = [1, 2, 3]
 
 
@@ -54,7 +55,7 @@ class Noted(Extractor):
 
 def extract_here(images: ImageDataset, cache: Path, notes: Path, die_at: int | None = None) -> None:
     """What each rank does; rank 1 dies after `die_at` images, or rank 0 where it is alone."""
-    transfer.evaluation.features.PART = PART
+    transfer.evaluation.feature_cache.PART = PART
     victim = rank() == min(1, int(os.environ["WORLD_SIZE"]) - 1)
     extractor = Noted(notes, die_at if victim else None)
     got = extract(extractor, BACKBONE, images, cache=cache, batch_size=10)
@@ -76,40 +77,55 @@ def wanted(images: ImageDataset) -> np.ndarray:
 
 
 def features_in(cache: Path) -> np.ndarray:
-    (folder,) = cache.iterdir()
-    assert {p.name for p in folder.iterdir()} == {"features.npy", "lock", "meta.json"}
+    parts, folder = sorted(cache.iterdir(), key=lambda f: not f.name.startswith("parts-"))
+    assert {p.name for p in folder.iterdir()} == {"features.npy", "meta.json"}
+    assert {p.name for p in parts.iterdir()} == {"lock"}
     return np.load(folder / "features.npy")
 
 
+def lengths(images: ImageDataset, cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Images in each part."""
+    monkeypatch.setattr(transfer.evaluation.feature_cache, "PART", PART)
+    there = FeatureFolder.of(cache, {}, images, np.arange(len(images)))
+    found = [part.stop - part.start for part in there.parts]
+    assert sum(found) == 160 and len(found) >= 4
+    return found
+
+
 @pytest.mark.parametrize("world", WORLDS)
-def test_ranks_extract_each_image_once(world: int, images, wanted: np.ndarray, tmp_path: Path) -> None:
+def test_ranks_extract_each_image_once(
+    world: int, images, wanted: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache, notes = tmp_path / "cache", tmp_path / "notes"
     notes.mkdir()
     run_on_ranks(world, extract_here, images, cache, notes)
     np.testing.assert_array_equal(features_in(cache), wanted)
-    # Parts of 24, the seventh of 16, dealt in turn: two ranks get 4 and 3 of them, three 3, 2 and 2.
-    assert Noted.total(notes) == {1: [160], 2: [88, 72], 3: [64, 48, 48]}[world]
+    dealt = lengths(images, cache, monkeypatch)  # in turn
+    assert Noted.total(notes) == [sum(dealt[r::world]) for r in range(world)]
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_killed_ranks_go_on_where_they_were(world: int, images, wanted: np.ndarray, tmp_path: Path) -> None:
+def test_killed_ranks_go_on_where_they_were(
+    world: int, images, wanted: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL of one rank in its second part; then again with one rank more, which changes nothing."""
     cache, notes, after = tmp_path / "cache", tmp_path / "notes", tmp_path / "after"
     notes.mkdir()
     after.mkdir()
-    ranks = fork_ranks(world, extract_here, images, cache, notes, PART + 5)
-    victim = ranks[min(1, world - 1)]
+    number = min(1, world - 1)
+    ranks = fork_ranks(
+        world, extract_here, images, cache, notes, lengths(images, cache, monkeypatch)[number] + 5
+    )
+    victim = ranks[number]
     victim.join(60)
     assert victim.exitcode == -signal.SIGKILL
     time.sleep(0.3)  # whatever the others still write, they have written, or are killed while they do
     kill_ranks(ranks)
-    (folder,) = cache.iterdir()
-    kept = len(list(folder.glob("part-*.npy")))
-    assert 1 <= kept < 7 and not (folder / "features.npy").exists()
+    kept = sum(len(np.load(part)["features"]) for part in cache.glob("parts-*/*.npz"))
+    assert 0 < kept < 160 and not list(cache.glob("*/features.npy"))
     run_on_ranks(world + 1, extract_here, images, cache, after)
-    np.testing.assert_array_equal(np.load(folder / "features.npy"), wanted)
-    assert not list(folder.glob("part-*.npy"))
-    assert 160 - kept * PART <= sum(Noted.total(after)) <= 160 - kept * PART + PART - 16
+    np.testing.assert_array_equal(features_in(cache), wanted)
+    assert sum(Noted.total(after)) == 160 - kept
 
 
 OPTIONS: list[dict[str, Any]] = [

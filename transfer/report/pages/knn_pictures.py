@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import ImageDataset, open_dataset
+from transfer.evaluation.feature_cache import FORMAT, checksum_of, mapped
 from transfer.evaluators.nearest import nearest
 from transfer.report.evidence.grouping import Results
 from transfer.report.evidence.records import Record
@@ -89,12 +90,17 @@ def _features(cache: Path, record: Record, data: ImageDataset) -> np.ndarray:
     for file in sorted(cache.glob("*/meta.json")):
         meta = json.loads(file.read_text(encoding="utf-8"))
         if (
-            meta["weights"].startswith(f"{record.sha256} {branch} ")
+            meta["format"] == FORMAT
+            and meta["weights"].startswith(f"{record.sha256} {branch} ")
             and (meta["split"], meta["data"], meta["n"]) == (data.split, data.fingerprint, len(data))
             and record["image_size"] in (None, meta["transform"].get("size"))
             and all(weights.get(k) in (None, meta["transform"].get(k)) for k in ("mean", "std"))
         ):
-            return np.load(file.parent / "features.npy", mmap_mode="c")
+            features = mapped(file.with_name("features.npy"))
+            whole = features is not None and checksum_of(file.with_name("features.npy")) == meta["crc32"]
+            if not whole or meta["broken"]:
+                raise UserError(f"{file.parent}: features of some images alone, or damaged ones")
+            return np.array(features)
     raise UserError(f"no features of today's {data.split} images under {cache}")
 
 
