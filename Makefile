@@ -19,10 +19,12 @@ DATA ?=
 SEED ?= 0
 OUTPUT ?= runs/demo_$(DATASET)_seed$(SEED)
 
-.PHONY: help env demo test test-faults bench lint
+.PHONY: help env demo test test-bare test-matrix test-faults bench lint
 help:
 	@echo "make demo         set up, run everything small on this machine, end with a report (DATASET=fashion_mnist|cifar10, DATA=DIR, SEED=0)"
 	@echo "make test         set up and run the tests"
+	@echo "make test-bare    the tests that touch their surroundings, as on a stranger's machine (TESTS='tests/slurm ...': others)"
+	@echo "make test-matrix  numerically delicate tests by instruction set, threads and order (VENV=DIR: with other versions)"
 	@echo "make test-faults  tests that kill processes, fill disks and start a SLURM cluster"
 	@echo "make bench        speed and memory beside plain references"
 	@echo "make lint         ruff and mypy"
@@ -62,6 +64,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest -n $(JOBS) -m "not faults"
+
+# What of the tests starts commands, looks for programs, or reads and writes outside the test's own folder.
+TESTS ?= tests/slurm/commands/test_status.py tests/slurm/commands/test_suite.py tests/slurm/execution/test_job.py tests/pretrain/common/test_cli.py tests/pretrain/common/test_files.py tests/transfer/evaluation/test_local_copy.py
+test-bare: $(STAMP)
+	PY=$(PY) tests/bare.sh -n $(JOBS) $(TESTS)
+
+test-matrix: $(STAMP)
+	$(PY) tests/matrix.py
 
 test-faults: $(STAMP)
 	$(PY) -m pytest -m faults

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import signal
 import tarfile
 from collections.abc import Iterator
@@ -17,11 +19,27 @@ from pretrain.common.signals import StopSignals
 TRAIN_PER_CLASS, TEST_PER_CLASS = 64, 16
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """TEST_ORDER=SEED: files, and the tests of each, in a random order."""
+    if (seed := os.environ.get("TEST_ORDER")) is None:
+        return
+    files = [list(group) for _, group in itertools.groupby(items, key=lambda item: item.path)]
+    order = random.Random(int(seed))
+    order.shuffle(files)
+    for file in files:
+        order.shuffle(file)
+    items[:] = itertools.chain(*files)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Several test workers share the cores: one torch thread each, here and in what tests start."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    """Several test workers share the cores: one torch thread each, here and in what tests start.
+
+    TEST_THREADS: so many, for tests/matrix.py.
+    """
+    threads = os.environ.get("TEST_THREADS", "1")
+    torch.set_num_threads(int(threads))
+    os.environ.setdefault("OMP_NUM_THREADS", threads)
     yield
 
 

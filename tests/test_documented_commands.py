@@ -71,6 +71,8 @@ WAYS: dict[str, Way] = {
     "make demo VENV=DIR": _make("{images}/bin/python -m slurm demo "),
     "make demo DATASET=cifar10 DATA=DIR": _make("-m slurm demo --dataset cifar10 --data-dir '{images}'"),
     "make test": _make('-m pytest -n 2 -m "not faults"'),
+    "make test-bare": _make("tests/bare.sh"),
+    "make test-matrix": _make("tests/matrix.py"),
     "make test-faults": _make("-m pytest -m faults"),
     "make lint": _make("-m mypy"),
     "make bench": _make("-m benchmarks"),
