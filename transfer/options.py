@@ -144,6 +144,11 @@ class SemisupSettings(EvaluationSettings):
     def __post_init__(self) -> None:
         """Raises ValueError for numbers out of range."""
         super().__post_init__()
+        if self.max_broken_images:
+            raise ValueError(
+                "--max-broken-images is for k-NN and probes on cached features; fine-tuning decodes its "
+                "images every epoch and wants all of them readable"
+            )
         if self.save_every < 1:
             raise ValueError(f"--save-every {self.save_every}: wanted 1 or more")
 

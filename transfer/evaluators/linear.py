@@ -73,6 +73,11 @@ def main(argv: list[str]) -> int:
 def _check(evaluation: Evaluation, values: LinearProtocol) -> None:
     """Raises UserError for a backbone or training images that the protocol cannot do with."""
     train, protocol = evaluation.train, evaluation.protocol
+    if values.augmentation and evaluation.settings.max_broken_images:
+        raise UserError(
+            f"--max-broken-images is for cached features; {protocol} decodes the training images every epoch "
+            "and wants all of them readable"
+        )
     if values.method == "heads" and len(train) * (1 - values.held_out_percent / 100) < 1:
         raise UserError(f"{train.root}: no training image is left beside the held-out part")
     if values.held_out_percent and not len(held_out_part(train, values, 0)[1]):

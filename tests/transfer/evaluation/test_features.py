@@ -26,6 +26,7 @@ from transfer.evaluation import feature_cache, results
 from transfer.evaluation.features import Extractor, extract, extract_all, make_extractor
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
 from transfer.evaluators import knn
+from transfer.options import parse
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(size=32)
@@ -261,6 +262,17 @@ def test_all_broken_images_are_listed_and_what_was_made_is_kept(
         path.write_bytes(content)
     test = open_dataset("imagefolder", tmp_path / "data", "test")
     assert extract(extractor, backbone, test, cache=tmp_path / "cache").shape == (160, 3072)
+
+
+def test_where_images_are_decoded_every_epoch_all_must_be_readable(
+    cifar_folder: Path, tmp_path: Path
+) -> None:
+    words = ["--weights", "none.pth", "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
+    words += ["--output", str(tmp_path), "--max-broken-images", "1", "--protocol", "finetune@1"]
+    with pytest.raises(UserError, match="fine-tuning decodes its images every epoch and wants"):
+        parse("semisup", [*words, "--label-percent", "100"])
+    with pytest.raises(UserError, match="wanted 0 or more"):
+        parse("knn", [*words[:-4], "--max-broken-images", "-1", *words[-2:]])
 
 
 def test_a_disk_that_is_too_small_is_told_before(backbone, images, tmp_path, monkeypatch) -> None:
