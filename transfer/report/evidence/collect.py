@@ -10,8 +10,8 @@ from typing import Any
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
-from transfer.report.evidence.labels import named
-from transfer.report.evidence.records import Record, why_stale
+from transfer.report.evidence.labels import named, printable
+from transfer.report.evidence.records import Record, why_altered, why_stale
 from transfer.report.evidence.unfinished import (
     Gap,
     StepTime,
@@ -84,6 +84,7 @@ def collect(dirs: Sequence[str | Path], *, skip: Path | None = None) -> Evidence
                 name = _read(folder, files, root, suites.index(suite), found)
                 if folder.resolve() not in accounted:
                     found.gaps += run_gaps(folder, name, files)
+    found = printable(found)
     found.records = named(found.records)
     kinds = (found.records, found.pretraining, found.detection, found.pictures, found.studies, found.gaps)
     if not any(kinds):
@@ -98,7 +99,9 @@ def collect(dirs: Sequence[str | Path], *, skip: Path | None = None) -> Evidence
 def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Evidence) -> str:
     """Add what one folder holds to `found`; returns the name of the run in it."""
     lines = _results(folder / "results.jsonl", found.problems) if "results.jsonl" in files else []
-    found.records += [Record(values=v, folder=folder, root=index, stale=why_stale(v)) for v in lines]
+    found.records += [
+        Record(values=v, folder=folder, root=index, stale=why_stale(v), altered=why_altered(v)) for v in lines
+    ]
     name = _label(folder, root, lines, qualified=len(found.roots) > 1)
     for file, step, runs in (
         ("metrics.jsonl", "step", found.pretraining),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from pretrain.data.transfer_sets import metric_of
 from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.compare import Summary, Trial
-from transfer.report.evidence.labels import short_names
+from transfer.report.evidence.labels import file_name, short_names
 from transfer.report.evidence.records import RAW_PIXELS, Record
 
 TASK_NAMES = {
@@ -40,6 +41,10 @@ class Task:
     protocol: str
     protocol_hash: str
     images: int
+    altered: str = ""
+    """How it differs from the protocol that is shipped under this name."""
+    conditions: tuple[str, ...] = ()
+    """What else parts it from the same task here: conditions that one method was judged under several of."""
     ambiguous: bool = False
     """Whether another protocol here has this name, but other content."""
 
@@ -57,14 +62,16 @@ class Task:
     def setting(self) -> str:
         count = f", {self.images:,} images" if self.images else ""
         which = f" ({self.protocol_hash[:6]})" if self.ambiguous else ""
-        return f"{self.dataset} {self.split}, {self.protocol}{which}{count}"
+        told = [f"{self.dataset} {self.split}", f"{self.protocol}{which}{count}", *self.conditions]
+        return ", ".join(told) + (f"; differs from {self.protocol}: {self.altered}" if self.altered else "")
 
     @property
     def slug(self) -> str:
+        """A name for its files; the digits tell tasks apart whose names are the same in these letters."""
         share = f"-{self.label_percent:g}" if self.partly else ""
-        kind = re.sub(r"\W+", "-", self.split.partition("(")[2]).rstrip("-")  # which split of several
-        data = f"{self.dataset}-{kind}" if kind else self.dataset
-        return f"{self.name}{share}-{data}-{self.protocol.replace('@', '-v')}-{self.protocol_hash[:6]}"
+        split = self.split.partition("(")[2]  # which split of several
+        name = f"{self.name}{share}-{self.dataset}-{split}-{self.protocol.replace('@', '-v')}"
+        return f"{file_name(name)}-{hashlib.sha256(repr(self).encode()).hexdigest()[:6]}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +92,11 @@ class Results:
         return [
             r for selection in self.selections(method, task) for r in self.groups[method, task, selection]
         ]
+
+    def warnings(self, method: str, task: Task) -> list[str]:
+        """Why the headline figure may say nothing."""
+        told = [w for r in self.records(method, task, self.selections(method, task)[0]) for w in r.warnings]
+        return list(dict.fromkeys(told))
 
     def selections(self, method: str, task: Task) -> list[str]:
         known = [s for s in SELECTIONS if (method, task, s) in self.groups]
@@ -149,6 +161,7 @@ def task_of(record: Record, ambiguous: frozenset[str] = frozenset()) -> Task:
         protocol=record.protocol,
         protocol_hash=str(protocol.get("hash") or ""),
         images=int(record["n"] or 0),
+        altered=record.altered,
         ambiguous=record.protocol in ambiguous,
     )
 
@@ -166,12 +179,16 @@ def group(evidence: Evidence, *, pool: bool = False) -> Results:
     hashes = {(r.protocol, task_of(r).protocol_hash) for r in evidence.records}
     counts = Counter(name for name, _ in hashes)
     ambiguous = frozenset(name for name, count in counts.items() if count > 1)
+    parting = _parting(evidence.records, names)
     order = {id(r): i for i, r in enumerate(evidence.records)}
     by_time = sorted(evidence.records, key=lambda r: (str(r["started_at"] or ""), order[id(r)]))
     for record in by_time:
-        key = (names[id(record)], task_of(record, ambiguous), str(record["selection"] or "last"))
+        task = task_of(record, ambiguous)
+        conditions = tuple(condition(record, key) for key in sorted(parting[task_of(record)]))
+        task = dataclasses.replace(task, conditions=conditions)
+        key = (names[id(record)], task, str(record["selection"] or "last"))
         same = (
-            record.sha256,
+            record.identity,
             record["seed"],
             *([record.root] if pool and record["seed"] is not None else []),
         )
@@ -195,6 +212,26 @@ def group(evidence: Evidence, *, pool: bool = False) -> Results:
         notes=tuple(notes),
         run_names={r.folder: names[id(r)] for r in evidence.records},
     )
+
+
+def condition(record: Record, key: str) -> str:
+    """One of a record's conditions in words."""
+    value = record.conditions.get(key)
+    text = ", ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    return f"{key.replace('_', ' ')} {'not recorded' if value is None else text[:24]}"
+
+
+def _parting(records: Iterable[Record], names: dict[int, str]) -> dict[Task, set[str]]:
+    """The conditions that part a task: those that one method has several values of in it."""
+    seen: dict[tuple[str, Task, str], set[str]] = defaultdict(set)
+    parting: dict[Task, set[str]] = defaultdict(set)
+    for r in records:
+        task = task_of(r)
+        for key, value in r.conditions.items():
+            seen[names[id(r)], task, key].add(json.dumps(value, sort_keys=True))
+    for (_, task, key), values in seen.items():
+        parting[task] |= {key} if len(values) > 1 else set()
+    return parting
 
 
 def _fresh(trials: Iterable[Record], order: dict[int, int]) -> tuple[Record, ...]:

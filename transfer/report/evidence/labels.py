@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 from transfer.report.evidence.records import Record
 
@@ -55,6 +57,29 @@ def _told_apart(records: list[Record]) -> list[Record]:
             short = dict(zip(places, short_names(places)))
             names |= {sha256: short[path] for sha256, path in paths.items()}
     return [r if r["label"] or r.sha256 not in names else _labelled(r, names[r.sha256]) for r in records]
+
+
+def printable(value: Any) -> Any:
+    """Texts anywhere in `value` without control characters, which a terminal would act on."""
+    if isinstance(value, str):
+        return (
+            value
+            if value.isprintable()
+            else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in value)
+        )
+    if isinstance(value, dict):
+        return {printable(k): printable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [printable(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{k: printable(v) for k, v in fields.items()})
+    return value
+
+
+def file_name(text: str) -> str:
+    """`text` in letters, digits, points, dashes and underscores alone, as a file's name may have it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:100] or "unnamed"
 
 
 def short_names(paths: list[str]) -> list[str]:

@@ -31,6 +31,10 @@ class Published:
     spread: dict[str, float]
     """Standard deviation where the source gives one."""
     trials: int | None
+    selection: str
+    """best: the epoch that is best on the images judged; empty where the source does not say."""
+    n: int
+    """Images judged."""
     source: str
     """URL."""
 
@@ -47,23 +51,29 @@ def load_published(path: Path = FILE) -> tuple[Published, ...]:
     for raw in document["results"]:
         source = document["sources"].get(raw["source"], raw["source"])
         entry = Published(**{
-            "arch": "resnet50", "protocol": "", "note": "", "spread": {}, "trials": None,
-            **raw, "source": source,
+            "arch": "resnet50", "protocol": "", "note": "", "spread": {}, "trials": None, "selection": "",
+            "n": document["images"].get(raw["dataset"], 0), **raw, "source": source,
         })  # fmt: skip
         if not entry.source.startswith("https://") or not entry.metrics:
             raise ValueError(f"{path}: {entry.name} needs metrics and the URL of its source")
+        if entry.n <= 0:
+            raise ValueError(f"{path}: {entry.name} needs n, the number of images judged")
         entries.append(entry)
     return tuple(entries)
 
 
 def same_protocol(task: Task) -> list[Published]:
-    """Published figures that may stand beside this task's: same task, data set and protocol."""
-    return [p for p in _of(task) if p.protocol and p.protocol == task.protocol]
+    """Published figures that may stand beside this task's: same task, images and protocol, unaltered."""
+    return [p for p in _of(task) if _alike(p, task)]
 
 
 def other_protocols(task: Task) -> list[Published]:
     """Published figures of the task's data set under other protocols: never ranked against ours."""
-    return [p for p in _of(task) if p.protocol != task.protocol or not p.protocol]
+    return [p for p in _of(task) if not _alike(p, task)]
+
+
+def _alike(p: Published, task: Task) -> bool:
+    return bool(p.protocol) and (p.protocol, p.n) == (task.protocol, task.images) and not task.altered
 
 
 def _of(task: Task) -> list[Published]:

@@ -115,15 +115,14 @@ def gaps(evidence: Evidence) -> Table | None:
         [cell(g.name), cell(g.state, kind="bad"), cell(g.detail)]
         for g in evidence.gaps
     ]  # fmt: skip
-    stale: dict[tuple[str, str, str], int] = {}
+    told: dict[tuple[str, str, str], int] = {}
     for r in evidence.records:
-        if r.stale:
-            key = (r.label, f"{r['task']} {r.protocol}", r.stale)
-            stale[key] = stale.get(key, 0) + 1
-    for (label, what, why), count in stale.items():
-        rows.append(
-            [cell(f"{label}: {what}"), cell("stale", kind=STALE), cell(f"{why} ({count} result lines)")]
-        )
+        for state, why in [("stale", r.stale)] * bool(r.stale) + [("doubtful", w) for w in r.warnings]:
+            key = (f"{r.label}: {r['task']} {r.protocol}", state, why)
+            told[key] = told.get(key, 0) + 1
+    for (what, state, why), count in told.items():
+        kind = STALE if state == "stale" else "bad"
+        rows.append([cell(what), cell(state, kind=kind), cell(f"{why} ({count} result lines)")])
     rows += [[cell("input"), cell("unreadable", kind="bad"), cell(p)] for p in evidence.problems]
     if not rows:
         return None

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from pretrain.common.files import atomic_path, write_text
 from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.grouping import Results
+from transfer.report.evidence.labels import printable
 from transfer.report.pages import inventory, pictures, plots, statements, tables
 from transfer.report.pages.pictures import Shown
 from transfer.report.pages.plots import Plot
@@ -98,8 +99,8 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         Section(slug="costs", title="Wall time", tables=_some(wall), plots=tuple(plots.cost_plots(evidence))),
     ]  # fmt: skip
     return Page(
-        title=title,
-        roots=tuple(str(r) for r in evidence.roots),
+        title=printable(title),
+        roots=tuple(printable(str(r)) for r in evidence.roots),
         verdict=statements.verdict(results) if results.tasks else None,
         findings=findings,
         alarms=inventory.alarms(evidence),
@@ -178,6 +179,7 @@ def _render(template: str, page: Page) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["markdown_table"] = tables.to_markdown
+    environment.filters["literal"] = tables.markdown_escape
     environment.filters["numeric"] = tables.numeric
     environment.filters["breakable"] = _breakable
     environment.globals["svg"] = lambda plot: Markup(plot.svg)

@@ -258,12 +258,12 @@ def _sweep_plots(results: Results) -> list[Plot]:
 
 
 def _label_share_plots(results: Results) -> list[Plot]:
-    by_setting: dict[tuple[str, str], list[Task]] = defaultdict(list)
+    by_setting: dict[Task, list[Task]] = defaultdict(list)
     for task in results.tasks:
         if task.name == "semisup":
-            by_setting[task.dataset, task.protocol].append(task)
+            by_setting[dataclasses.replace(task, label_percent=0.0)].append(task)
     plots = []
-    for (dataset, protocol), tasks in by_setting.items():
+    for setting, tasks in by_setting.items():
         series: Series = []
         for method in results.methods:
             found = [(t.label_percent, s.mean) for t in tasks if (s := results.headline(method, t))]
@@ -272,9 +272,9 @@ def _label_share_plots(results: Results) -> list[Plot]:
         shares = sorted({x for _, xs, _ in series for x in xs})
         if len(shares) < 2:
             continue
-        slug = f"labels-{dataset}-{protocol.replace('@', '-v')}"
-        title = f"Fine-tuning by share of labels ({dataset}, {protocol})"
-        x, y = "share of the labels, percent", f"{metric_name(metric_of(dataset))}, percent"
+        slug = f"labels-{tasks[0].slug}"
+        title = f"Fine-tuning by share of labels ({setting.dataset}, {setting.protocol})"
+        x, y = "share of the labels, percent", f"{metric_name(metric_of(setting.dataset))}, percent"
         plots.append(draw(slug, title, _log_lines, series, shares, x=x, y=y))
     return plots
 

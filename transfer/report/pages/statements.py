@@ -37,10 +37,10 @@ def _published_value(p: Published, metric: str) -> Cell:
     if metric not in p.metrics:
         return cell("–", kind=MISSING)
     spread = p.spread.get(metric)
-    trials = f"n {p.trials}" if p.trials else ""
+    notes = [f"n {p.trials}" if p.trials else "", f"{p.selection} epoch" if p.selection else ""]
     return cell(
         f"{p.metrics[metric]:.2f}" + ("" if spread is None else f" ± {spread:.2f}"),
-        note=trials, kind=PUBLISHED,
+        note="; ".join(filter(None, notes)), kind=PUBLISHED,
     )  # fmt: skip
 
 
@@ -102,6 +102,8 @@ def _verdict_cell(results: Results, method: str, task: Task, *, bold: bool) -> C
         if second is not None:
             at = when(results.records(method, task, other)[0]) if second.n == 1 else ""
             notes.append(f"{other} {value_text(second)}" + (f" at {at}" if at else ""))
+    if warnings := results.warnings(method, task):
+        return cell(value_text(summary), note="; ".join([*warnings, *notes]), kind="bad")
     if any(r.stale for r in results.records(method, task, shown)):
         return cell(value_text(summary), note="stale; " + "; ".join(notes), kind=STALE)
     return cell(value_text(summary), note="; ".join(notes), kind="best" if bold else "")
@@ -129,7 +131,9 @@ def task_table(results: Results, task: Task) -> Table:
             if first is None:
                 continue
             at = ", ".join(dict.fromkeys(filter(None, (when(r) for r in records))))
-            name = cell(method, note=_input_note(records))
+            warned = list(dict.fromkeys(w for r in records for w in r.warnings))
+            notes = "; ".join(filter(None, [_input_note(records), *warned]))
+            name = cell(method, note=notes, kind="bad" if warned else "")
             tail = [cell(first.n), cell(first.over), cell(first.seeds), cell(at or "-"), cell("this report")]
             rows.append([name, cell(selection), *values, *tail])
     published = same_protocol(task)
@@ -142,7 +146,7 @@ def task_table(results: Results, task: Task) -> Table:
             cell("-"),
             cell("published", link=p.source),
         ]
-        rows.append([cell(p.name, note=p.note, kind=PUBLISHED), cell("-"), *values, *tail])
+        rows.append([cell(p.name, note=p.note, kind=PUBLISHED), cell(p.selection or "-"), *values, *tail])
     note = f"Protocol {task.protocol}" + (f", hash {task.protocol_hash[:12]}" if task.protocol_hash else "")
     note += (f", {task.images:,} images judged, each once." if task.images else ".") + (
         "" if published else f" {NONE_KNOWN}"
@@ -175,7 +179,8 @@ def published_elsewhere(results: Results) -> Table | None:
             )
             rows.append([
                 cell(p.name, kind=PUBLISHED), cell(task.title), cell(p.dataset), cell(figures),
-                cell(p.protocol or p.note or "the source's own"), cell("published", link=p.source),
+                cell("; ".join(filter(None, [p.protocol, p.note])) or "the source's own"),
+                cell("published", link=p.source),
             ])  # fmt: skip
     if not rows:
         return None

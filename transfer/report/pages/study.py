@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from transfer.report.evidence.collect import Picture
+from transfer.report.evidence.labels import printable
 from transfer.report.pages.tables import Table, cell, table
 
 FILE = "study.md"
@@ -27,6 +28,7 @@ class Study:
 def read_study(folder: Path, number: int) -> Study:
     """The first table, the bullets and the SVG pictures of `folder`/study.md."""
     lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [printable(line.expandtabs()) for line in lines]
     title = next((line[2:].strip() for line in lines if line.startswith("# ")), "Spectrum study")
     rows = [[c.strip() for c in line.strip().strip("|").split("|")] for line in lines if line.startswith("|")]
     rows = [row for row in rows if not all(re.fullmatch(r":?-+:?", c) for c in row)]

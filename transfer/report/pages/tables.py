@@ -55,11 +55,16 @@ def _one_line(c: Cell) -> str:
     return f"{c.text} ({c.note})" if c.note else c.text
 
 
+def markdown_escape(text: str) -> str:
+    """Text as Markdown shows it literally, on one line."""
+    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", text).replace("\n", " ")
+
+
 def to_markdown(t: Table) -> str:
     """A GitHub table; links stay links."""
 
     def spell(c: Cell) -> str:
-        text = re.sub(r"([|\\`*_<>\[\]])", r"\\\1", _one_line(c)).replace("\n", " ")
+        text = markdown_escape(_one_line(c))
         text = f"**{text}**" if c.kind == "best" else text
         return f"[{text}]({c.link})" if c.link else text
 
@@ -67,18 +72,23 @@ def to_markdown(t: Table) -> str:
     lines += [["---"] * len(t.columns)]
     lines += [[spell(c) for c in row] for row in t.rows]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return body + (f"\n\n{t.note}" if t.note else "")
+    return body + (f"\n\n{markdown_escape(t.note)}" if t.note else "")
 
 
 def to_csv(t: Table) -> str:
     """Texts and notes; a link is a column of its own when there is one in the table."""
+
+    def plain(text: str) -> str:  # a spreadsheet would run it as a formula
+        number = re.fullmatch(r"[-+]?[\d.,]*", text)
+        return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) and not number else text
+
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     linked = any(c.link for row in t.rows for c in row)
-    writer.writerow([_one_line(c) for c in t.columns] + (["link"] if linked else []))
+    writer.writerow([plain(_one_line(c)) for c in t.columns] + (["link"] if linked else []))
     for row in t.rows:
         links = [next((c.link for c in row if c.link), "")] if linked else []
-        writer.writerow([_one_line(c) for c in row] + links)
+        writer.writerow([plain(_one_line(c)) for c in row] + links)
     return out.getvalue()
 
 
