@@ -92,7 +92,7 @@ def test_methods_under_different_conditions_are_compared_with_the_difference_nam
 def test_what_deviates_from_its_protocol_has_a_column_of_its_own(tmp_path: Path) -> None:
     def line(top1: float, **changes: Any) -> dict[str, Any]:
         rest = {"dataset": "imagenet", "split": "val", "n": 50_000, "epoch": 100, "seed": 0}
-        rest["protocol"] = load_protocol("moco_linear@1").reference
+        rest["protocol"] = load_protocol("moco_linear@2").reference
         return {**record("INTL", "linear", {"top1": top1}, **rest), **changes}
 
     results = read(
@@ -100,7 +100,7 @@ def test_what_deviates_from_its_protocol_has_a_column_of_its_own(tmp_path: Path)
     )
     plain, other = sorted(results.tasks, key=lambda t: t.altered)
     assert other.setting.endswith(
-        "; differs from moco_linear@1: images of 96 px; the protocol's are of 224 px"
+        "; differs from moco_linear@2: images of 96 px; the protocol's are of 224 px"
     )
     assert same_protocol(plain) and not same_protocol(other)
     assert all(p in other_protocols(other) for p in same_protocol(plain))
@@ -108,9 +108,9 @@ def test_what_deviates_from_its_protocol_has_a_column_of_its_own(tmp_path: Path)
 
 def test_a_users_own_file_named_like_a_shipped_one_is_told_and_not_called_stale(tmp_path: Path) -> None:
     rest = {"dataset": "imagenet", "split": "val", "n": 50_000, "epoch": 100, "seed": 0}
-    own = {"name": "moco_linear", "version": 1, "hash": "0" * 12}
+    own = {"name": "moco_linear", "version": 2, "hash": "0" * 12}
     (task,) = read(tmp_path, record("INTL", "linear", {"top1": 70.0}, protocol=own, **rest)).tasks
-    assert "differs from moco_linear@1: other values than the shipped file has" in task.setting
+    assert "differs from moco_linear@2: other values than the shipped file has" in task.setting
     assert same_protocol(task) == [] and gaps(collect([tmp_path])) is None
 
 
@@ -141,10 +141,12 @@ def test_an_altered_detection_protocol_is_never_beside_published_figures(
 
 
 def test_detection_hashes_are_those_of_the_shipped_configurations() -> None:
-    config = pytest.importorskip("transfer.detection.config", reason="detectron2 is not installed")
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from transfer.detection import config, protocol
+
     for name, known in DETECTION_HASHES.items():
         shipped = config.load_config(name.partition("@")[0], [], to_run_here=False)
-        assert config.protocol_of(shipped)["hash"] in known, name
+        assert protocol.protocol_of(shipped, shipped)["hash"] in known, name
 
 
 def test_a_figure_that_says_nothing_is_marked_and_not_compared(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_every_published_figure_can_show() -> None:
         if entry.task == "knn" and entry.protocol:
             ks = values[entry.protocol].values["ks"]
             assert set(entry.metrics) <= {f"{m}_k{k}" for m in ("top1", "top5") for k in ks}, entry.name
-    dino = [p for p in load_published() if (p.method, p.task, p.protocol) == ("DINO", "knn", "dino_knn@1")]
+    dino = [p for p in load_published() if (p.method, p.task, p.protocol) == ("DINO", "knn", "dino_knn@2")]
     assert [p.metrics for p in dino] == [{"top1_k20": 67.5}]
 
 

@@ -234,7 +234,7 @@ def test_files_of_one_name_and_networks_of_one_file_have_rows_of_their_own(tmp_p
 
 def test_published_figures_do_not_stand_beside_a_part_of_a_set(tmp_path: Path) -> None:
     for split in ("test", "test (2,000 of 10,000 test images)"):
-        rest = {"dataset": "cifar10", "split": split, "protocol": {"name": "intl_cifar_5nn", "version": 1}}
+        rest = {"dataset": "cifar10", "split": split, "protocol": {"name": "intl_cifar_5nn", "version": 2}}
         write_lines(
             tmp_path / split[:9] / "results.jsonl", [record("INTL", "knn", {"top1_k5": 60.0}, **rest)]
         )
@@ -277,7 +277,7 @@ def test_results_of_two_protocols_are_never_in_one_column(tmp_path: Path) -> Non
 
 
 def test_published_figures_stand_beside_the_same_protocol_only(tmp_path: Path) -> None:
-    protocol = load_protocol("moco_linear@1").reference
+    protocol = load_protocol("moco_linear@2").reference
     rest = {"dataset": "imagenet", "split": "val", "n": 50_000, "protocol": protocol, "seed": 0, "epoch": 100}
     write_lines(tmp_path / "results.jsonl", [record("INTL", "linear", {"top1": 70.0}, **rest)])
     command.main([str(tmp_path), "--output", str(tmp_path / "report")])
@@ -299,7 +299,7 @@ def test_published_figures_stand_beside_the_same_protocol_only(tmp_path: Path) -
 
 def test_a_published_model_has_one_row_over_several_tasks(tmp_path: Path) -> None:
     def of(task: str, protocol: str, **metrics: float) -> dict[str, Any]:
-        rest = {"dataset": "cifar10", "split": "test", "protocol": {"name": protocol, "version": 1}}
+        rest = {"dataset": "cifar10", "split": "test", "protocol": {"name": protocol, "version": 2}}
         return record("INTL", task, metrics, **rest)
 
     lines = [of("knn", "intl_cifar_5nn", top1_k5=60.0), of("linear", "intl_cifar_linear", top1=62.0)]
