@@ -153,7 +153,7 @@ def _run(
     began = time.monotonic()
     torch.manual_seed(seed)
     encoder = _encoder(settings.features)
-    optimizer = build_optimizer(encoder, name="sgd", momentum=0.9, weight_decay=1e-4)
+    optimizer = build_optimizer(encoder, momentum=0.9, weight_decay=1e-4)
     view = View(
         size=SIZE, min_scale=0.3, interpolation="bilinear", jitter=(0.4, 0.4, 0.2, 0.1), grey_p=0.1,
         blur_p=0.0, solarise_p=0.0,
