@@ -41,7 +41,8 @@ for k from 1 to 200, and the same top-5 from k = 10 on; below, theirs also count
 
 Written from `transfer/checkpoints/formats.py` (CONTRIBUTING says how). `intl-transfer inspect FILE` says
 which of them a file has, what would be used and what dropped. Prefixes `module.` (DDP) and `_orig_mod.`
-(torch.compile) may stand anywhere.
+(torch.compile) may stand anywhere. A file of no known writer, what cannot be known from any file, and how to
+say it: [reading_checkpoints.md](reading_checkpoints.md).
 """,
     "datasets.md": """# Data sets
 

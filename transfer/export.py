@@ -6,6 +6,7 @@ nothing is left in the output folder.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import set_usual_mode, sha256_of, write_json, write_text
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from transfer.checkpoints.backbone import Backbone, load_backbone
-from transfer.options import ExportSettings, parse
+from transfer.options import ExportSettings, WeightsOptions, parse
 
 RECORD = "export.json"
 TOLERANCE = 1e-5
@@ -30,12 +31,12 @@ TOLERANCE = 1e-5
 def export(settings: ExportSettings) -> dict[str, Any]:
     """Write, prove, then move into place; returns what export.json records."""
     _check_output(settings.output)
-    loaded = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
-    if loaded.stem == "cifar":
+    loaded = load_backbone(settings.weights, settings)
+    if loaded.stem != "imagenet":
         raise UserError(
-            f"{settings.weights} has a CIFAR stem (3x3 convolution, stride 1, no pooling), of which "
-            f"{settings.format} has no counterpart: its ResNets begin with a 7x7 convolution. Evaluate the "
-            "file here with knn or linear, or pretrain with --stem imagenet"
+            f"{settings.weights} has a {loaded.stem} stem, of which {settings.format} has no counterpart: "
+            "its ResNets begin with a 7x7 convolution and max pooling (a CIFAR stem has a 3x3 one and none). "
+            "Evaluate the file here with knn or linear, or pretrain with --stem imagenet"
         )
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     parent = settings.output.parent
@@ -112,7 +113,11 @@ def _detectron2(loaded: Backbone, settings: ExportSettings, folder: Path) -> tup
 
     path = folder / "backbone.pkl"
     origin = convert(
-        ConvertSettings(weights=settings.weights, output=path, branch=settings.branch, arch=settings.arch)
+        ConvertSettings(
+            weights=settings.weights,
+            output=path,
+            **{f.name: getattr(settings, f.name) for f in dataclasses.fields(WeightsOptions)},
+        )
     )
     return (
         float(origin["difference"]),

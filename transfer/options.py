@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +14,59 @@ from pretrain.common.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectSettings:
+class WeightsOptions:
+    """How to read a checkpoint where the file does not say it all (docs/reading_checkpoints.md)."""
+
+    branch: Literal["online", "ema"] = "online"
+    """Which backbone, where the file holds two."""
+    arch: str | None = None
+    """timm's name, where several architectures have the same shapes."""
+    container: str | None = None
+    """Where in the file the tensors lie: keys joined by dots, such as model.ema; "." for the file's top."""
+    prefix: str | None = None
+    """What the backbone's keys begin with, such as model.resnet. ("." for nothing)."""
+    drop: str | None = None
+    """Beginnings of keys that are no part of the backbone: --drop model.fc.,model.neck."""
+    stem: (
+        Literal["imagenet", "imagenet-nopool", "cifar", "cifar-pool", "cifar-stride2", "cifar-stride2-pool"]
+        | None
+    ) = None
+    """imagenet: 7x7, stride 2, max-pool; cifar: 3x3, stride 1, no pool; the others differ as named."""
+    stem_padding: int | None = None
+    """Zero padding of a 3x3 stem, in pixels: 1, or 2 in INTL's and solo-learn's files."""
+    stride_in_1x1: bool | None = None
+    """Bottlenecks have their stride in the first 1x1 convolution (Caffe's and detectron2's usual ones)."""
+    last_stride: Literal[1, 2] | None = None
+    """Stride of the last stage; person re-identification often has 1."""
+    channels: Literal["rgb", "bgr"] | None = None
+    """Order of colours that the network was trained on."""
+    weights_format: str | None = None
+    """A layout of your own, as YAML (docs/reading_checkpoints.md)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers out of range."""
+        if self.stem_padding is not None and not 0 <= self.stem_padding <= 8:
+            raise ValueError(f"--stem-padding {self.stem_padding}: wanted 0 to 8 px")
+
+    @property
+    def read_with(self) -> str:
+        """What was asked for beyond branch and architecture, as it is typed; results record it."""
+        asked = {f.name: getattr(self, f.name) for f in fields(WeightsOptions)}
+        return " ".join(
+            f"--{name.replace('_', '-')} {str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in asked.items()
+            if name not in ("branch", "arch") and value is not None
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings(WeightsOptions):
     """Say what a checkpoint file holds and whether its backbone loads. Nothing in it is run."""
 
     file: Path
     """Checkpoint of any format that `python -m transfer formats` lists."""
-    branch: Literal["online", "ema"] | None = None
+    branch: Literal["online", "ema"] | None = None  # type: ignore[assignment]
     """Which branch to load; default: online, else ema."""
-    arch: str | None = None
-    """timm's name, where several architectures have the same shapes."""
     keys: bool = False
     """List every tensor, used and dropped."""
     json: bool = False
@@ -30,7 +74,7 @@ class InspectSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
+class EvaluationSettings(WeightsOptions):
     """What every evaluator takes."""
 
     weights: str
@@ -45,10 +89,6 @@ class EvaluationSettings:
     """Folder of the data set."""
     output: Path
     """Folder for results.jsonl, config.yaml and progress.json; run again on it to go on."""
-    branch: Literal["online", "ema"] = "online"
-    """Which backbone, where the file holds two."""
-    arch: str | None = None
-    """Architecture, where the file leaves it open."""
     label: str | None = None
     """Name of this row in the report."""
     image_size: int | None = None
@@ -81,11 +121,17 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers out of range."""
+        super().__post_init__()
         if self.image_size is not None and self.image_size < 8:
             raise ValueError(f"--image-size {self.image_size}: wanted 8 px or more")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and (len(values) != 3 or not all(map(math.isfinite, values))):
                 raise ValueError(f"--{name} {values}: wanted three numbers, such as [0.5, 0.5, 0.5]")
+        if max(map(abs, self.mean or [0.0])) > 4:
+            raise ValueError(
+                f"--mean {self.mean}: pixels are taken from 0 to 1 here; divide mean and standard deviation "
+                "by 255"
+            )
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"--std {self.std}: wanted three numbers above 0")
         if self.max_broken_images < 0:
@@ -154,7 +200,7 @@ class SemisupSettings(EvaluationSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertSettings:
+class ConvertSettings(WeightsOptions):
     """Turn a checkpoint into detectron2 weights and prove both compute the same; or the way back."""
 
     weights: Path
@@ -162,10 +208,6 @@ class ConvertSettings:
     --reverse)."""
     output: Path
     """File to write: .pkl for detectron2, .safetensors with --reverse."""
-    arch: str | None = None
-    """timm architecture, where the file alone does not tell."""
-    branch: Literal["online", "ema"] = "online"
-    """Which of two networks a self-supervised checkpoint may hold."""
     reverse: bool = False
     """From a detectron2 .pkl or .pth file (a backbone or a whole detector) back to timm's keys."""
     verify: bool = True
@@ -173,7 +215,7 @@ class ConvertSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings:
+class ExportSettings(WeightsOptions):
     """Write a checkpoint's backbone for another library, and prove it by loading it there."""
 
     weights: Path
@@ -183,10 +225,6 @@ class ExportSettings:
     format: Literal["timm", "torchvision", "detectron2", "huggingface"]
     """timm and torchvision: a file of their keys. detectron2: backbone.pkl. huggingface: a folder with
     config.json, model.safetensors and a model card, for timm's local-dir: and the hub."""
-    branch: Literal["online", "ema"] = "online"
-    """Which of two networks a self-supervised checkpoint may hold."""
-    arch: str | None = None
-    """timm architecture, where the file alone does not tell."""
     results: Path | None = None
     """Folder whose results of these weights go into the model card (huggingface)."""
 

@@ -65,6 +65,12 @@ def indexed(state: State) -> State:
     return {".".join([INDEX[k.split(".")[0]], *k.split(".")[1:]]): v for k, v in state.items()}
 
 
+def numbered_without_pool(state: State) -> State:
+    """The same where the writer leaves out the max-pool, so that the stages are 3 to 6."""
+    index = {**INDEX, "layer1": "3", "layer2": "4", "layer3": "5", "layer4": "6"}
+    return {".".join([index[k.split(".")[0]], *k.split(".")[1:]]): v for k, v in state.items()}
+
+
 def trainer(**more: Any) -> dict[str, Any]:
     """What training scripts write beside the weights."""
     return {
@@ -276,6 +282,83 @@ ZOO: dict[str, tuple[Builder, bool]] = {
         ),
         True,
     ),
+    "mmselfsup, DenseCL and MoCo in training": (
+        lambda a, b: {
+            "meta": {"epoch": 200},
+            "state_dict": pre("encoder_q.0.", a)
+            | head("encoder_q.1.mlp.")
+            | pre("encoder_k.0.", b)
+            | head("encoder_k.1.mlp.")
+            | {"queue": torch.rand(4, 8), "queue2": torch.rand(4, 8), "queue_ptr": torch.tensor([0])},
+        },
+        True,
+    ),
+    "ReSA": (
+        lambda a, b: trainer(
+            state_dict=pre("module.encoder.", a)
+            | head("module.projector.")
+            | pre("module.momentum_encoder.", b)
+            | head("module.momentum_projector.")
+        ),
+        True,
+    ),
+    "PixPro": (
+        lambda a, b: trainer(
+            opt=argparse.Namespace(model="PixPro"),
+            model=pre("module.encoder.", a)
+            | pre("module.encoder_k.", b)
+            | {
+                "module.projector.linear1.weight": torch.rand(4, 8, 1, 1),
+                "module.projector_k.linear1.weight": torch.rand(4, 8, 1, 1),
+                "module.value_transform.weight": torch.rand(4, 4, 1, 1),
+            },
+        ),
+        True,
+    ),
+    "VICRegL": (
+        lambda a, b: trainer(
+            model=pre("module.backbone.", a)
+            | head("module.maps_projector.")
+            | head("module.projector.")
+            | linear("module.classifier.")
+        ),
+        False,
+    ),
+    "SupContrast": (
+        lambda a, b: {
+            "opt": argparse.Namespace(temp=0.1),
+            "model": pre("encoder.module.", {k.replace("downsample", "shortcut"): v for k, v in a.items()})
+            | head("head."),
+            "optimizer": {},
+            "epoch": 3,
+        },
+        False,
+    ),
+    "SimCLR (PyTorch), head in the place of fc": (
+        lambda a, b: trainer(arch="resnet18", state_dict=pre("backbone.", a) | head("backbone.fc.")),
+        False,
+    ),
+    "SimCLR (PyTorch), f and g": (lambda a, b: pre("f.", numbered_without_pool(a)) | head("g."), False),
+    "BYOL (PyTorch)": (
+        lambda a, b: (
+            pre("online_encoder.net.", a)
+            | head("online_encoder.projector.")
+            | pre("target_encoder.net.", b)
+            | head("target_encoder.projector.")
+            | head("online_predictor.")
+        ),
+        True,
+    ),
+    "SeCo": (
+        lambda a, b: lightning(
+            pre("encoder_q.", indexed(a))
+            | pre("encoder_k.", indexed(b))
+            | head("heads_q.0.")
+            | head("heads_k.0.")
+            | {"queue": torch.rand(3, 4, 8)}
+        ),
+        True,
+    ),
 }
 
 # The same writers' other layouts: (format, file, branch to ask for, which of `a` and `b` that is)
@@ -372,6 +455,21 @@ VARIANTS: dict[str, tuple[str, Builder, str, str]] = {
     "DDP, then compiled": (
         "MoCo v3",
         lambda a, b: trainer(state_dict=pre("_orig_mod.module.base_encoder.", a)),
+        "online",
+        "a",
+    ),
+    "mmselfsup in training, whose backbone is encoder_q[0] once more": (
+        "mmselfsup, DenseCL and MoCo in training",
+        lambda a, b: {
+            "meta": {"epoch": 200},
+            "state_dict": pre("backbone.", a) | pre("encoder_q.0.", a) | pre("encoder_k.0.", b),
+        },
+        "online",
+        "a",
+    ),
+    "BYOL whose network lies under net too": (
+        "BYOL (PyTorch)",
+        lambda a, b: pre("net.", a) | pre("online_encoder.net.", a) | pre("target_encoder.net.", b),
         "online",
         "a",
     ),

@@ -77,7 +77,7 @@ def test_detectron2(moco: Path, features: torch.Tensor, tmp_path: Path):
 
     assert run("--weights", moco, "--output", tmp_path, "--format", "detectron2") == 0
     model = timm.create_model("resnet18", num_classes=0)
-    model.load_state_dict(from_detectron2(read_detectron2(tmp_path / "backbone.pkl")), strict=True)
+    model.load_state_dict(from_detectron2(read_detectron2(tmp_path / "backbone.pkl")["model"]), strict=True)
     torch.testing.assert_close(model.eval()(IMAGES), features)
 
 

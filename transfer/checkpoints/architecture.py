@@ -6,22 +6,56 @@ import dataclasses
 import difflib
 import functools
 
-import timm
-import torch
-
 from pretrain.common.errors import UserError
 
 Shape = tuple[int, ...]
 COUNTER = "num_batches_tracked"
 
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What decides the shapes of a ResNet."""
+
+    depths: tuple[int, int, int, int]
+    bottleneck: bool = True
+    groups: int = 1
+    width: int = 64
+    """Channels of a group in the first stage's 3x3 convolutions."""
+    stem: tuple[int, ...] = ()
+    """Channels of a deep stem's three convolutions; empty: one 7x7 convolution of 64."""
+    pooled: bool = False
+    """A shortcut pools before its convolution."""
+
+
+_18, _34, _101, _152 = (2, 2, 2, 2), (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
+_200 = (3, 24, 36, 3)
+_DEEP, _WIDE, _TIERED = (32, 32, 64), (64, 64, 128), (24, 32, 64)
 # What a file may be without --arch, most usual first; no two have the same keys and shapes.
-ARCHS = (
-    "resnet50", "resnet18", "resnet34", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2",
-    "resnext50_32x4d", "resnext101_32x4d", "resnext101_32x8d", "resnext101_64x4d", "resnext101_32x16d",
-    "resnet26", "resnet200", "resnet18d", "resnet34d", "resnet26d", "resnet50d", "resnet101d", "resnet152d",
-    "resnet200d", "resnet50c", "resnet101c", "resnet152c", "resnet50s", "resnet101s", "resnet152s",
-    "resnet50t", "resnet26t", "resnext50d_32x4d",
+ARCHS: dict[str, Plan] = {
+    "resnet50": Plan(_34), "resnet18": Plan(_18, bottleneck=False), "resnet34": Plan(_34, bottleneck=False),
+    "resnet101": Plan(_101), "resnet152": Plan(_152),
+    "wide_resnet50_2": Plan(_34, width=128), "wide_resnet101_2": Plan(_101, width=128),
+    "resnext50_32x4d": Plan(_34, groups=32, width=4), "resnext101_32x4d": Plan(_101, groups=32, width=4),
+    "resnext101_32x8d": Plan(_101, groups=32, width=8), "resnext101_64x4d": Plan(_101, groups=64, width=4),
+    "resnext101_32x16d": Plan(_101, groups=32, width=16), "resnet26": Plan(_18), "resnet200": Plan(_200),
+    "resnet18d": Plan(_18, bottleneck=False, stem=_DEEP, pooled=True),
+    "resnet34d": Plan(_34, bottleneck=False, stem=_DEEP, pooled=True),
+    "resnet26d": Plan(_18, stem=_DEEP, pooled=True), "resnet50d": Plan(_34, stem=_DEEP, pooled=True),
+    "resnet101d": Plan(_101, stem=_DEEP, pooled=True), "resnet152d": Plan(_152, stem=_DEEP, pooled=True),
+    "resnet200d": Plan(_200, stem=_DEEP, pooled=True), "resnet50c": Plan(_34, stem=_DEEP),
+    "resnet101c": Plan(_101, stem=_DEEP), "resnet152c": Plan(_152, stem=_DEEP),
+    "resnet50s": Plan(_34, stem=_WIDE), "resnet101s": Plan(_101, stem=_WIDE),
+    "resnet152s": Plan(_152, stem=_WIDE), "resnet50t": Plan(_34, stem=_TIERED, pooled=True),
+    "resnet26t": Plan(_18, stem=_TIERED, pooled=True),
+    "resnext50d_32x4d": Plan(_34, groups=32, width=4, stem=_DEEP, pooled=True),
+}  # fmt: skip
+
+OTHERS = (
+    "seresnet50", "seresnet18", "seresnet34", "seresnet101", "seresnet152", "seresnext50_32x4d",
+    "seresnext101_32x4d", "seresnet50t", "ecaresnet50d", "ecaresnet101d", "gcresnet50t", "skresnet18",
+    "skresnet50", "resnet50_gn", "resnetrs50", "resnest50d",
 )  # fmt: skip
+"""Tried only to say that `--arch` reads the file."""
 
 # timm's anti-aliased variants have no parameters of their own: the same file fits, only --arch can tell.
 SAME_SHAPES = {
@@ -45,7 +79,7 @@ class Match:
     reason: str = ""
     """Why it can be none of timm's ResNets."""
     counters_missing: bool = False
-    """None of BatchNorm's counters is there, as in files of PyTorch before 0.4.1."""
+    """BatchNorm's counters are not all there, as in files of PyTorch before 0.4.1."""
 
     @property
     def faults(self) -> int:
@@ -64,7 +98,7 @@ def match_arch(shapes: dict[str, Shape], *, arch: str | None = None, hint: str |
         return compare(shapes, arch)
     counts = blocks(shapes)
     near = [name for name in ARCHS if blocks(arch_shapes(name)) == counts]
-    if hint is not None and timm.is_model(hint):
+    if hint is not None and (hint in ARCHS or _is_model(hint)):
         near.insert(0, hint)
     best = min((compare(shapes, name) for name in near), key=lambda match: match.faults, default=None)
     if best is None or best.faults:
@@ -72,14 +106,39 @@ def match_arch(shapes: dict[str, Shape], *, arch: str | None = None, hint: str |
     return best
 
 
+def _is_model(name: str) -> bool:
+    import timm
+
+    return bool(timm.is_model(name))
+
+
+def fitting_others(shapes: dict[str, Shape]) -> list[str]:
+    """Which of timm's rarer ResNets have exactly these keys and shapes (counters apart)."""
+    counts = blocks(shapes)
+    return [
+        name
+        for name in OTHERS
+        if _is_model(name) and blocks(arch_shapes(name)) == counts and not compare(shapes, name).faults
+    ]
+
+
 def _why_none(shapes: dict[str, Shape]) -> str:
     if not any(key.startswith("layer1.") for key in shapes):
         return "no ResNet: there is no layer1"
     conv1 = shapes.get("conv1.weight")
+    if conv1 is not None and len(conv1) == 5:
+        return "its convolutions are 3D, for videos or volumes; only networks of images can be judged here"
     if conv1 is None or len(conv1) != 4:
         return ""
-    if conv1[1] != 3:
+    if conv1[0] == 16 and not any(key.startswith("layer4.") for key in shapes):
+        return "a CIFAR ResNet of three stages (ResNet-20, 32, 44, 56, 110), which timm does not have"
+    if conv1[1] < 3:
         return f"conv1 takes {conv1[1]} channel(s) instead of RGB (CMC's networks see L or ab alone)"
+    if conv1[1] != 3:
+        return (
+            f"conv1 takes {conv1[1]} channels instead of RGB, as networks for satellite bands do: keep those "
+            "of its red, green and blue bands, conv1.weight[:, [r, g, b]], and save that"
+        )
     if conv1[0] != 64:
         return (
             f"conv1 has {conv1[0]} channels instead of 64: a ResNet {conv1[0] / 64:g} times as wide, "
@@ -94,9 +153,8 @@ def compare(shapes: dict[str, Shape], arch: str) -> Match:
     cifar = shapes.get("conv1.weight", ())[2:] == (3, 3)
     if cifar and "conv1.weight" in wanted:
         wanted["conv1.weight"] = (*wanted["conv1.weight"][:2], 3, 3)
-    counters_missing = not any(key.endswith(COUNTER) for key in shapes)
-    if counters_missing:
-        wanted = {key: shape for key, shape in wanted.items() if not key.endswith(COUNTER)}
+    counters_missing = any(key.endswith(COUNTER) and key not in shapes for key in wanted)
+    wanted = {key: shape for key, shape in wanted.items() if key in shapes or not key.endswith(COUNTER)}
     return Match(
         arch=arch,
         stem="cifar" if cifar else "imagenet",
@@ -125,12 +183,58 @@ def blocks(shapes: dict[str, Shape]) -> tuple[int, ...]:
 @functools.cache
 def arch_shapes(arch: str) -> dict[str, Shape]:
     """Key -> shape of timm's `arch` without its classifier. Raises UserError for a name that timm lacks."""
+    if arch in ARCHS:
+        return _shapes_of(ARCHS[arch])
+    import timm  # seconds: not for the usual ones
+    import torch
+
     if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models("*resne*"), n=3) or ARCHS[:3]
+        near = difflib.get_close_matches(arch, timm.list_models("*resne*"), n=3) or list(ARCHS)[:3]
         raise UserError(f"--arch {arch}: timm has no such model; did you mean {' or '.join(near)}?")
     with torch.device("meta"):
         model = timm.create_model(arch, num_classes=0)
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _shapes_of(plan: Plan) -> dict[str, Shape]:
+    """The shapes by He et al. 2015 (https://arxiv.org/abs/1512.03385, table 1) under timm's names."""
+    shapes: dict[str, Shape] = {}
+
+    def norm(name: str, channels: int) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (channels,)
+        shapes[f"{name}.{COUNTER}"] = ()
+
+    if plan.stem:
+        first, second, before = plan.stem
+        shapes["conv1.0.weight"] = (first, 3, 3, 3)
+        norm("conv1.1", first)
+        shapes["conv1.3.weight"] = (second, first, 3, 3)
+        norm("conv1.4", second)
+        shapes["conv1.6.weight"] = (before, second, 3, 3)
+    else:
+        before = 64
+        shapes["conv1.weight"] = (64, 3, 7, 7)
+    norm("bn1", before)
+    for stage, depth in enumerate(plan.depths):
+        planes = 64 << stage
+        inner = planes * plan.width // 64 * plan.groups if plan.bottleneck else planes
+        out = 4 * planes if plan.bottleneck else planes
+        for index in range(depth):
+            block = f"layer{stage + 1}.{index}"
+            kernels = (
+                ((inner, before, 1), (inner, inner // plan.groups, 3), (out, inner, 1))
+                if plan.bottleneck
+                else ((out, before, 3), (out, out, 3))
+            )
+            for i, (channels, inputs, size) in enumerate(kernels, 1):
+                shapes[f"{block}.conv{i}.weight"] = (channels, inputs, size, size)
+                norm(f"{block}.bn{i}", channels)
+            if index == 0 and (stage > 0 or before != out):
+                shapes[f"{block}.downsample.{int(plan.pooled)}.weight"] = (out, before, 1, 1)
+                norm(f"{block}.downsample.{int(plan.pooled) + 1}", out)
+            before = out
+    return shapes
 
 
 def spell(shape: Shape) -> str:

@@ -1,6 +1,8 @@
 """The checkpoint formats that can be read, as data; `python -m transfer formats` prints them.
 
-Keys are compared without any `module.` (DDP) and `_orig_mod.` (torch.compile) in them, wherever those stand.
+The networks of a file are found by their layers, wherever they lie (`transfer.checkpoints.search`). A format
+says what a place means: which branch, what lies beside it, which padding. Keys are compared without any
+`module.` (DDP) and `_orig_mod.` (torch.compile) in them, wherever those stand.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ class Format:
     """(prefix in the container, what it is): no part of the backbone."""
     needs: tuple[str, ...] = ()
     """Prefixes of which the container holds at least one, where the rest would fit other writers too."""
+    also_needs: tuple[str, ...] = ()
+    """The same once more, where one kind of key is not enough to know the writer."""
+    top: str = ""
+    """A key at the file's top that only this writer has: where it is there, no other format is meant."""
     rename: tuple[tuple[str, str], ...] = ()
     """(prefix in the branch, torchvision's prefix)."""
     cifar_padding: int | None = None
@@ -71,8 +77,9 @@ FOREIGN: tuple[Format, ...] = (
     Format(
         name="torchvision or timm",
         online=_BARE,
-        ema=_at("state_dict_ema", ""),
-        drop=(("fc.", "classifier"),),  # Barlow Twins', VICReg's and DINO's backbone files are such too
+        ema=_at("state_dict_ema", "") + _at("model_ema", ""),
+        # Barlow Twins', VICReg's and DINO's backbone files are such too
+        drop=(("fc.", "classifier"), ("n_averaged", "count of averaged steps")),
     ),
     Format(
         name="INTL",
@@ -134,6 +141,8 @@ FOREIGN: tuple[Format, ...] = (
             ("momentum_head.", "EMA projector"), ("prototypes", "prototypes"), ("queue", "queue"),
             ("dino_loss_func.", "state of the loss"),
         ),
+        needs=("classifier.",),
+        also_needs=("projector.", "head.", "prototypes", "momentum_backbone.", "momentum_encoder."),
         cifar_padding=2,
     ),
     Format(
@@ -168,7 +177,24 @@ FOREIGN: tuple[Format, ...] = (
     Format(
         name="mmselfsup, mmpretrain",
         online=_at("state_dict", "backbone."),
-        drop=(("neck.", "projector"), ("head.", "head"), ("data_preprocessor.", "normalisation of images")),
+        drop=(
+            ("neck.", "projector"), ("head.", "head"), ("data_preprocessor.", "normalisation of images"),
+            ("queue", "queue"),
+        ),
+        top="meta",
+        cifar_padding=1,
+    ),
+    Format(
+        name="mmselfsup, DenseCL and MoCo in training",
+        online=_at("state_dict", "backbone.", "encoder_q.0."),
+        ema=_at("state_dict", "encoder_k.0.", "encoder_k.module.0."),
+        drop=(
+            ("neck.", "projector"), ("head.", "head"), ("queue", "queue"), ("encoder_q.1.", "projector"),
+            ("encoder_k.1.", "EMA projector"), ("backbone.fc.", "classifier"),
+        ),
+        needs=("encoder_q.", "encoder_k."),
+        top="meta",
+        cifar_padding=1,
     ),
     Format(
         name="InfoMin, InsDis, PIRL (PyContrast)",
@@ -196,7 +222,83 @@ FOREIGN: tuple[Format, ...] = (
         ),
         needs=("backbone.student.", "callbacks_", "projector."),
     ),
+    Format(
+        name="ReSA",
+        online=_at("state_dict", "encoder."),
+        ema=_at("state_dict", "momentum_encoder."),
+        drop=(
+            ("projector.", "projector"), ("predictor.", "predictor"),
+            ("momentum_projector.", "EMA projector"),
+        ),
+        needs=("projector.",),
+    ),
+    Format(
+        name="PixPro",
+        online=_at("model", "encoder."),
+        ema=_at("model", "encoder_k."),
+        drop=(
+            ("projector", "projector"), ("projector_k", "EMA projector"), ("predictor", "predictor"),
+            ("projector_instance_k", "EMA projector"), ("value_transform", "pixel propagation"),
+        ),
+        needs=("projector_k.",),
+    ),
+    Format(
+        name="VICRegL",
+        online=_at("model", "backbone."),
+        drop=(
+            ("projector.", "projector"), ("maps_projector.", "projector of maps"),
+            ("classifier.", "online classifier"),
+        ),
+        needs=("maps_projector.", "classifier."),
+    ),
+    Format(
+        name="SupContrast",
+        online=_at("model", "encoder."),
+        drop=(("head.", "projector"),),
+        needs=("encoder.layer2.0.shortcut.",),
+        also_needs=("head.",),
+        cifar_padding=1,
+    ),
+    Format(
+        name="SimCLR (PyTorch), head in the place of fc",
+        online=_at("state_dict", "backbone."),
+        drop=(("backbone.fc.", "projector"),),
+        needs=("backbone.fc.",),
+    ),
+    Format(
+        name="SimCLR (PyTorch), f and g",
+        online=_at("", "f."),
+        drop=(("g.", "projector"), ("fc.", "classifier")),
+        needs=("g.", "fc."),
+        cifar_padding=1,
+    ),
+    Format(
+        name="BYOL (PyTorch)",
+        online=_at("", "online_encoder.net.", "online_encoder."),
+        ema=_at("", "target_encoder.net.", "target_encoder."),
+        drop=(
+            ("online_predictor.", "predictor"), ("predictor.", "predictor"),
+            ("online_encoder.projector.", "projector"), ("target_encoder.projector.", "EMA projector"),
+            ("online_encoder.net.fc.", "classifier"), ("target_encoder.net.fc.", "classifier"),
+            ("net.", "the online network once more"),
+        ),
+        needs=("online_encoder.",),
+    ),
+    Format(
+        name="SeCo",
+        online=_at("state_dict", "encoder_q."),
+        ema=_at("state_dict", "encoder_k."),
+        drop=(("heads_q.", "projector"), ("heads_k.", "EMA projector"), ("queue", "queue")),
+        needs=("heads_q.",),
+    ),
 )  # fmt: skip
+
+FOUND = Format(
+    name="found by its layers",
+    online=(),
+    note="no known writer: found by its layers, all else in its container left out by name",
+)
+"""Not a writer: a complete network at a place of no known format."""
 
 CMC = Format(
     name="CMC", online=_at("model", "encoder1."), drop=(("encoder2.", "network of the ab channels"),)
@@ -208,8 +310,9 @@ FORMATS: tuple[Format, ...] = (OWN_RUN, OWN_BACKBONE, OWN_BACKBONE_EMA, *FOREIGN
 REFUSED = {
     "CMC": "its two networks see one and two channels of Lab, not RGB",
     "BYOL (DeepMind)": "a pickle of JAX arrays, which cannot be read without running code from it",
-    "detectron2 (.pkl)": "a target, not a source: give the checkpoint that it was converted from",
+    "detectron2 (.pkl)": "`python -m transfer convert --reverse` makes a file of timm's names from it",
     "TorchScript": "a program; save its state_dict",
+    "quantised weights": "give the float ones",
     "ResNets of other widths (w2, w4, w5)": "timm has none",
 }
 """What is recognised and refused, and why."""

@@ -12,19 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from pretrain.common.errors import UserError
-from transfer.checkpoints.backbone import (
-    BRANCHES,
-    Backbone,
-    Reading,
-    choose,
-    faults_of,
-    load_reading,
-    printable,
-    read_all,
-    unwrap,
-)
+from transfer.checkpoints.backbone import Found, find
+from transfer.checkpoints.forward import check
+from transfer.checkpoints.inert_values import Placeholder
+from transfer.checkpoints.reading import BRANCHES, Reading, choose, faults_of, printable, read_all
 from transfer.checkpoints.safe_load import RawFile, load_file
-from transfer.options import InspectSettings, parse
+from transfer.checkpoints.sanity import doubts_of
+from transfer.checkpoints.search import unwrap
+from transfer.options import InspectSettings, WeightsOptions, parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,42 +33,55 @@ class Inspection:
     """Top-level key -> what is under it."""
     branches: dict[str, str]
     """online, ema -> complete, or what is wrong with the nearest reading."""
-    loaded: Backbone | None
+    found: Found | None
     """The backbone of the branch asked for, or of the only complete one; None when none is complete."""
+    doubts: tuple[str, ...]
+    """What should make a user look again."""
     problem: str
     """Why nothing could be loaded; "" otherwise."""
 
 
-def inspect_file(path: str | Path, *, arch: str | None = None, branch: str | None = None) -> Inspection:
-    """Look through `path` and load its backbone as evaluations do. Raises UserError for no checkpoint."""
+def inspect_file(path: str | Path, asked: WeightsOptions | None = None) -> Inspection:
+    """Look through `path` and check its backbone as evaluations do. Raises UserError for no checkpoint."""
+    asked = asked or WeightsOptions()
     raw = load_file(path)
-    readings = read_all(raw, arch=arch)
-    branches = {name: _state(readings, name) for name in BRANCHES}
-    wanted = branch or next((name for name in BRANCHES if branches[name] == "complete"), "online")
-    loaded, problem = None, ""
+    branches = dict.fromkeys(BRANCHES, "none")
+    found, problem, doubts = None, "", []
     try:
-        loaded = load_reading(raw, readings, path, arch=arch, branch=wanted)
+        readings = read_all(raw, asked)
+        branches = {name: _state(readings, name, asked) for name in BRANCHES}
+        wanted = asked.branch or next((name for name in BRANCHES if branches[name] == "complete"), "online")
+        found = find(raw, path, _plain(asked, wanted))
+        check(found.reading)
+        doubts = doubts_of(found.reading.tensors)
     except UserError as error:
-        problem = str(error)
+        found, problem = None, str(error)
     return Inspection(
         path=str(path),
         size_bytes=Path(path).stat().st_size,
         packed_as=raw.container,
         holds=_outline(raw),
         branches=branches,
-        loaded=loaded,
+        found=found,
+        doubts=tuple(doubts),
         problem=problem,
     )
 
 
-def _state(readings: list[Reading], branch: str) -> str:
+def _plain(asked: WeightsOptions, branch: str) -> WeightsOptions:
+    """The options with this branch, without those of a command."""
+    names = [f.name for f in dataclasses.fields(WeightsOptions)]
+    return WeightsOptions(**{name: getattr(asked, name) for name in names} | {"branch": branch})
+
+
+def _state(readings: list[Reading], branch: str, asked: WeightsOptions) -> str:
     writers = {r.format.name for r in readings if r.complete} or {r.format.name for r in readings}
     of_branch = [r for r in readings if r.branch == branch and r.format.name in writers]
     if not of_branch:
         return "none"
     if any(r.complete for r in of_branch):
         try:
-            choose(of_branch, branch, Path("the file"))
+            choose(of_branch, _plain(asked, branch), Path("the file"))
         except UserError:
             return "ambiguous"
         return "complete"
@@ -88,7 +96,7 @@ def _outline(raw: RawFile) -> dict[str, str]:
         return {"(top)": type(value).__name__}
     if any(isinstance(v, Tensor) for v in value.values()):
         return {"(top)": _prefixes(value)}
-    return {str(key): _kind(item) for key, item in list(value.items())[:30]}
+    return {str(key)[:80]: _kind(item) for key, item in list(value.items())[:30]}
 
 
 def _kind(item: Any) -> str:
@@ -98,12 +106,22 @@ def _kind(item: Any) -> str:
         return f"tensor {tuple(item.shape)}"
     if isinstance(item, (dict, list, tuple)):
         return f"{type(item).__name__} of {len(item)}"
+    if isinstance(item, (str, bytes)):
+        return repr(item[:60])
+    if isinstance(item, int) and item.bit_length() > 200:
+        return f"a number of {item.bit_length()} bits"
+    if isinstance(item, (set, frozenset)):
+        return f"{type(item).__name__} of {len(item)}"
+    if isinstance(item, Placeholder) and isinstance(item.state, dict):
+        return f"{item.name}, not loaded, with {', '.join(str(k)[:20] for k in list(item.state)[:5])}"
     text = repr(item)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _prefixes(state: dict[Any, Any]) -> str:
-    counts = Counter(unwrap(str(key)).partition(".")[0] for key, v in state.items() if isinstance(v, Tensor))
+    counts = Counter(
+        unwrap(str(key)).partition(".")[0][:40] for key, v in state.items() if isinstance(v, Tensor)
+    )
     shown = ", ".join(f"{name} ({count})" for name, count in counts.most_common(8))
     more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
     return f"{sum(counts.values())} tensors: {shown}{more}"
@@ -111,18 +129,25 @@ def _prefixes(state: dict[Any, Any]) -> str:
 
 def as_dict(found: Inspection) -> dict[str, Any]:
     """Plain values for `--json`."""
-    out = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "loaded"}
-    out["loads"] = found.loaded is not None
-    if found.loaded is not None:
-        loaded = found.loaded
-        out |= {"arch": loaded.arch, **loaded.weights, "metadata": loaded.metadata, "used": loaded.used}
-        out |= {"dropped": loaded.dropped, "notes": loaded.notes}
-        out |= {"parameters": _parameters(loaded), "features": loaded.network().num_features}
+    out = {f.name: getattr(found, f.name) for f in dataclasses.fields(found) if f.name != "found"}
+    out["loads"] = found.found is not None
+    if found.found is not None:
+        reading = found.found.reading
+        out |= {"arch": reading.arch, **found.found.weights, "metadata": found.found.metadata}
+        out |= {"used": reading.used, "dropped": reading.dropped, "notes": found.found.notes}
+        out |= {"parameters": _parameters(reading), "features": _features(reading)}
     return out
 
 
-def _parameters(loaded: Backbone) -> int:
-    return sum(p.numel() for p in loaded.network().parameters())
+def _parameters(reading: Reading) -> int:
+    return sum(t.numel() for k, t in reading.tensors.items() if k.endswith((".weight", ".bias")))
+
+
+def _features(reading: Reading) -> int:
+    """Length of the features: channels of the last block."""
+    block = max(int(k.split(".")[1]) for k in reading.tensors if k.startswith("layer4."))
+    norms = [k for k in reading.tensors if k.startswith(f"layer4.{block}.bn") and k.endswith(".weight")]
+    return reading.tensors[max(norms)].numel()
 
 
 def rows(found: Inspection) -> list[tuple[str, str]]:
@@ -131,24 +156,29 @@ def rows(found: Inspection) -> list[tuple[str, str]]:
         ("file", f"{found.path}, {found.size_bytes / 1e6:.1f} MB, {found.packed_as}"),
         ("holds", "\n".join(f"{key}: {kind}" for key, kind in found.holds.items())),
     ]
-    loaded = found.loaded
-    if loaded is not None:
-        stem = "" if loaded.stem == "imagenet" else f", padding {loaded.stem_padding}"
+    if found.found is not None:
+        reading, forward = found.found.reading, found.found.forward
+        stem = "" if forward.stem == "imagenet" else f", padding {forward.stem_padding}"
+        place = reading.network
         out += [
-            ("format", loaded.format),
-            ("architecture", f"{loaded.arch}, {loaded.stem} stem{stem}"),
-            ("backbone", f"{_parameters(loaded):,} parameters, {loaded.network().num_features} features"),
+            ("format", reading.format.name),
+            ("place", f"{place.container.path or 'top'}, prefix {place.prefix or '(bare)'}"),
+            ("architecture", f"{reading.arch}, {forward.stem} stem{stem}"),
+            ("backbone", f"{_parameters(reading):,} parameters, {_features(reading)} features"),
         ]
     out += [("branches", "\n".join(f"{name}: {state}" for name, state in found.branches.items()))]
-    if loaded is not None:
-        reasons = Counter(loaded.dropped.values())
+    if found.found is not None:
+        reading, weights = found.found.reading, found.found.weights
+        reasons = Counter(reading.dropped.values())
         dropped = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
         out += [
-            ("used", f"{len(loaded.used)} tensors of the {loaded.branch} branch, each once"),
+            ("used", f"{len(reading.used)} tensors of the {reading.branch} branch, each once"),
             ("dropped", dropped or "nothing"),
-            ("sha256", loaded.sha256),
-            ("metadata", "\n".join(f"{key}: {value}" for key, value in loaded.metadata.items())),
-            ("notes", "\n".join(loaded.notes)),
+            ("read with", weights.get("read_with", "")),
+            ("sha256", weights["sha256"]),
+            ("metadata", "\n".join(f"{key}: {value}" for key, value in found.found.metadata.items())),
+            ("notes", "\n".join(found.found.notes)),
+            ("doubts", "\n".join(found.doubts)),
         ]
     out += [("result", found.problem or "complete: the backbone loads")]
     return [(name, printable(text)) for name, text in out if text]
@@ -164,22 +194,22 @@ def _print_table(found: Inspection, *, keys: bool) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows(found):
-        style = {"result": "green" if found.loaded else "red"}.get(name, "")
+        style = {"result": "green" if found.found else "red"}.get(name, "")
         table.add_row(name, Text(text, style=style))
     console.print(table)
-    if keys and found.loaded is not None:
-        for key, target in found.loaded.used.items():
+    if keys and found.found is not None:
+        for key, target in found.found.reading.used.items():
             print(printable(f"{key} -> {target}"))
-        for key, reason in found.loaded.dropped.items():
+        for key, reason in found.found.reading.dropped.items():
             print(printable(f"{key} dropped: {reason}"))
 
 
 def main(argv: list[str]) -> int:
     """`python -m transfer inspect FILE`: exit code 0 when the backbone loads, 2 when it does not."""
     options: InspectSettings = parse("inspect", argv)
-    found = inspect_file(options.file, arch=options.arch, branch=options.branch)
+    found = inspect_file(options.file, options)
     if options.json:
         print(json.dumps(as_dict(found), indent=2))
     else:
         _print_table(found, keys=options.keys)
-    return 0 if found.loaded is not None else 2
+    return 0 if found.found is not None else 2

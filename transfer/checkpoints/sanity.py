@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,18 +23,25 @@ def never_trained(backbone: Backbone) -> bool:
     a network is freshly initialised, or was saved without its buffers. Files without counters (PyTorch before
     0.4.1) go by their means. False for raw pixels and for a network without running means.
     """
-    buffers = _buffers(backbone)
+    return _untouched(_buffers(backbone))
+
+
+def doubts(backbone: Backbone) -> list[str]:
+    """What should make a user look again before judging this backbone, a sentence each; mostly none."""
+    return doubts_of(_buffers(backbone))
+
+
+def _untouched(buffers: Mapping[str, Tensor]) -> bool:
     means = [value for name, value in buffers.items() if name.endswith("running_mean")]
     counters = [value for name, value in buffers.items() if name.endswith(COUNTER)]
     return bool(means) and not any(bool(value.any()) for value in (*means, *counters))
 
 
-def doubts(backbone: Backbone) -> list[str]:
-    """What should make a user look again before judging this backbone, a sentence each; mostly none."""
+def doubts_of(buffers: Mapping[str, Tensor]) -> list[str]:
+    """The same by a state dict's buffers under timm's names; other keys are ignored."""
     found = []
-    if never_trained(backbone):
+    if _untouched(buffers):
         found.append(NEVER_TRAINED)
-    buffers = _buffers(backbone)
     variances = {
         name.removesuffix("running_var").rstrip("."): value
         for name, value in buffers.items()

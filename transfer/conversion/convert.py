@@ -8,6 +8,7 @@ backbone must be matched, and every stage must compute what timm's computes. A f
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,21 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
         need_detectron2(UNPROVED)
     from transfer.checkpoints.backbone import load_backbone
 
-    loaded = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
-    weights = to_detectron2(loaded.network().state_dict())
+    loaded = load_backbone(settings.weights, settings)
+    if loaded.stem != "imagenet" or settings.last_stride == 1:
+        asked = "--last-stride 1" if loaded.stem == "imagenet" else f"a {loaded.stem} stem"
+        raise UserError(
+            f"{settings.weights} has {asked}, of which detectron2's ResNet has no counterpart: it has "
+            "a 7x7 convolution (a CIFAR stem 3x3), max pooling and a last stage of stride 2. Evaluate it "
+            "with knn or linear"
+        )
+    network: Any = loaded.network()
+    in_1x1 = network.layer2[0].conv1.stride == (2, 2) and hasattr(network.layer2[0], "conv3")
+    weights = to_detectron2(network.state_dict())
     origin: dict[str, Any] = {
         "path": str(settings.weights), "sha256": loaded.sha256, "format": loaded.format,
         "branch": loaded.branch, "arch": loaded.arch, "metadata": dict(loaded.metadata),
-        "options": shape_of(weights).options(), "verified": settings.verify,
+        "options": shape_of(weights).options(stride_in_1x1=in_1x1), "verified": settings.verify,
     }  # fmt: skip
     with atomic_path(settings.output) as aside:
         candidate = aside.with_suffix(".pkl")  # DetectionCheckpointer goes by the suffix
@@ -63,7 +73,11 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
     from pretrain.checkpoint import write_safetensors
 
     source = read_detectron2(settings.weights)
-    state = from_detectron2(source)
+    said = _recorded(source)
+    for name in ("stride_in_1x1", "channels"):
+        if getattr(settings, name) is not None:
+            said[name] = getattr(settings, name)
+    state = from_detectron2(source["model"])
     backbone = to_detectron2(state)
     shape = shape_of(backbone)
     arch = settings.arch or shape.timm_arch()
@@ -74,17 +88,70 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
             f"{settings.weights}: does not fill timm's {arch}: {len(missing)} tensors missing "
             f"({', '.join(missing[:3])}), {len(unexpected)} too many ({', '.join(unexpected[:3])})"
         )
+    in_1x1 = _stride_in_1x1(model, said, settings)
+    if "channels" not in said:
+        raise UserError(
+            f"{settings.weights} does not say in which order its network sees colours (BGR in detectron2's "
+            "own weights, RGB in most self-supervised ones): say --channels bgr or --channels rgb"
+        )
     if settings.verify:
         from transfer.conversion.proof import prove_state
 
-        prove_state(model, {k: torch.from_numpy(np.array(v)) for k, v in backbone.items()})
-    metadata = {
+        arrays = {k: torch.from_numpy(np.array(v)) for k, v in backbone.items()}
+        prove_state(model, arrays, stride_in_1x1=in_1x1)
+    if said["channels"] == "bgr":
+        state["conv1.weight"] = state["conv1.weight"].flip(1)
+    metadata: dict[str, str] = {
         "format": "intl-bench/1", "arch": arch, "stem": "imagenet", "source": "detectron2",
         "origin_sha256": sha256_of(settings.weights), "verified": str(settings.verify).lower(),
+        "stride_in_1x1": str(in_1x1).lower(),
     }  # fmt: skip
+    metadata |= {name: said[name] for name in ("mean", "std") if name in said}
     with atomic_path(settings.output) as aside:
         write_safetensors(aside, {k: v.contiguous() for k, v in state.items()}, metadata)
     return metadata
+
+
+def _stride_in_1x1(model: Any, said: Mapping[str, Any], settings: ConvertSettings) -> bool:
+    """Where the stride lies, put into the model. Raises UserError where nothing says it."""
+    if not hasattr(model.layer2[0], "conv3"):
+        return False
+    if "stride_in_1x1" not in said:
+        raise UserError(
+            f"{settings.weights} does not say where its bottlenecks have their stride: in the "
+            "1x1 convolutions (detectron2's default and its own weights) or not (torchvision's and "
+            "self-supervised networks): say --stride-in-1x1 true or false"
+        )
+    if said["stride_in_1x1"]:
+        for layer in (model.layer2, model.layer3, model.layer4):
+            layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    return bool(said["stride_in_1x1"])
+
+
+def _recorded(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file of `convert` or of a detection run here says: stride_in_1x1, channels, mean, std."""
+    said: dict[str, Any] = {}
+    origin, run = content.get("origin"), content.get("run")
+    if isinstance(origin, dict) and isinstance(origin.get("options"), dict):
+        said = {
+            "stride_in_1x1": origin["options"].get("MODEL.RESNETS.STRIDE_IN_1X1", False),
+            "channels": "rgb",  # `convert` turns the first convolution of other networks
+        }
+        metadata = origin.get("metadata")
+        if isinstance(metadata, dict):
+            said |= {name: str(metadata[name]) for name in ("mean", "std") if name in metadata}
+    values = run.get("settings") if isinstance(run, dict) else None
+    if isinstance(values, dict) and "INPUT.FORMAT" in values:
+        turned = values["INPUT.FORMAT"] == "BGR"
+        said = {
+            "stride_in_1x1": values.get("MODEL.RESNETS.STRIDE_IN_1X1", True),
+            "channels": "bgr" if turned else "rgb",
+        }
+        for name, key in (("mean", "MODEL.PIXEL_MEAN"), ("std", "MODEL.PIXEL_STD")):
+            numbers = [float(v) / 255 for v in values.get(key) or ()]
+            if len(numbers) == 3:
+                said[name] = ",".join(f"{v:.6g}" for v in (numbers[::-1] if turned else numbers))
+    return said
 
 
 def main(argv: list[str]) -> int | None:

@@ -58,7 +58,7 @@ class Shape:
     width_per_group: int
     res2_out_channels: int
 
-    def options(self) -> dict[str, Any]:
+    def options(self, *, stride_in_1x1: bool = False) -> dict[str, Any]:
         """The keys and values of detectron2's config."""
         return {
             "MODEL.RESNETS.DEPTH": self.depth,
@@ -66,7 +66,7 @@ class Shape:
             "MODEL.RESNETS.WIDTH_PER_GROUP": self.width_per_group,
             "MODEL.RESNETS.RES2_OUT_CHANNELS": self.res2_out_channels,
             "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
-            "MODEL.RESNETS.STRIDE_IN_1X1": False,
+            "MODEL.RESNETS.STRIDE_IN_1X1": stride_in_1x1,
         }
 
     def timm_arch(self) -> str:

@@ -50,9 +50,9 @@ def prove(timm_model: nn.Module, path: str | Path) -> float:
     return _compare(timm_model, backbone)
 
 
-def prove_state(timm_model: nn.Module, weights: dict[str, Tensor]) -> float:
+def prove_state(timm_model: nn.Module, weights: dict[str, Tensor], *, stride_in_1x1: bool = False) -> float:
     """The same for detectron2-named tensors in memory."""
-    backbone = _detectron2_backbone(shape_of(weights).options())
+    backbone = _detectron2_backbone(shape_of(weights).options(stride_in_1x1=stride_in_1x1))
     backbone.load_state_dict(weights, strict=True)
     return _compare(timm_model, backbone)
 

@@ -2,61 +2,47 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pretrain.common.errors import UserError
+from transfer.checkpoints.safe_load import load_file
 
 AUTHOR = "intl-bench"
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Rebuilds NumPy arrays and plain values; anything else in the file is refused, never called."""
-
-    ALLOWED = frozenset({
-        ("collections", "OrderedDict"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-        ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"),
-        ("numpy._core.numeric", "_frombuffer"), ("numpy.core.numeric", "_frombuffer"),
-    })  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run code")
-        return super().find_class(module, name)
-
-
 def read_pickle(path: str | Path) -> dict[str, Any]:
-    """The content of a detectron2 .pkl file, if it holds arrays and plain values only; else UserError."""
-    try:
-        content = _PlainUnpickler(io.BytesIO(Path(path).read_bytes()), encoding="latin1").load()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; write one with `python -m transfer convert`") from error
-    except Exception as error:
-        raise UserError(f"{path}: not a pickle of arrays ({error}); convert a checkpoint afresh") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, wanted a dict of arrays")
-    return content
+    """The content of a detectron2 .pkl file, arrays as tensors, if it holds arrays and plain values only.
+
+    Raises UserError for any other file: detectron2 reads a .pkl with Python's own pickle, which runs what the
+    file names.
+    """
+    raw = load_file(path)
+    if raw.container != "pickle" or raw.placeholders:
+        named = (
+            f" (it asks for {', '.join(raw.placeholders[:3])}, which could run code)"
+            if raw.placeholders
+            else ""
+        )
+        raise UserError(f"{path}: not a pickle of arrays{named}; convert a checkpoint afresh")
+    if not isinstance(raw.value, dict):
+        raise UserError(f"{path}: holds a {type(raw.value).__name__}, wanted a dict of arrays")
+    return raw.value
 
 
 def read_detectron2(path: str | Path) -> dict[str, Any]:
-    """The state dict in a detectron2 .pkl or .pth file, loaded without running anything from it."""
-    if Path(path).suffix == ".pkl":
-        content = read_pickle(path)
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{path}: no such file") from error
-        except Exception as error:
-            raise UserError(f"{path}: not a checkpoint that loads safely ({error})") from error
-    return content.get("model", content)
+    """The content of a detectron2 .pkl or .pth file, read without running anything from it.
+
+    Raises UserError where it is none.
+    """
+    content = read_pickle(path) if Path(path).suffix == ".pkl" else load_file(path).value
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, wanted a dict of tensors")
+    return content if isinstance(content.get("model"), dict) else {"model": content}
 
 
 def write_pickle(path: str | Path, weights: Mapping[str, np.ndarray], origin: Mapping[str, Any]) -> None:

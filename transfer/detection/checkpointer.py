@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from pretrain.common.errors import UserError
 from pretrain.common.files import atomic_path, write_text
 from transfer.checkpoints.backbone import load_backbone
+from transfer.checkpoints.safe_load import load_file
 from transfer.conversion.weights_file import read_pickle
 
 # New in a detector that starts from a backbone file: of R-CNNs, Cascade R-CNN and RetinaNet.
@@ -91,12 +92,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         return content
 
     def _torch_load(self, f: str) -> Any:
-        try:
-            return torch.load(f, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise UserError(f"{f}: not a checkpoint that loads safely ({error})") from error
+        return load_file(f).value
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)
@@ -166,7 +162,7 @@ def run_of(weights: str) -> dict[str, Any]:
 def _read(path: str) -> dict[str, Any]:
     """The content of a .pth file of detectron2. Raises UserError, with what to do, for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = load_file(path).value
         names = content.get("model", content).keys()
         if any(str(name).startswith(DETECTOR + BACKBONE) for name in names):
             return content

@@ -45,7 +45,7 @@ def backbone_of(settings: EvaluationSettings) -> Backbone:
     if settings.weights == RAW_PIXELS:
         backbone = raw_pixels()
     else:
-        backbone = load_backbone(settings.weights, arch=settings.arch, branch=settings.branch)
+        backbone = load_backbone(settings.weights, settings)
         if never_trained(backbone) and not settings.random_init:
             raise UserError(
                 f"{settings.weights}: {NEVER_TRAINED}; give the trained file, or judge it as the random "

@@ -122,7 +122,7 @@ def _same(found: Result, like: Result) -> bool:
 
 
 def _identity(r: Result) -> tuple[Any, ...]:
-    weights = (r.weights.get("sha256"), r.weights.get("branch"), r.arch)
+    weights = (*(r.weights.get(key) for key in ("sha256", "branch", "read_with")), r.arch)
     return r.task, r.dataset, r.split, r.protocol, weights, r.seed, r.label_percent
 
 

@@ -24,6 +24,7 @@ from pretrain.common.process_group import barrier, is_main, rank, sent, world_si
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
+from transfer.checkpoints.safe_load import load_file
 from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
 from transfer.evaluation.context import Evaluation, judge_frozen, set_up
@@ -309,8 +310,8 @@ def _resume(path: Path, heads: HeadGrids, identity: str) -> tuple[int, list[Any]
     if not path.exists():
         return 0, []
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        state = load_file(path).value
+    except UserError as error:
         raise UserError(f"{path}: not readable ({error}); delete it to start this evaluation anew") from error
     if state["identity"] != identity:
         return 0, []

@@ -16,6 +16,7 @@ from pretrain.common.errors import UserError
 from pretrain.model import build_backbone
 from transfer.conversion import convert
 from transfer.conversion.proof import prove, prove_state
+from transfer.conversion.weights_file import read_pickle
 
 
 def lively(model: nn.Module, seed: int = 0) -> Any:
@@ -85,7 +86,7 @@ def test_the_command_writes_a_proved_file_with_its_origin(resnet18: Any, tmp_pat
     out = tmp_path / "intl.pkl"
     assert run(convert.main, ["--weights", str(tmp_path / "plain.pth"), "--output", str(out)]) == 0
     assert "proved equal" in capsys.readouterr().out
-    origin = convert.read_pickle(out)["origin"]
+    origin = read_pickle(out)["origin"]
     assert origin["arch"] == "resnet18" and origin["branch"] == "online" and origin["verified"] is True
     assert len(origin["sha256"]) == 64 and origin["options"]["MODEL.RESNETS.DEPTH"] == 18
     assert prove(resnet18, out) == 0.0
@@ -136,6 +137,48 @@ def test_what_detectron2_cannot_represent_is_refused_with_the_reason() -> None:
         convert.to_detectron2(short)
 
 
+def bottlenecks_with_stride_in_1x1() -> Any:
+    """A ResNet-50 as Caffe's and MSRA's are: the stride lies in the first 1x1 convolution."""
+    torch.manual_seed(0)
+    model = lively(timm.create_model("resnet50", num_classes=0))
+    for layer in (model.layer2, model.layer3, model.layer4):
+        layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
+    return model
+
+
+def test_reverse_asks_where_the_stride_lies_and_which_colours(tmp_path: Path, capsys: Any) -> None:
+    model = bottlenecks_with_stride_in_1x1()
+    weights = {k: torch.from_numpy(v) for k, v in convert.to_detectron2(model.state_dict()).items()}
+    torch.save({"model": weights}, tmp_path / "detector.pth")
+    back = tmp_path / "b.safetensors"
+    words = ["--weights", str(tmp_path / "detector.pth"), "--output", str(back), "--reverse"]
+    assert run(convert.main, words) == 2
+    assert "say --stride-in-1x1 true or false" in capsys.readouterr().err
+    assert run(convert.main, [*words, "--stride-in-1x1", "true"]) == 2
+    assert "say --channels bgr or --channels rgb" in capsys.readouterr().err
+    assert run(convert.main, [*words, "--stride-in-1x1", "true", "--channels", "bgr"]) == 0
+    from transfer.checkpoints.backbone import load_backbone
+
+    loaded = load_backbone(tmp_path / "b.safetensors")  # its metadata say where the stride lies
+    image = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(loaded.model(image), model(image.flip(1)))
+    again = tmp_path / "again.pkl"
+    assert run(convert.main, ["--weights", str(tmp_path / "b.safetensors"), "--output", str(again)]) == 0
+    assert read_pickle(again)["origin"]["options"]["MODEL.RESNETS.STRIDE_IN_1X1"] is True
+
+
+def test_reverse_reads_what_a_run_recorded(tmp_path: Path) -> None:
+    recorded = {
+        "INPUT.FORMAT": "BGR", "MODEL.RESNETS.STRIDE_IN_1X1": True,
+        "MODEL.PIXEL_MEAN": [103.53, 116.28, 123.675], "MODEL.PIXEL_STD": [1.0, 1.0, 1.0],
+    }  # fmt: skip
+    said = convert._recorded({"run": {"settings": recorded, "origin": {}}})
+    assert (said["stride_in_1x1"], said["channels"]) == (True, "bgr")
+    assert said["mean"] == "0.485,0.456,0.406"  # of red, green and blue, pixels from 0 to 1
+    assert said["std"] == "0.00392157,0.00392157,0.00392157"
+    assert convert._recorded({}) == {}
+
+
 def test_reverse_reads_a_whole_detector(resnet18: Any, tmp_path: Path) -> None:
     weights = convert.to_detectron2(resnet18.state_dict())
     detector = {f"backbone.bottom_up.{k}": torch.from_numpy(v) for k, v in weights.items()}
@@ -155,5 +198,5 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "evil.pkl"
     file.write_bytes(pickle.dumps({"model": Evil()}))
     with pytest.raises(UserError, match="could run code"):
-        convert.read_pickle(file)
+        read_pickle(file)
     assert not (tmp_path / "ran").exists()
