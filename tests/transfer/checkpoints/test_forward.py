@@ -21,7 +21,7 @@ from transfer.options import WeightsOptions
 
 A, B = zoo.backbone(0), zoo.backbone(1)
 CIFAR = zoo.backbone(cifar=True)
-IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
 
 
 def save(value: Any, tmp_path: Path) -> Path:
@@ -70,7 +70,7 @@ def reference(state: dict[str, Any], change: Any) -> torch.Tensor:
     model.fc = nn.Identity()
     change(model)
     model.load_state_dict(state)
-    return model.eval()(IMAGES)
+    return model.eval().double()(IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_stems_of_3x3(stem: str, stride: int, pool: bool, tmp_path: Path):
         model.maxpool = model.maxpool if pool else nn.Identity()
 
     loaded = load_backbone(save(CIFAR, tmp_path), stem=stem)
-    torch.testing.assert_close(loaded.model(IMAGES), reference(CIFAR, change))
+    torch.testing.assert_close(loaded.model.double()(IMAGES), reference(CIFAR, change))
     assert loaded.stem == stem and f"--stem {stem}" in loaded.key
     assert any("does yours pool" in note for note in load_backbone(save(CIFAR, tmp_path)).notes)
     with pytest.raises(UserError, match=r"first convolution of .* is 3x3"):
@@ -102,8 +102,10 @@ def test_stem_without_pooling_last_stride_and_colours(tmp_path: Path):
         ({"last_stride": 1}, lambda m: [setattr(c, "stride", (1, 1))
                                         for c in (m.layer4[0].conv1, m.layer4[0].downsample[0])]),
     ):  # fmt: skip
-        torch.testing.assert_close(load_backbone(path, **options).model(IMAGES), reference(A, change))
-    turned = load_backbone(path, channels="bgr").model(IMAGES.flip(1))
+        torch.testing.assert_close(
+            load_backbone(path, **options).model.double()(IMAGES), reference(A, change)
+        )
+    turned = load_backbone(path, channels="bgr").model.double()(IMAGES.flip(1))
     torch.testing.assert_close(turned, reference(A, lambda m: None))
     with pytest.raises(UserError, match="a resnet18 has no 1x1 convolutions"):
         load_backbone(path, stride_in_1x1=True)
@@ -125,13 +127,13 @@ def test_the_stride_that_the_file_names_is_taken(tmp_path: Path):
     for layer in (model.layer2, model.layer3, model.layer4):
         layer[0].conv1.stride, layer[0].conv2.stride = (2, 2), (1, 1)
     model.load_state_dict(state)
-    torch.testing.assert_close(loaded.model(IMAGES), model.eval()(IMAGES.flip(1)))
+    torch.testing.assert_close(loaded.model.double()(IMAGES), model.eval().double()(IMAGES.flip(1)))
     assert loaded.weights["read_with"] == "--stride-in-1x1 true --channels bgr"
     # in the order of RGB, of pixels from 0 to 1
     assert [float(v) for v in loaded.metadata["mean"].split(",")] == pytest.approx([0.485, 0.456, 0.406])
     assert [float(v) for v in loaded.metadata["std"].split(",")] == pytest.approx([1 / 255] * 3)
     plain = load_backbone(save(value, tmp_path), stride_in_1x1=False, channels="rgb")
-    assert not torch.allclose(plain.model(IMAGES), loaded.model(IMAGES), rtol=1e-3)
+    assert not torch.allclose(plain.model.double()(IMAGES), loaded.model.double()(IMAGES), rtol=1e-3)
 
 
 def test_what_nobody_said_is_noted(tmp_path: Path):

@@ -14,7 +14,7 @@ from torch import nn
 from pretrain.common.cli import run
 from pretrain.common.errors import UserError
 from pretrain.model import build_backbone
-from transfer.conversion import convert
+from transfer.conversion import convert, layout
 from transfer.conversion.proof import prove, prove_state
 from transfer.conversion.weights_file import read_pickle
 
@@ -61,7 +61,7 @@ def test_deep_ones_are_named_and_shaped_right(arch: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(arch, num_classes=0)
     zeros = {k: torch.empty(v.shape, device="meta") for k, v in model.state_dict().items()}
-    renamed = convert._rename(zeros, convert._TO_DETECTRON2, "")
+    renamed = layout._rename(zeros, layout._TO_DETECTRON2, "")
     assert convert.shape_of(renamed).timm_arch() == arch
 
 
@@ -160,8 +160,8 @@ def test_reverse_asks_where_the_stride_lies_and_which_colours(tmp_path: Path, ca
     from transfer.checkpoints.backbone import load_backbone
 
     loaded = load_backbone(tmp_path / "b.safetensors")  # its metadata say where the stride lies
-    image = torch.rand(1, 3, 64, 64)
-    torch.testing.assert_close(loaded.model(image), model(image.flip(1)))
+    image = torch.rand(1, 3, 64, 64).double()
+    torch.testing.assert_close(loaded.model.double()(image), model.double()(image.flip(1)))
     again = tmp_path / "again.pkl"
     assert run(convert.main, ["--weights", str(tmp_path / "b.safetensors"), "--output", str(again)]) == 0
     assert read_pickle(again)["origin"]["options"]["MODEL.RESNETS.STRIDE_IN_1X1"] is True
