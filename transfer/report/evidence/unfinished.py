@@ -71,7 +71,9 @@ def job_gaps(jobs: Path, accounted: set[Path]) -> list[Gap]:
             continue
         failures = sorted(folder.glob("failure-*.json"), key=lambda p: p.stat().st_mtime)
         error = _read_json(failures[-1]).get("error", "") if failures else ""
-        state = str(_read_json(folder / "state.json").get("state") or "")
+        noted = _read_json(folder / "state.json")
+        never = noted.get("state") in ("skipped", "stopped") and not noted.get("starts")
+        state = "" if never else str(noted.get("state") or "")
         gaps.append(
             Gap(
                 name=str(step["name"]),
@@ -85,7 +87,7 @@ def job_gaps(jobs: Path, accounted: set[Path]) -> list[Gap]:
 def _why(error: str, state: str, step: dict[str, Any]) -> str:
     if error.strip():
         return error.strip().splitlines()[-1]
-    waits = ", ".join(step.get("needs") or [])
+    waits = ", ".join(step.get("depends_on") or [])
     return "see its log" if state else f"comes after {waits}" if waits else "its turn has not come"
 
 
