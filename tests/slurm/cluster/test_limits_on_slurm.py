@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -128,17 +129,18 @@ save_every: 4
 def test_pretraining_by_two_nodes_goes_on_by_one(
     two_nodes: Cluster, tmp_path: Path, cifar_folder: Path
 ) -> None:
-    """2 x 2 ranks, then 1 x 2 after a node is lost: the same global batches, and the same loss and weights
-    as a run by one process, but for rounding. Another seed is the measure of what is no rounding."""
+    """2 x 2 ranks, then 1 x 2 after a node is lost: from the same checkpoint the same global batches as one
+    process has, and its loss but for rounding, which grows tenfold a step: the first two are compared.
+    """
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(RECIPE)
     images = Images(dataset="imagefolder", data_dir=cifar_folder)
 
-    def pretraining(root: Path, seed: int = 0, hook: str = "null") -> Step:
+    def pretraining(root: Path, hook: str = "null") -> Step:
         words = ("--hook", hook, "--hook-every-epochs", "1")
-        return tasks.pretraining(root, str(recipe), images, seed, words)
+        return tasks.pretraining(root, str(recipe), images, 0, words)
 
-    lost, alone, other = (tmp_path / name for name in ("lost", "alone", "other"))
+    lost, alone = tmp_path / "lost", tmp_path / "alone"
     slow = pretraining(lost, hook="tiny_steps:slow_hook")  # after step 10
     job_id = send(lost, slow, nodes=2, tasks_per_node=2)["pretrain"]
     wait_for(lambda: Record(lost, "pretrain").progress.get("done", 0) >= 10, 500)
@@ -147,29 +149,21 @@ def test_pretraining_by_two_nodes_goes_on_by_one(
     assert Record(lost, "pretrain").state["ranks"] == 4 and not Record(lost, "pretrain").done
     assert main(["cancel", str(lost)]) == 0
     wait_for(lambda: not Path("/proc", str(Record(lost, "pretrain").state["pid"])).exists())
+    shutil.copytree(lost / "pretrain", alone / "pretrain")
+    reached = torch.load(lost / "pretrain" / "checkpoint.pt", weights_only=True)["step"]
     send(lost, pretraining(lost), tasks_per_node=2)
     send(alone, pretraining(alone))
-    send(other, pretraining(other, seed=1))
-    for root in (lost, alone, other):
+    for root in (lost, alone):
         wait_for(lambda r=root: not live_steps(r), 500)
         assert [v.state for v in all_views(root, {})] == [DONE]
     two_nodes.up("n2")
     assert Record(lost, "pretrain").state["ranks"] == 2
 
-    def logged(root: Path) -> torch.Tensor:
-        lines = [x for x in read_jsonl(root / "pretrain" / "metrics.jsonl") if "loss" in x]
-        losses = {x["step"]: x["loss"] for x in lines}
-        assert sorted(losses) == list(range(1, 15))
-        return torch.tensor([losses[s] for s in sorted(losses)], dtype=torch.float64)
+    def losses(root: Path) -> dict[int, float]:
+        lines = read_jsonl(root / "pretrain" / "metrics.jsonl")
+        return {x["step"]: x["loss"] for x in lines if "loss" in x}  # of a step taken twice, the later one
 
-    def weights(root: Path) -> torch.Tensor:
-        saved = torch.load(root / "pretrain" / "checkpoint.pt", weights_only=True)["model"]
-        return torch.cat([v.double().flatten() for _, v in sorted(saved.items()) if v.is_floating_point()])
-
-    def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-        return ((a - b).norm() / b.norm()).item()
-
-    print(apart(logged(lost), logged(alone)), apart(logged(other), logged(alone)))
-    print(apart(weights(lost), weights(alone)), apart(weights(other), weights(alone)))
-    assert apart(logged(lost), logged(alone)) < apart(logged(other), logged(alone)) / 100
-    assert apart(weights(lost), weights(alone)) < apart(weights(other), weights(alone)) / 100
+    by_two, by_one = losses(lost), losses(alone)
+    assert sorted(by_two) == sorted(by_one) == list(range(1, 15)) and 4 <= reached <= 10
+    for step in (reached + 1, reached + 2):  # another batch of images is 2e-3 and more apart
+        assert by_two[step] == pytest.approx(by_one[step], rel=1e-4)
