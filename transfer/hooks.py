@@ -25,13 +25,13 @@ from transfer.evaluators.knn_vote import knn_evaluate
 
 logger = logging.getLogger(__name__)
 
-K, TEMPERATURE = 20, 0.07  # solo_knn@1
+K, TEMPERATURE = 20, 0.07  # solo_knn@2
 MOST_BANK, MOST_QUERIES = 100_000, 10_000  # images; ImageNet: 100 a class and 10 a class, a minute or two
 BATCH = 128  # images a forward pass
 
 
 def knn(backbone: nn.Module, settings: Settings) -> dict[str, float]:
-    """knn_top1 and knn_top5 in percent: weighted 20-NN as in solo_knn@1 on the run's own data set.
+    """knn_top1 and knn_top5 in percent: weighted 20-NN as in solo_knn@2 on the run's own data set.
 
     Training images are the bank, test images the queries, both as the finished weights will be judged on
     them: no augmentation, and `image_size`, mean and standard deviation of the settings. Of more than

@@ -130,7 +130,8 @@ class Evaluation:
         """A Result with everything that does not depend on the evaluator filled in."""
         ranks = {"world_size": world_size()} | ({"gpus": world_size()} if device.type == "cuda" else {})
         left_out = {"unreadable": dict(self.unreadable)} if self.unreadable else {}
-        more["settings"] = {"precision": self.precision, **more.get("settings", {}), **ranks, **left_out}
+        own = {"precision": self.precision, **ranks, **left_out}
+        more["settings"] = more.get("settings", {}) | own
         normalised = {"mean": list(self.transform.mean), "std": list(self.transform.std)}
         said = dict.fromkeys([*self.train.notes, *self.test.notes])
         if self.test.name in ANY_IMAGES:

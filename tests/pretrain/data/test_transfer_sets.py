@@ -435,7 +435,9 @@ def test_two_ranks_have_the_mean_per_class_of_one(tmp_path: Path) -> None:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "w.pth"
-    model = build_backbone("resnet18", zero_init_last=False)
+    model = build_backbone("resnet18", zero_init_last=False).train()
+    with torch.no_grad():
+        model(torch.randn(8, 3, 32, 32))  # BatchNorm has seen a batch
     torch.save(model.state_dict(), path)
     return path
 

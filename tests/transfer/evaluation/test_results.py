@@ -188,7 +188,7 @@ def test_what_is_not_the_protocols_own_stands_in_the_result(
         assert main([*words, "--protocol", protocol, *more, "--output", str(tmp_path / "o")]) == 0
     plain, half, whole, other = read(tmp_path / "o")
     assert plain.evaluated_under["precision"] == "float32" and plain.deviations == []
-    assert half.evaluated_under["precision"] == "bfloat16"
+    assert half.evaluated_under["precision"] == half.settings["precision"] == "bfloat16"
     assert half.deviations == ["precision bfloat16; the protocol's is float32"]
     assert whole.deviations == [
         "small images whole, at 32 px; the protocol resizes to 256 px and crops 224 px"

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.signals import Stopped, StopSignals
+from pretrain.data.datasets import ImageDataset
 from pretrain.model import build_backbone
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import accuracy
@@ -25,7 +26,7 @@ from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
 from transfer.evaluators.epoch_order import epoch_batches, steps_of
 from transfer.evaluators.heads import HeadGrid, rate_factor
-from transfer.evaluators.linear_features import held_out_split
+from transfer.evaluators.linear_features import held_out_part, held_out_split
 from transfer.evaluators.logreg import fit_logreg
 
 
@@ -323,6 +324,37 @@ def test_logistic_regression_by_command(cifar_folder: Path, tmp_path: Path) -> N
     (found,) = results.read(tmp_path / "out")
     assert found.selection == "held-out" and found.metrics["top1"] > 15 and found.settings["C"] > 1e-6
     assert found.settings["converged"] is (not found.warnings)
+
+
+def test_a_sets_own_validation_part_is_held_out_where_it_has_one(tmp_path: Path) -> None:
+    from scipy.io import savemat
+
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "val1.txt").write_text("banded/b.jpg\ndotted/d.jpg\n")
+    savemat(tmp_path / "setid.mat", {"trnid": [[1, 4]], "valid": [[2, 3]], "tstid": [[5]]})
+    files = {
+        "dtd": [f"images/{n}.jpg" for n in ("banded/a", "banded/b", "dotted/c", "dotted/d")],
+        "flowers102": [f"jpg/image_{i:05d}.jpg" for i in (1, 4, 2, 3)],
+        "aircraft": [f"data/images/{i}.jpg" for i in range(4)],  # whose list is not there
+    }
+    values = load_protocol("ssl_transfer_logreg@1").settings(linear.LinearProtocol)
+    parts = {}
+    for name, listed in files.items():
+        train = ImageDataset(
+            name=name, split="train", classes=["a", "b"], labels_N=np.array([0, 0, 1, 1]), native_size=None,
+            root=tmp_path, files=listed,
+        )  # fmt: skip
+        parts[name] = [x.tolist() for x in held_out_part(train, values, seed=0)]
+    assert parts["dtd"] == [[0, 2], [1, 3]] and parts["flowers102"] == [[0, 1], [2, 3]]
+    fit, aside = parts["aircraft"]
+    assert len(aside) == 1 and sorted(fit + aside) == [0, 1, 2, 3]  # 20 % of 4, at least one
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "images_variant_val.txt").write_text("2 Boeing 747-400\n3 A320\n")
+    train = ImageDataset(
+        name="aircraft", split="train", classes=["a", "b"], labels_N=np.array([0, 0, 1, 1]), native_size=None,
+        root=tmp_path, files=files["aircraft"],
+    )  # fmt: skip
+    assert held_out_part(train, values, seed=0)[1].tolist() == [2, 3]
 
 
 def test_heads_that_learn_nothing_are_marked(

@@ -35,7 +35,9 @@ from transfer.evaluators.semisup import SemisupProtocol, main
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
     torch.manual_seed(0)
-    model = build_backbone("resnet18")
+    model = build_backbone("resnet18").train()
+    with torch.no_grad():
+        model(torch.randn(8, 3, 32, 32))  # BatchNorm has seen a batch
     metadata = {
         "arch": "resnet18", "stem": "imagenet", "branch": "online", "image_size": 16,
         "source": "random initialisation",
