@@ -69,6 +69,7 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
     """What is to be judged by the option that names it, and what cannot be loaded."""
     from pretrain.model import build_backbone
     from transfer.checkpoints.backbone import Backbone, load_backbone
+    from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
 
     backbones, problems = {}, []
     for path in asked.weights or []:
@@ -78,6 +79,11 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
             problems.append(f"--weights {path}: {error}")
         else:
             backbones[f"--weights {path}"] = loaded
+            if never_trained(loaded) and set(asked.tasks or []).intersection(CLASSIFICATION):
+                problems.append(
+                    f"--weights {path}: {NEVER_TRAINED}, which knn, linear and semisup refuse; judge it by these "
+                    "commands, with --random-init true"
+                )
     settings = asked.pretraining
     if settings:
         name = f"--recipe {asked.recipe}"

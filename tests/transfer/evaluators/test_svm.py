@@ -15,6 +15,7 @@ from sklearn.svm import LinearSVC
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import open_dataset
 from slurm.commands.suite import main as suite
+from tests.helpers import checkpoint_zoo
 from transfer.__main__ import main as transfer
 from transfer.evaluation import results
 from transfer.evaluation.protocol import load_protocol
@@ -243,13 +244,17 @@ def test_the_command_on_voc07(voc: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_suite_takes_voc07(voc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "w.pth")
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "new.pth")
+    torch.save(checkpoint_zoo.backbone(), tmp_path / "w.pth")
     words = f"--weights {tmp_path}/w.pth --dataset voc07 --data-dir {voc} --output {tmp_path}/out --dry-run"
     assert suite([*words.split(), "--tasks", "linear"]) is None
     told = capsys.readouterr().out
     assert "all checks passed" in told and "--protocol voc07_svm@2 --dataset voc07" in told
     with pytest.raises(UserError, match="1 check failed"):
         suite([*words.split(), "--tasks", "linear,knn"])
+    with pytest.raises(UserError, match="1 check failed"):
+        suite([*words.replace("w.pth", "new.pth").split(), "--tasks", "linear"])
+    assert "new.pth: never trained" in capsys.readouterr().err
     assert "its images show several classes each" in capsys.readouterr().out
 
 
