@@ -81,8 +81,8 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
             backbones[f"--weights {path}"] = loaded
             if never_trained(loaded) and set(asked.tasks or []).intersection(CLASSIFICATION):
                 problems.append(
-                    f"--weights {path}: {NEVER_TRAINED}, which knn, linear and semisup refuse; judge it by these "
-                    "commands, with --random-init true"
+                    f"--weights {path}: {NEVER_TRAINED}, which knn, linear and semisup refuse; judge it by "
+                    "these commands, with --random-init true"
                 )
     settings = asked.pretraining
     if settings:
