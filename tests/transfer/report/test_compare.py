@@ -70,7 +70,7 @@ def test_welch_by_hand() -> None:
     # df = (19/12)² / ((4/3)²/2 + (1/4)²/1) = 2.5069 / (0.88889 + 0.0625) = 2.635
     found = compare(pretrainings(80, 82, 84), pretrainings(70, 71, name="b"))
     assert found.points == pytest.approx(11.5)
-    assert "Welch t test over 3 and 2 pretrainings: t = 9.14, df = 2.6" in found.reason
+    assert "Welch t test over 3 pretrainings and 2 pretrainings: t = 9.14, df = 2.6" in found.reason
     assert found.verdict == "beyond noise"
 
 
@@ -125,7 +125,10 @@ def test_one_checkpoint_a_side_never_speaks_for_pretraining() -> None:
     assert "the spread over pretraining is unknown for INTL and SwAV" in found.reason
     assert "the spread over seeds is unknown for INTL and SwAV" in found.reason
     several = compare(pretrainings(75.6, 75.8, 76.0), of({"b": [70.0, 70.1]}), ("INTL", "SwAV"))
-    assert several.verdict == "beyond the noise of the test images and the seeds"
+    assert several.verdict == "beyond the noise of the test images and one side's pretrainings and the seeds"
+    assert "Welch t test over 3 pretrainings and 2 seeds" in several.reason
+    alone = compare(pretrainings(75.6, 75.8, 76.0), of({"b": [70.0]}, seeds=False))
+    assert alone.verdict == "beyond the noise of the test images and one side's pretrainings"
     assert "the spread over pretraining is unknown for SwAV" in several.reason
 
 

@@ -75,6 +75,17 @@ class Summary:
         return len(self.means) > 1 or all(t.fixed for t in self.trials)
 
     @property
+    def over_pretrainings(self) -> bool:
+        return len(self.means) > 1 and any(t.weights for t in self.trials)
+
+    @property
+    def repeated(self) -> str:
+        """`3 pretrainings`, `2 seeds` or `1 run`."""
+        if self.n == 1:
+            return "1 run"
+        return f"{self.n} {'pretrainings' if self.over_pretrainings else 'seeds'}"
+
+    @property
     def variance(self) -> tuple[float, float] | None:
         """Of the mean, over the replicates, with its degrees of freedom; None where it is unknown."""
         if self.std is not None:
@@ -161,8 +172,7 @@ def compare(a: Summary, b: Summary, names: tuple[str, str] = ("the first", "the 
         known = [(statistics.variance(pairs) / len(pairs), len(pairs) - 1)]
         test = f"paired t test over {len(pairs)} evaluation seeds"
     else:
-        what = "pretrainings" if complete and all(t.weights for t in a.trials + b.trials) else "runs"
-        test = f"{'Welch t' if min(a.n, b.n) > 1 else 't'} test over {a.n} and {b.n} {what}"
+        test = f"{'Welch t' if min(a.n, b.n) > 1 else 't'} test over {a.repeated} and {b.repeated}"
     variance = sum(v for v, _ in known)
     df = variance**2 / sum(v**2 / d for v, d in known) if variance else math.inf
     if image is None and (variance == 0 or None in sides):
@@ -179,10 +189,12 @@ def compare(a: Summary, b: Summary, names: tuple[str, str] = ("the first", "the 
     if image is not None:
         told.append(("together " if variance else "") + _spell(found))
     told += _unknown(a, b, names)
-    heard = ["test images"] * (image is not None) + ["seeds"] * (None not in sides and a.n + b.n > 2)
+    heard = ["the test images"] * (image is not None)
+    heard += ["one side's pretrainings"] * any(s.over_pretrainings for s in (a, b))
+    heard += ["the seeds"] * (None not in sides and any(s.n > 1 > s.over_pretrainings for s in (a, b)))
     return Difference(
         points=points, spread=f"95 % CI {points - half:+.2f} to {points + half:+.2f}", p=found,
-        noise="noise" if complete else f"the noise of the {' and the '.join(heard)}",
+        noise="noise" if complete else f"the noise of {' and '.join(heard)}",
         reason="; ".join(told),
     )  # fmt: skip
 
