@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -81,7 +82,8 @@ def words(scene_folder: Path, output: Path, *more: str) -> list[str]:
 def finished(scene_folder: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of four iterations."""
     output = tmp_path_factory.mktemp("finished") / "out"
-    argv = words(scene_folder, output, "--label=INTL", "MODEL.WEIGHTS", str(weights))
+    flags = ("--label=INTL", "--keep-checkpoints=2", "SOLVER.CHECKPOINT_PERIOD", "1", "TEST.EVAL_PERIOD", "2")
+    argv = words(scene_folder, output, *flags, "MODEL.WEIGHTS", str(weights))
     assert run(train_net.main, argv) == 0
     return output
 
@@ -105,6 +107,11 @@ def test_a_run_leaves_results_pictures_and_curves(
     assert [m["iteration"] for m in read_jsonl(finished / "metrics.json")] == [0, 1, 2, 3, 4]
     assert (finished / "pictures" / "predictions_0.png").exists() and (finished / "curves.png").exists()
     assert not (finished / "model_last.pth").exists()
+    assert sorted(f.name for f in finished.glob("*.pth")) == [
+        "model_0000001.pth", "model_0000002.pth", "model_best.pth", "model_final.pth"
+    ]  # fmt: skip
+    best = torch.load(finished / "model_best.pth", weights_only=True)
+    assert best["run"]["selection"] == "best" and best["run"]["protocol"] == lines[0]["protocol"]
 
     argv = words(scene_folder, finished, "MODEL.WEIGHTS", str(weights))
     assert run(train_net.main, argv) == 0
@@ -112,11 +119,41 @@ def test_a_run_leaves_results_pictures_and_curves(
     assert read_jsonl(finished / "results.jsonl") == lines
 
 
+def test_a_run_writes_what_a_detectron2_user_looks_for(finished: Path) -> None:
+    metrics = {m["iteration"]: m for m in read_jsonl(finished / "metrics.json")}
+    assert [i for i, m in metrics.items() if "bbox/AP" in m] == [1, 4]  # every second, and at the end
+    result = read_jsonl(finished / "results.jsonl")[0]
+    assert metrics[4]["bbox/AP"] == result["metrics"]["AP"]
+    assert metrics[4]["bbox/AR100"] == result["metrics"]["AR100"]
+    by_category = result["settings"]["AP_by_category"]
+    assert metrics[4]["bbox/AP-Sneaker"] == pytest.approx(by_category["Sneaker"], abs=1e-4)
+    assert result["metrics"]["AP"] == pytest.approx(sum(by_category.values()) / len(by_category), abs=1e-3)
+    assert {"time", "data_time", "max_mem", "eta_seconds", "lr", "total_loss"} <= metrics[3].keys()
+    log = (finished / "log.txt").read_text()
+    assert "iter: 3" in log and "data_time:" in log and "loss_mask:" in log
+    assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_seeds_are_trials_in_folders_of_their_own(scene_folder: Path, tmp_path: Path) -> None:
+    brief = ("SOLVER.MAX_ITER", "1", "TEST.PRECISE_BN.ENABLED", "False", "MODEL.MASK_ON", "False")
+    assert run(train_net.main, words(scene_folder, tmp_path, "--random-init", "--seeds=2", *brief)) == 0
+    assert [read_jsonl(tmp_path / f"seed{s}" / "results.jsonl")[0]["seed"] for s in (0, 1)] == [0, 1]
+    first, second = (torch.load(tmp_path / f"seed{s}" / "model_final.pth", weights_only=True) for s in (0, 1))
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert not torch.equal(first["model"][name], second["model"][name])
+
+
 def test_evaluating_the_saved_model_gives_the_same_numbers(
     finished: Path, scene_folder: Path, tmp_path: Path
 ) -> None:
     model = str(finished / "model_final.pth")
     assert run(train_net.main, words(scene_folder, tmp_path, "--eval-only", "MODEL.WEIGHTS", model)) == 0
+    shutil.copy(model, tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    assert (
+        run(train_net.main, words(scene_folder, tmp_path, "--eval-only", "--resume")) == 0
+    )  # the same again
+    assert len(read_jsonl(tmp_path / "results.jsonl")) == 2
     again, before = read_jsonl(tmp_path / "results.jsonl"), read_jsonl(finished / "results.jsonl")
     assert [a["metrics"] for a in again] == [b["metrics"] for b in before]
     assert again[0]["weights"] == before[0]["weights"] and again[0]["iteration"] == 4
@@ -175,6 +212,7 @@ def test_a_stopped_run_goes_on_to_the_bit(
     assert (tmp_path / "last_checkpoint").read_text() == "model_last.pth"
     assert not (tmp_path / "results.jsonl").exists()
     monkeypatch.setattr(train_loop, "_agree", agree)
+    argv += ["TEST.EVAL_PERIOD", "3"]  # no part of what is learned
     assert run(train_net.main, argv) == 0
     ours = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]
     theirs = torch.load(finished / "model_final.pth", weights_only=True)["model"]
@@ -398,9 +436,9 @@ def write_voc(root: Path, scene_folder: Path) -> None:
             for a in (a for a in content["annotations"] if a["image_id"] == image["id"]):
                 x, y, w, h = a["bbox"]
                 thing = ET.SubElement(tree, "object")
-                for key, value in (("name", CLASS_NAMES[a["category_id"] - 1]), ("pose", "Unspecified"),
-                                   ("truncated", "0"), ("difficult", "0")):  # fmt: skip
-                    ET.SubElement(thing, key).text = value
+                ET.SubElement(thing, "name").text = CLASS_NAMES[
+                    a["category_id"] - 1
+                ]  # no more than is needed
                 box = ET.SubElement(thing, "bndbox")
                 for key, number in (("xmin", x + 1), ("ymin", y + 1), ("xmax", x + w), ("ymax", y + h)):
                     ET.SubElement(box, key).text = str(int(number))
@@ -409,6 +447,8 @@ def write_voc(root: Path, scene_folder: Path) -> None:
 
 
 def test_voc_by_its_registered_names(scene_folder: Path, weights: Path, tmp_path: Path) -> None:
+    from detectron2.data.datasets.pascal_voc import CLASS_NAMES
+
     write_voc(tmp_path / "datasets", scene_folder)
     argv = words(
         scene_folder, tmp_path / "o", "MODEL.WEIGHTS", str(weights), "MODEL.MASK_ON", "False",
@@ -422,6 +462,9 @@ def test_voc_by_its_registered_names(scene_folder: Path, weights: Path, tmp_path
     assert done.returncode == 0, done.stderr
     (line,) = read_jsonl(tmp_path / "o" / "results.jsonl")
     assert line["task"] == "detection" and line["metrics"].keys() == {"AP", "AP50", "AP75"}
+    assert line["settings"]["AP_by_category"].keys() == set(CLASS_NAMES)
+    assert "voc_2007_trainval of 9 images instead of 5011" in line["protocol"]["differs"]
+    assert "voc_2007_test of 3 images instead of 4952" in line["protocol"]["differs"]
     assert (line["dataset"], line["split"], line["n"]) == ("voc_2007", "test", 3)
 
 

@@ -14,11 +14,17 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from transfer.detection.evaluation import METRICS, coco_stats
+from transfer.detection.evaluation import (
+    KEYPOINT_METRICS,
+    METRICS,
+    category_precisions,
+    coco_evaluation,
+    coco_stats,
+)
 
 
 def by_pycocotools(annotations: Path, results: list[dict[str, Any]], task: str) -> np.ndarray:
-    drop = "bbox" if task == "segm" else "segmentation"
+    drop = "bbox" if task == "segm" else "segmentation"  # keypoints have neither
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         found = truth.loadRes([{k: v for k, v in r.items() if k != drop} for r in results])
@@ -99,3 +105,39 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     assert shifted["AP50"] == 1 and shifted["AP75"] == 0 and shifted["AP"] == pytest.approx(0.4)
     # No detection at all is AP 0, not an error.
     assert stats([])["AP"] == 0
+
+
+def test_categories_have_their_own_precision(tmp_path: Path) -> None:
+    file = two_squares(tmp_path)
+    truth = json.loads(file.read_text())
+    truth["categories"].append({"id": 9, "name": "other"})
+    truth["categories"].append({"id": 11, "name": "absent"})
+    truth["annotations"][1]["category_id"] = 9
+    file.write_text(json.dumps(truth))
+    found = [{"image_id": 1, "category_id": 7, "bbox": [10, 10, 50, 50], "score": 0.9}]  # one of the two
+    aps = category_precisions(coco_evaluation(file, found, "bbox"))
+    np.testing.assert_equal(aps, [1, 0, np.nan])
+
+
+def test_keypoints_equal_pycocotools(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    people, found = [], []
+    for number in range(1, 21):
+        points = np.c_[rng.uniform(20, 80, (17, 2)), np.full(17, 2)]
+        people.append({
+            "id": number, "image_id": 1 + number % 2, "category_id": 1, "iscrowd": 0, "area": 3600,
+            "bbox": [20, 20, 60, 60], "num_keypoints": 17, "keypoints": points.ravel().tolist(),
+        })  # fmt: skip
+        points[:, :2] += rng.normal(0, 4, (17, 2))
+        found.append({"image_id": 1 + number % 2, "category_id": 1, "score": round(float(rng.random()), 2),
+                      "keypoints": points.ravel().tolist()})  # fmt: skip
+    file = tmp_path / "people.json"
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 100, "height": 100} for i in (1, 2)]
+    file.write_text(json.dumps({
+        "info": {}, "images": images, "annotations": people, "categories": [{"id": 1, "name": "person"}],
+    }))  # fmt: skip
+    ours = coco_stats(file, found, "keypoints")
+    theirs = by_pycocotools(file, found, "keypoints")
+    assert len(ours) == len(KEYPOINT_METRICS) == len(theirs) == 10
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    assert 0.05 < ours[0] < 0.95
