@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,3 +60,44 @@ def test_intl_trains_a_foreign_encoder_on_two_ranks(cifar_folder: Path, tmp_path
     assert losses[0] == losses[1]  # the loss of the joined batch, on both
     backbone = importlib.import_module("timm").create_model("test_vit", num_classes=0)
     backbone.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
+
+
+class TinyNet(torch.nn.Module):
+    """A network that no file was written of: two convolutions and a mean over the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 16, 5, 2), torch.nn.ReLU(), torch.nn.Conv2d(16, 24, 3, 2), torch.nn.ReLU()
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images).mean((2, 3))
+
+
+def test_a_module_is_judged_as_its_features_are(cifar_folder: Path, tmp_path: Path) -> None:
+    network = TinyNet()
+    train, test = (transfer.open_dataset("cifar10", cifar_folder, split) for split in ("train", "test"))
+    bank, queries = (transfer.extract_features(network, part, precision="float32") for part in (train, test))
+    pixels = torch.from_numpy(np.stack([np.array(test.image(i)) for i in range(8)])).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        plain = network((pixels / 255 - mean) / std)
+    torch.testing.assert_close(torch.from_numpy(queries[:8]), plain, rtol=1e-4, atol=1e-5)
+
+    found = transfer.knn_evaluate(bank, train.labels_N, queries, test.labels_N, ks=20)
+    assert found == transfer.knn_evaluate(bank, train.labels_N, queries, test.labels_N, ks=[20])
+    arguments = {"dataset": "cifar10", "data_dir": cifar_folder, "precision": "float32", "label": "tiny"}
+    (result,) = transfer.evaluate(network, "knn", protocol="solo_knn@1", output=tmp_path, **arguments)
+    assert result.metrics["top1_k20"] == pytest.approx(found["top1_k20"], abs=1e-4)
+    assert result.weights["format"] == "module" and result.arch == "TinyNet"
+    (again,) = transfer.evaluate(network, "knn", protocol="solo_knn@1", output=tmp_path, **arguments)
+    assert again == result and transfer.read_results(tmp_path) == [result]  # read, not run once more
+
+    probed = transfer.linear_probe(bank, train.labels_N, queries, test.labels_N)
+    by_command = transfer.evaluate(network, "linear", protocol="cached_linear@1", **arguments)
+    last = next(r for r in by_command if r.selection != "best" and r.epoch == 12)
+    assert probed["top1"] == pytest.approx(last.metrics["top1"], abs=1e-4)
+    with pytest.raises(ValueError, match="no option labels"):
+        transfer.evaluate(network, "knn", protocol="solo_knn@1", labels="x", **arguments)

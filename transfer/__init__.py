@@ -6,15 +6,16 @@ from pretrain.common.lazy import lazily
 from pretrain.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from pretrain.data.datasets import open_dataset
+    from transfer.api import convert, evaluate, extract_features, linear_probe, read_results
     from transfer.checkpoints.backbone import Backbone, load_backbone
-    from transfer.conversion.layout import from_detectron2, to_detectron2
     from transfer.evaluation.protocol import load_protocol
     from transfer.evaluation.results import Result
     from transfer.evaluators.knn_vote import knn_evaluate
 
 __all__ = [
-    "Backbone", "Result", "from_detectron2", "knn_evaluate", "load_backbone", "load_protocol",
-    "to_detectron2",
+    "Backbone", "Result", "convert", "evaluate", "extract_features", "knn_evaluate", "linear_probe",
+    "load_backbone", "load_protocol", "open_dataset", "read_results",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazily(
@@ -22,10 +23,14 @@ __getattr__, __dir__ = lazily(
     {
         "Backbone": "transfer.checkpoints.backbone",
         "Result": "transfer.evaluation.results",
-        "from_detectron2": "transfer.conversion.layout",
+        "convert": "transfer.api",
+        "evaluate": "transfer.api",
+        "extract_features": "transfer.api",
         "knn_evaluate": "transfer.evaluators.knn_vote",
+        "linear_probe": "transfer.api",
         "load_backbone": "transfer.checkpoints.backbone",
         "load_protocol": "transfer.evaluation.protocol",
-        "to_detectron2": "transfer.conversion.layout",
+        "open_dataset": "pretrain.data.datasets",
+        "read_results": "transfer.api",
     },
 )

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 ANY_IMAGES = ("imagefolder", "webdataset")
 
 
-def backbone_of(settings: EvaluationSettings) -> Backbone:
-    """The backbone named by --weights; its metadata have the normalisation that --mean and --std ask for.
+def backbone_of(settings: EvaluationSettings, backbone: Backbone | None = None) -> Backbone:
+    """The backbone named by --weights, or the one given, with the normalisation that --mean and --std say.
 
     Raises UserError where the file holds none.
     """
@@ -42,9 +42,9 @@ def backbone_of(settings: EvaluationSettings) -> Backbone:
         for name in ("mean", "std")
         if (values := getattr(settings, name)) is not None
     }
-    if settings.weights == RAW_PIXELS:
+    if backbone is None and settings.weights == RAW_PIXELS:
         backbone = raw_pixels()
-    else:
+    elif backbone is None:
         backbone = load_backbone(settings.weights, settings)
         if never_trained(backbone) and not settings.random_init:
             raise UserError(
@@ -211,12 +211,13 @@ def set_up(
     seed: int | None,
     label_percent: float = 100,
     parts: tuple[ImageDataset, ImageDataset] | None = None,
+    backbone: Backbone | None = None,
 ) -> Evaluation:
-    """Open the data (unless `parts` are given) and the weights, and settle how images are looked at.
+    """Open the data and the weights, unless `parts` or `backbone` is given, and settle the transform.
 
     Raises UserError for what cannot be judged.
     """
-    backbone = backbone_of(settings)  # before the data, whose listing may take minutes
+    backbone = backbone_of(settings, backbone)  # before the data, whose listing may take minutes
     train, test = parts or open_pair(settings)
     doubts = doubts_about(train, test)
     transform = eval_transform(
@@ -235,15 +236,15 @@ def judge_frozen(
     evaluation: Evaluation,
     judge: Callable[[Evaluation, Extractor], list[Result]],
     stages: tuple[str, ...] = LAST,
-) -> int:
-    """Write the results of `judge`, which gets a frozen backbone's extractor, unless OUTPUT holds them.
+) -> list[Result]:
+    """The results of `judge`, which gets a frozen backbone's extractor, written; or those that OUTPUT holds.
 
     Raises RuntimeError where the backbone has changed.
     """
     found = evaluation.found()
     if found:
         evaluation.tell_finished(found)
-        return 0
+        return found
     # another job may be extracting the same features, and ranks wait while rank 0 fits a regression
     with process_group(timeout_min=24 * 60) as device:
         extractor = make_extractor(
@@ -258,7 +259,7 @@ def judge_frozen(
             raise RuntimeError("the frozen backbone changed while it was judged: no result is written")
         settled.write(found)
         barrier()
-    return 0
+    return found
 
 
 def spell(r: Result) -> str:

@@ -73,9 +73,18 @@ class Stages(nn.Module):
 
 @torch.no_grad()
 def widths_of(backbone: nn.Module, stages: Sequence[str], size: int) -> dict[str, int]:
-    """Number of features of each stage, from images of `size` px."""
+    """Number of features of each stage, from images of `size` px.
+
+    Raises UserError for stages of a network that is none of timm's.
+    """
+    image = next(backbone.parameters()).new_zeros(1, 3, size, size)
+    if not hasattr(backbone, "feature_info"):
+        if tuple(stages) != LAST:
+            raise UserError(
+                "this protocol looks into the layers of a ResNet of timm's; the network given is none"
+            )
+        return {LAST[0]: backbone(image).shape[1]}
     if tuple(stages) == WINDOWS:
-        image = next(backbone.parameters()).new_zeros(1, 3, size, size)
         return {WINDOWS[0]: Stages(copy.deepcopy(backbone).eval(), stages)(image).shape[1]}
     channels = {info["module"]: int(info["num_chs"]) for info in cast(Any, backbone).feature_info}
     return {stage: channels[stage] for stage in stages}

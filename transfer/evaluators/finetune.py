@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pretrain.common.collectives import sum_over_ranks
+from pretrain.common.errors import UserError
 from pretrain.common.process_group import is_on, world_size
 from pretrain.common.sync_batchnorm import convert_sync_batchnorm
 
@@ -51,6 +52,10 @@ class FineTuning:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        if not hasattr(backbone, "num_features"):
+            raise UserError(
+                "fine-tuning wants to know a module's number of features: set module.num_features"
+            )
         features = int(backbone.num_features)  # type: ignore[arg-type]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

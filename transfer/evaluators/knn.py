@@ -9,6 +9,7 @@ from typing import Literal
 from pretrain.common.errors import UserError
 from pretrain.common.progress import Progress
 from pretrain.data.transfer_sets import metric_of
+from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.context import Evaluation, judge_frozen, set_up
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.protocol import load_protocol, want
@@ -38,11 +39,16 @@ class KnnProtocol(ImageValues):
 
 def main(argv: list[str]) -> int:
     """`python -m transfer knn`."""
-    settings: KnnSettings = parse("knn", argv)
+    evaluate(parse("knn", argv))
+    return 0
+
+
+def evaluate(settings: KnnSettings, backbone: Backbone | None = None) -> list[Result]:
+    """The result of k-NN, written to OUTPUT; `backbone` in place of the file that the settings name."""
     protocol = load_protocol(settings.protocol, "knn")
     values = protocol.settings(KnnProtocol)
     refuse_voc07(settings.dataset)
-    evaluation = set_up(settings, protocol, values, Clock(), task="knn", seed=None)
+    evaluation = set_up(settings, protocol, values, Clock(), task="knn", seed=None, backbone=backbone)
     train = evaluation.train
     if max(values.ks) > len(train):
         raise UserError(

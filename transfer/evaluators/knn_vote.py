@@ -27,7 +27,7 @@ def knn_evaluate(
     query_MD: np.ndarray | Tensor,
     query_labels_M: np.ndarray | Tensor,
     *,
-    ks: Sequence[int],
+    ks: int | Sequence[int],
     temperature: float = 0.07,
     vote: Literal["weighted", "majority"] = "weighted",
     metric: Literal["cosine", "dot", "euclidean"] = "cosine",
@@ -36,7 +36,7 @@ def knn_evaluate(
     told: Callable[[int], object] | None = None,
     per_class: bool = False,
 ) -> dict[str, float]:
-    """Top-1 and top-5 percent for every k, as top1_k20, top5_k20 …; with `per_class` mean_per_class_k20 too.
+    """Top-1 and top-5 percent for every k, one or several: top1_k20 …; `per_class` adds mean_per_class_k20.
 
     A weighted neighbour votes exp(s / temperature) with cosine or dot product s, or 1 / (d + 1e-5) at the
     Euclidean distance d (Wu et al. 2018, section 3.4, https://arxiv.org/abs/1805.01978; solo-learn). Ties:
@@ -47,6 +47,7 @@ def knn_evaluate(
     every query. Raises ValueError for k beyond the bank, sizes that do not match, and features that are not
     finite. mean_per_class is the mean of top-1 over the classes that have queries.
     """
+    ks = [ks] if isinstance(ks, int) else ks
     bank, queries = _tensor(bank_ND), _tensor(query_MD)
     bank_labels, query_labels = _tensor(bank_labels_N).long(), _tensor(query_labels_M).long()
     _check(bank, bank_labels, queries, query_labels, ks)

@@ -24,6 +24,7 @@ from pretrain.common.process_group import barrier, is_main, rank, sent, world_si
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
+from transfer.checkpoints.backbone import Backbone
 from transfer.checkpoints.safe_load import load_file
 from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
@@ -48,27 +49,34 @@ LOGITS_BYTES = 1 << 28  # of one block of images when heads are judged
 
 def main(argv: list[str]) -> int:
     """`python -m transfer linear`."""
-    settings: LinearSettings = parse("linear", argv)
+    evaluate(parse("linear", argv))
+    return 0
+
+
+def evaluate(settings: LinearSettings, backbone: Backbone | None = None) -> list[Result]:
+    """The results of a linear protocol, written to OUTPUT; `backbone` in place of the settings' file."""
     protocol = load_protocol(settings.protocol, "linear")
     values = protocol.settings(LinearProtocol)
     clock = Clock()
     if values.method == "svm":
         from transfer.evaluators.svm import evaluate_voc
 
-        return evaluate_voc(settings, protocol, values, clock)
+        return evaluate_voc(settings, protocol, values, clock, backbone)
     refuse_voc07(settings.dataset)
-    evaluation = set_up(settings, protocol, values, clock, task="linear", seed=settings.seed)
+    evaluation = set_up(
+        settings, protocol, values, clock, task="linear", seed=settings.seed, backbone=backbone
+    )
     _check(evaluation, values)
     judge: Judge = run_heads
     if values.method == "logreg":
         from transfer.evaluators.logreg import run_logreg
 
         judge = run_logreg
-    code = judge_frozen(
+    found = judge_frozen(
         evaluation, lambda settled, extractor: judge(settled, extractor, values), values.stages
     )
     (settings.output / CHECKPOINT).unlink(missing_ok=True)
-    return code
+    return found
 
 
 def _check(evaluation: Evaluation, values: LinearProtocol) -> None:

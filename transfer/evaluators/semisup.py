@@ -26,7 +26,7 @@ from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
 from pretrain.learner import choose_dtype
-from transfer.checkpoints.backbone import RAW_PIXELS
+from transfer.checkpoints.backbone import RAW_PIXELS, Backbone
 from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
 from transfer.evaluation.context import Evaluation, set_up
@@ -92,7 +92,12 @@ class SemisupProtocol(ImageValues):
 
 def main(argv: list[str]) -> int:
     """`python -m transfer semisup`."""
-    settings: SemisupSettings = parse("semisup", argv)
+    evaluate(parse("semisup", argv))
+    return 0
+
+
+def evaluate(settings: SemisupSettings, backbone: Backbone | None = None) -> list[Result]:
+    """The results of fine-tuning, written to OUTPUT; `backbone` in place of the settings' file."""
     clock = Clock()
     protocol = load_protocol(settings.protocol, "semisup")
     values = protocol.settings(SemisupProtocol)
@@ -107,7 +112,7 @@ def main(argv: list[str]) -> int:
     refuse_voc07(settings.dataset)
     evaluation = set_up(
         settings, protocol, values, clock, task="semisup", seed=settings.seed,
-        label_percent=settings.label_percent,
+        label_percent=settings.label_percent, backbone=backbone,
     )  # fmt: skip
     subset = choose_subset(  # last, as it may go to the network
         evaluation.train, settings.label_percent, lists=settings.lists, seed=settings.subset_seed,
@@ -124,16 +129,17 @@ def main(argv: list[str]) -> int:
         written = evaluation.found()
         if {"last", "best"} <= {r.selection for r in written}:
             evaluation.tell_finished(written)
-            return 0
+            return written
         if values.batch < 2 * world_size():
             raise UserError(f"{protocol}: a batch of {values.batch} is too small for {world_size()} ranks")
         run = Run(evaluation, values, subset, settings, device, dtype)
         evaluation.begin()
         run.train()
         kept = {r.selection for r in written}
-        evaluation.write([r for r in run.found() if r.selection not in kept])
+        new = [r for r in run.found() if r.selection not in kept]
+        evaluation.write(new)
         barrier()
-    return 0
+    return [*written, *new]
 
 
 class Run:

@@ -29,6 +29,7 @@ from pretrain.common.process_group import barrier, is_main, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import ImageDataset
+from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.context import Evaluation, judge_frozen, open_pair, set_up
 from transfer.evaluation.feature_scaling import to_unit_length
 from transfer.evaluation.features import Extractor
@@ -136,12 +137,25 @@ def unit_length(features_ND: np.ndarray) -> np.ndarray:
     return x_ND
 
 
-def evaluate_voc(settings: LinearSettings, protocol: Protocol, values: LinearProtocol, clock: Clock) -> int:
+def evaluate_voc(
+    settings: LinearSettings,
+    protocol: Protocol,
+    values: LinearProtocol,
+    clock: Clock,
+    backbone: Backbone | None = None,
+) -> list[Result]:
     """`python -m transfer linear` with a protocol of method svm, on voc07 or on any labelled data set."""
     (train, train_targets), (test, test_targets) = _open(settings)
     check_shots(train, train_targets, test_targets, values)
     evaluation = set_up(
-        settings, protocol, values, clock, task="linear", seed=settings.seed, parts=(train, test)
+        settings,
+        protocol,
+        values,
+        clock,
+        task="linear",
+        seed=settings.seed,
+        parts=(train, test),
+        backbone=backbone,
     )
 
     def judge(settled: Evaluation, extractor: Extractor) -> list[Result]:
