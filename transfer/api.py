@@ -163,9 +163,9 @@ def evaluate(
 def convert(weights: str | Path, output: str | Path, **options: Any) -> dict[str, Any]:
     """Write a checkpoint's backbone as detectron2 weights (.pkl), proved equal; what the file records of it.
 
-    `options` are those of `intl-transfer convert` by their names (branch, arch ...). The record has the source's path and sha256, the config options of the network, and the largest
-    difference of a stage's features. Raises ValueError where the backbone does not convert or detectron2 is
-    missing.
+    `options` are those of `intl-transfer convert` by their names (branch, arch ...). The record has the
+    source's path and sha256, the config options of the network, and the largest difference of a stage's
+    features. Raises ValueError where the backbone does not convert or detectron2 is missing.
     """
     return conversion.convert(ConvertSettings(weights=Path(weights), output=Path(output), **options))
 
