@@ -291,8 +291,7 @@ def test_ranks_wait_for_hours_for_features_and_fits(
     def group(timeout_min: float = 30) -> None:
         raise Stopped(f"{timeout_min / 60} h")
 
-    for module in ("knn", "linear", "svm"):
-        monkeypatch.setattr(f"transfer.evaluators.{module}.process_group", group)
+    monkeypatch.setattr("transfer.evaluation.context.process_group", group)
     words = [command, "--weights", "raw-pixels", "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
     words += ["--protocol", protocol, "--output", str(tmp_path)]
     with pytest.raises(Stopped, match=r"24\.0 h"):
