@@ -288,10 +288,11 @@ def _report(
 
     best = "held-out" if place == "held" else "best"
     found = [line("last", last, head_last), line(best, epoch_best, head_best)]
-    if found[0].warnings and is_main():
+    learnt_nothing = [w for w in found[0].warnings if w not in evaluation.warnings]
+    if learnt_nothing and is_main():
         logger.warning(
             "%s; copy the protocol %s into a file of your own with smaller learning_rates, and give it as "
-            "--protocol", found[0].warnings[0], evaluation.protocol,
+            "--protocol", learnt_nothing[0], evaluation.protocol,
         )  # fmt: skip
     if values.choose_epoch == "last":
         return [line(best if len(heads) > 1 else "last", last, head_last)]
