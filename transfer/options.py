@@ -31,7 +31,8 @@ class WeightsOptions:
         Literal["imagenet", "imagenet-nopool", "cifar", "cifar-pool", "cifar-stride2", "cifar-stride2-pool"]
         | None
     ) = None
-    """imagenet: 7x7, stride 2, max-pool; cifar: 3x3, stride 1, no pool; the others differ as named."""
+    """imagenet: 7x7, stride 2, max-pool; imagenet-nopool; cifar: 3x3, stride 1, no pool; cifar-pool,
+    cifar-stride2, cifar-stride2-pool."""
     stem_padding: int | None = None
     """Zero padding of a 3x3 stem, in pixels: 1, or 2 in INTL's and solo-learn's files."""
     stride_in_1x1: bool | None = None

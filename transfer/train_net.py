@@ -1,7 +1,7 @@
 """Fine-tune a detector in detectron2, or evaluate one; append its results to results.jsonl.
 
-`python -m transfer.train_net` follows detectron2's own conventions (--config-file, --num-gpus, --eval-only,
---resume, trailing KEY VALUE). It goes on by itself where it stopped: model, optimizer, schedule, gradient
+`python -m transfer train-net`, also `python -m transfer.train_net`, follows detectron2's own conventions
+(--config-file, --num-gpus, --eval-only, --resume, trailing KEY VALUE). It goes on by itself where it stopped: model, optimizer, schedule, gradient
 scaler and iteration are in the checkpoint, and data order, augmentation and sampling follow from (SEED,
 iteration). A run on CPUs cut off at any moment therefore ends with the numbers of an undisturbed one, to the
 bit while the number of processes and threads stays the same. On GPUs detectron2's kernels add in no fixed
@@ -21,7 +21,7 @@ from transfer.conversion.availability import need_detectron2
 def parser() -> argparse.ArgumentParser:
     """detectron2's command line, and this project's additions."""
     p = Parser(
-        prog="python -m transfer.train_net",
+        prog="python -m transfer train-net",
         description="Fine-tune and evaluate a detector in detectron2. Run again, it goes on.",
     )
     p.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE",

@@ -18,6 +18,8 @@ EXIT_CODES = (
     "everything saved, run it again to go on; 130 interrupted"
 )
 
+LONGEST_CHOICES = 60  # characters on a line; longer lists stand in the option's text
+
 FIRM = "\xa0"  # a space at which no line ends
 
 VALUES = {
@@ -164,8 +166,8 @@ def value_of(name: str, hint: Any) -> str:
         return f"[{one},...]" if args[0] in (int, float) else f"{one} ..."
     if name in VALUES:
         return VALUES[name]
-    if origin is typing.Literal:
-        return "{" + ",".join(str(a) for a in args) + "}"
+    if origin is typing.Literal and len(choices := ",".join(map(str, args))) <= LONGEST_CHOICES:
+        return "{" + choices + "}"
     if hint is bool:
         return "{true,false}"
     return {int: "N", float: "X"}.get(hint, name.rpartition("_")[2].upper())
