@@ -1,11 +1,12 @@
 """Fine-tune a detector in detectron2, or evaluate one; append its results to results.jsonl.
 
 `python -m transfer train-net`, also `python -m transfer.train_net`, follows detectron2's own conventions
-(--config-file, --num-gpus, --eval-only, --resume, trailing KEY VALUE). It goes on by itself where it stopped: model, optimizer, schedule, gradient
-scaler and iteration are in the checkpoint, and data order, augmentation and sampling follow from (SEED,
-iteration). A run on CPUs cut off at any moment therefore ends with the numbers of an undisturbed one, to the
-bit while the number of processes and threads stays the same. On GPUs detectron2's kernels add in no fixed
-order: there the same data is seen, and the numbers agree up to rounding.
+(--config-file, --num-gpus, --eval-only, --resume, trailing KEY VALUE). It goes on by itself where it
+stopped: model, optimizer, schedule, gradient scaler and iteration are in the checkpoint, and data order,
+augmentation and sampling follow from (SEED, iteration). A run on CPUs cut off at any moment therefore ends
+with the numbers of an undisturbed one, to the bit while the number of processes and threads stays the same.
+On GPUs detectron2's kernels add in no fixed order: there the same data is seen, and the numbers agree up to
+rounding.
 """
 
 from __future__ import annotations
