@@ -31,13 +31,12 @@ def test_training_images_are_no_test_images(parts: tuple[ImageDataset, ImageData
     train, _ = parts
     with pytest.raises(UserError, match="its images are training images too"):
         doubts_about(train, replace(train, split="test"))  # the same folder
-    copied = tmp_path / "renamed"
-    shutil.copytree(train.root, copied)
-    for i, file in enumerate(sorted(copied.rglob("*.jpg"))):
+    shutil.copytree(train.root, tmp_path / "test")
+    for i, file in enumerate(sorted((tmp_path / "test").rglob("*.jpg"))):
         file.rename(file.with_name(f"x{i}.jpg"))
-    renamed = [str(p.relative_to(copied)) for p in sorted(copied.rglob("*.jpg"))]
+    renamed = open_dataset("imagefolder", tmp_path, "test")
     with pytest.raises(UserError, match="training images too"):
-        doubts_about(train, replace(train, root=copied, files=renamed))  # the same files under other names
+        doubts_about(train, renamed)  # the same files under other names
     pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
     one = replace(train, files=None, pixels=pixels, labels_N=np.arange(40) % 10)
     with pytest.raises(UserError, match="training images too"):
@@ -55,7 +54,7 @@ def test_some_training_images_among_the_test_images_are_told(
         theirs = sorted((train.root / name).iterdir())
         for source, target in zip(theirs, sorted((mixed / name).iterdir())[:4]):
             shutil.copy(source, target)
-    assert doubts_about(train, replace(test, root=mixed)) == [
+    assert doubts_about(train, open_dataset("imagefolder", tmp_path, "test")) == [
         "25 % of the test images looked at are training images too"
     ]
 
