@@ -310,7 +310,7 @@ FORMATS: tuple[Format, ...] = (OWN_RUN, OWN_BACKBONE, OWN_BACKBONE_EMA, *FOREIGN
 REFUSED = {
     "CMC": "its two networks see one and two channels of Lab, not RGB",
     "BYOL (DeepMind)": "a pickle of JAX arrays, which cannot be read without running code from it",
-    "detectron2 (.pkl)": "`python -m transfer convert --reverse` makes a file of timm's names from it",
+    "detectron2 (.pkl)": "`convert --reverse` makes a file of timm's names from it",
     "TorchScript": "a program; save its state_dict",
     "quantised weights": "give the float ones",
     "ResNets of other widths (w2, w4, w5)": "timm has none",
