@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 GAP = 1e-3
 """Share of a fit's objective by which it may lie above the minimum and count as converged."""
-STOP = 1e-4
+STOP = 1e-8
 """The share at which a fit is good enough to stop."""
 
 
@@ -41,7 +41,7 @@ class Fit:
     objective: float
     """sum_n CE(x_n W + b, y_n) + |W|^2 / (2 cost)."""
     gap: float
-    """At most so much is the objective above its minimum (but for the bias, which is free)."""
+    """At most about so much is the objective above its minimum."""
     iterations: int
 
     @property
@@ -64,26 +64,37 @@ def fit_logreg(
 ) -> Fit:
     """W (D x C) and b (C) that minimise sum_n CE(x_n W + b, y_n) + |W|^2 / (2 cost), by L-BFGS in float64.
 
-    scikit-learn's LogisticRegression(C=cost) has the same minimum; `start` warm-starts. The bias is free.
-    The objective is strongly convex in W with modulus 1 / cost, so it is at most cost |gradient|^2 / 2 above
-    its minimum: the gap by which convergence is told. Works on the device of `x_ND`; SciPy steps.
+    scikit-learn's LogisticRegression(C=cost) has the same minimum; `start` warm-starts. The bias is free, so
+    the steps are taken on centred features, each scaled by its curvature, with the penalty of the features as
+    they are: the same minimum, reached in far fewer steps. The objective is strongly convex in W with modulus
+    1 / cost, so it is at most cost |gradient|^2 / 2 above its minimum over W; the bias adds what a Newton
+    step on it would still gain. Works on the device of `x_ND`; SciPy steps.
     """
     from scipy.optimize import minimize
 
     x_ND = x_ND.double()
-    width = x_ND.shape[1]
-    penalty = 1 / (2 * cost)
+    mean_D = x_ND.mean(0)
+    # What a feature's own curvature is about: that of the data, at most N var / 4, and the penalty's.
+    scale_D = (x_ND.var(0, correction=0) + 4 / (cost * len(x_ND))).sqrt()
+    z_ND = (x_ND - mean_D) / scale_D
+    width = z_ND.shape[1]
     last = {"objective": math.inf, "gap": math.inf}
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        parameters = torch.from_numpy(flat).to(x_ND.device).view(width + 1, classes)
-        weight, bias = parameters[:-1], parameters[-1]
-        log_p = (x_ND @ weight + bias).log_softmax(1)
-        loss = -log_p.gather(1, labels_N[:, None]).sum() + penalty * weight.square().sum()
-        delta = log_p.exp()
-        delta.scatter_add_(1, labels_N[:, None], torch.full_like(delta[:, :1], -1.0))
-        gradient = torch.cat([x_ND.T @ delta + 2 * penalty * weight, delta.sum(0, keepdim=True)])
-        last.update(objective=float(loss), gap=float(gradient.square().sum()) * cost / 2)
+        parameters = torch.from_numpy(flat).to(z_ND.device).view(width + 1, classes)
+        scaled_DC, bias_C = parameters[:-1], parameters[-1]
+        weight_DC = scaled_DC / scale_D[:, None]
+        log_p = (z_ND @ scaled_DC + bias_C).log_softmax(1)
+        loss = -log_p.gather(1, labels_N[:, None]).sum() + weight_DC.square().sum() / (2 * cost)
+        p_NC = log_p.exp()
+        curvature_C = (p_NC * (1 - p_NC)).sum(0).clamp_min(1e-300)
+        delta = p_NC.scatter_add_(1, labels_N[:, None], torch.full_like(p_NC[:, :1], -1.0))
+        scaled_gradient = z_ND.T @ delta + weight_DC / scale_D[:, None] / cost
+        bias_gradient = delta.sum(0)
+        gap = cost / 2 * (scaled_gradient * scale_D[:, None]).square().sum()
+        gap = gap + (bias_gradient.square() / curvature_C).sum()
+        last.update(objective=float(loss), gap=float(gap))
+        gradient = torch.cat([scaled_gradient, bias_gradient[None]])
         return last["objective"], gradient.flatten().cpu().numpy()
 
     def close_enough(_: np.ndarray) -> None:
@@ -92,16 +103,20 @@ def fit_logreg(
 
     first = np.zeros((width + 1, classes))
     if start is not None:
-        first[:-1], first[-1] = (part.detach().cpu().numpy() for part in start)
+        weight_DC, bias_C = (part.to(z_ND) for part in start)
+        first[:-1] = (weight_DC * scale_D[:, None]).cpu().numpy()
+        first[-1] = (bias_C + mean_D @ weight_DC).cpu().numpy()
     # ftol and gtol 0: the gap alone says when to stop; slow progress, as with a large cost, does not
     options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 10, "ftol": 0.0, "gtol": 0.0}
     found = minimize(
         objective, first.ravel(), jac=True, method="L-BFGS-B", callback=close_enough, options=options
     )
-    parameters = torch.from_numpy(found.x).to(x_ND.device).view(width + 1, classes)
+    objective(found.x)  # of the point that is returned, not of the last one tried
+    parameters = torch.from_numpy(found.x).to(z_ND.device).view(width + 1, classes)
+    weight_DC = parameters[:-1] / scale_D[:, None]
     return Fit(
-        weight_DC=parameters[:-1], bias_C=parameters[-1], objective=float(found.fun),
-        gap=float(np.square(found.jac).sum()) * cost / 2, iterations=int(found.nit),
+        weight_DC=weight_DC, bias_C=parameters[-1] - mean_D @ weight_DC, objective=last["objective"],
+        gap=last["gap"], iterations=int(found.nit),
     )  # fmt: skip
 
 
