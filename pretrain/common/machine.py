@@ -20,3 +20,11 @@ def cores_of_rank() -> int:
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     bound = cores() * ranks <= int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
     return cores() if bound else max(1, cores() // ranks)
+
+
+def launch_id() -> str:
+    """What the ranks of one run have in common and no other run has; "" with one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return ""
+    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    return " ".join(os.environ.get(name, "-") for name in names)

@@ -34,14 +34,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def launch_id() -> str:
-    """What the ranks of one run have in common and no other run has; "" with one process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return ""
-    names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-    return " ".join(os.environ.get(name, "-") for name in names)
-
-
 def local_device() -> torch.device:
     """This process's GPU where there is one, else the CPU."""
     if torch.cuda.is_available():

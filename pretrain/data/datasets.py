@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
-from pretrain.common.collectives import gather_objects
 from pretrain.common.errors import UserError
-from pretrain.common.process_group import is_main
 from pretrain.data.folder_advice import no_class, no_folder, no_image, no_split, one_level_too_high
 from pretrain.data.folders import IMAGE_SUFFIXES, class_folders, list_images, stats_of, tell_passed_over
 from pretrain.data.images import BrokenImage, OpenImage, common_small_side, open_file
@@ -122,6 +120,9 @@ class ImageDataset:
 
         All ranks must call, before it is asked for otherwise.
         """
+        from pretrain.common.collectives import gather_objects  # with PyTorch, which listing needs none of
+        from pretrain.common.process_group import is_main
+
         self.__dict__["fingerprint"] = gather_objects(self.fingerprint if is_main() else None)[0]
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_text
-from pretrain.common.process_group import launch_id
+from pretrain.common.machine import launch_id
 from pretrain.data.cache import cache_dir, load_arrays, one_at_a_time, packed, save_arrays, unpacked
 
 logger = logging.getLogger(__name__)

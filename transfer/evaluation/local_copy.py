@@ -28,7 +28,7 @@ from zlib import crc32
 
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import read_jsonl, write_json
-from pretrain.common.process_group import launch_id
+from pretrain.common.machine import launch_id
 from pretrain.common.progress import Progress
 
 logger = logging.getLogger(__name__)
