@@ -229,9 +229,12 @@ def images(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A ResNet-50 as MoCo's training script saves it."""
+    """A ResNet-50 as MoCo's training script saves it; its BatchNorm has counted a batch, so it
+    is not taken for an untrained one."""
     torch.manual_seed(0)
     both = [dict(timm.create_model("resnet50", num_classes=0).state_dict()) for _ in range(2)]
+    for state in both:
+        state |= {key: value + 1 for key, value in state.items() if key.endswith("num_batches_tracked")}
     build, _ = zoo.ZOO["MoCo v1, v2; PCL"]
     path = tmp_path_factory.mktemp("weights") / "model.pth.tar"
     torch.save({**build(*both), "arch": "resnet50"}, path)
