@@ -97,19 +97,24 @@ def raw_pixels() -> Backbone:
     return Backbone(model=None, arch=None, weights=weights)
 
 
-def backbone_of_module(module: nn.Module, *, name: str | None = None) -> Backbone:
-    """A module of the user's own, N x 3 x H x W -> N x D, as a backbone; it is put into eval mode.
-
-    Its weights go by a SHA-256 of their names and values.
-    """
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 of the names and values of every parameter and buffer."""
     import torch  # here, as inspecting a file needs none of it
 
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def backbone_of_module(module: nn.Module, *, name: str | None = None) -> Backbone:
+    """A module of the user's own, N x 3 x H x W -> N x D, as a backbone; it is put into eval mode.
+
+    Its weights go by a SHA-256 of their names and values.
+    """
     name = name or type(module).__name__
-    weights = {"path": name, "sha256": digest.hexdigest(), "format": "module", "branch": "online"}
+    weights = {"path": name, "sha256": digest_of(module), "format": "module", "branch": "online"}
     return Backbone(model=module.eval(), arch=name, weights=weights)
 
 
