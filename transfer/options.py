@@ -49,15 +49,28 @@ class WeightsOptions:
         if self.stem_padding is not None and not 0 <= self.stem_padding <= 8:
             raise ValueError(f"--stem-padding {self.stem_padding}: wanted 0 to 8 px")
 
+    def reading(self, **changes: Any) -> WeightsOptions:
+        """These options without those of a command, with some of them changed."""
+        return WeightsOptions(**{f.name: getattr(self, f.name) for f in fields(WeightsOptions)} | changes)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What was asked for, as a command line has it."""
+        asked = {f.name: getattr(self, f.name) for f in fields(WeightsOptions)}
+        return tuple(
+            word
+            for name, value in asked.items()
+            if value is not None
+            for word in (
+                f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)
+            )
+        )  # fmt: skip
+
     @property
     def read_with(self) -> str:
         """What was asked for beyond branch and architecture, as it is typed; results record it."""
-        asked = {f.name: getattr(self, f.name) for f in fields(WeightsOptions)}
-        return " ".join(
-            f"--{name.replace('_', '-')} {str(value).lower() if isinstance(value, bool) else value}"
-            for name, value in asked.items()
-            if name not in ("branch", "arch") and value is not None
-        )
+        said = iter(self.words)
+        return " ".join(f"{name} {v}" for name, v in zip(said, said) if name not in ("--branch", "--arch"))
 
 
 @dataclass(frozen=True, kw_only=True)

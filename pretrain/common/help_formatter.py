@@ -91,8 +91,8 @@ def help_text(
     """--help of a command with the options of the dataclass `settings`, whose fields are said in `docs`.
 
     `config` has the option for a YAML file and what it takes; the fields named in `positional` are shown
-    as words without an option. `groups` has, by a group's first field, the group's title; without, what
-    must be given comes first.
+    as words without an option. `groups` has, by a group's first field, the groups' titles in the order in
+    which they are shown; without, what must be given comes first.
     """
     fields = [f for f in dataclasses.fields(settings) if f.init]
     needed = {f.name for f in fields if _default(f) is dataclasses.MISSING} | {*positional}
@@ -105,6 +105,8 @@ def help_text(
         action = _action(f, hints[f.name], says, positional=f.name in positional)
         action.required = f.name in needed
         sections.setdefault(title, []).append(action)
+    if groups:
+        sections = {title: sections[title] for title in groups.values() if title in sections}
     flag, takes = config
     file = argparse.Action([flag], "config", metavar="FILE", help=takes)
     general = [

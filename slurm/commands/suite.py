@@ -25,9 +25,9 @@ pretrain ─▶ k-NN, linear, semi-supervised (x seeds) ─▶ report
     └─────▶ conversion ─▶ detection (x seeds) ───────────┘
 """
 GROUPS = {
-    "output": "what to judge", "tasks": "how to judge it", "dataset": "data",
-    "knn_protocol": "protocols, and further options of the steps", "cluster": "where it runs",
-    "dry_run": "this call",
+    "output": "what to judge", "branch": "how to read --weights", "tasks": "how to judge it",
+    "dataset": "data", "knn_protocol": "protocols, and further options of the steps",
+    "cluster": "where it runs", "dry_run": "this call",
 }  # fmt: skip
 """The first option of each group of --help, and the group's title."""
 LISTS = ("--weights", "--include", "--tasks", "--override", "--force", "--detection-data")

@@ -74,7 +74,7 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
     backbones, problems = {}, []
     for path in asked.weights or []:
         try:
-            loaded = load_backbone(path, branch=asked.branch)
+            loaded = load_backbone(path, asked.reading())
         except UserError as error:
             problems.append(f"--weights {path}: {error}")
         else:

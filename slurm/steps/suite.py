@@ -15,15 +15,17 @@ from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import Resources
 from slurm.steps.tasks import BACKBONES, DETECTION, Images, Target
+from transfer.checkpoints.own_layout import read_layout
 from transfer.conversion.availability import CONFIGS
 from transfer.evaluation.protocol import FOLDER
 from transfer.evaluators.voc07 import NAME as VOC07
+from transfer.options import WeightsOptions
 
 CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Suite:
+class Suite(WeightsOptions):
     """Settings of `python -m slurm suite`."""
 
     output: str
@@ -31,7 +33,7 @@ class Suite:
     recipe: str | None = None
     """Pretrain by this recipe, a name or a YAML file; or give --weights."""
     weights: list[str] | None = None
-    """Checkpoint files to judge, in any known format: --weights A.pth B.pth."""
+    """Checkpoint files to judge, in any known format, all read alike: --weights A.pth B.pth."""
     branch: Literal["online", "ema"] = "online"
     """Which of two networks to judge: of a checkpoint, or of a recipe that trains with --ema."""
     control: bool = False
@@ -80,8 +82,15 @@ class Suite:
     """Steps or kinds of step to compute again, with all that needs them; old results are kept aside."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for settings that cannot be together, ValueError for numbers out of range."""
+        super().__post_init__()
         if bool(self.recipe) == bool(self.weights):
             raise UserError("wanted either --recipe NAME|FILE or --weights FILE...")
+        if self.recipe and (self.read_with or self.arch):
+            said = " ".join(self.reading(branch="online").words[2:])
+            raise UserError(f"{said}: how to read --weights; a recipe's own weights are read as they are")
+        if self.weights_format is not None:
+            read_layout(self.weights_format)
         if not self.tasks:
             raise UserError(f"wanted --tasks, of: {', '.join((*CLASSIFICATION, *DETECTION))}")
         for task in self.tasks:
@@ -161,7 +170,7 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
         steps.append(tasks.pretraining(root, asked.recipe, images, seed, extra, asked.pretraining))
         targets.append(Target(
             name="intl", label="INTL", weights=str(root / "pretrain" / BACKBONES[asked.branch]),
-            branch=asked.branch, depends_on=("pretrain",),
+            read=WeightsOptions(branch=asked.branch), depends_on=("pretrain",),
         ))  # fmt: skip
         if asked.control:
             steps.append(tasks.control(root, asked.recipe, images, seed, extra))
@@ -169,8 +178,10 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
             targets.append(
                 Target(name="control", label="random control", weights=weights, depends_on=("control",))
             )
+    layout = asked.weights_format and str(Path(asked.weights_format).resolve())
     for name, path in _files(asked.weights or []).items():
-        targets.append(Target(name=name, label=name, weights=str(path), branch=asked.branch))
+        read = asked.reading(weights_format=layout)
+        targets.append(Target(name=name, label=name, weights=str(path), read=read))
     wanted = asked.tasks or []
     detections = [task for task in wanted if task not in CLASSIFICATION]
     evaluations: list[Step] = []

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pretrain.common.errors import UserError
 from pretrain.settings import Settings, parse_recipe
 from slurm.steps.graph import Step
 from transfer.conversion.availability import CONFIGS, find_config
+from transfer.options import WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +26,16 @@ class Target:
     """Absolute path of the file, or raw-pixels."""
     depends_on: tuple[str, ...] = ()
     """The steps that write the file."""
-    branch: str = "online"
-    """online or ema."""
+    read: WeightsOptions = field(default_factory=WeightsOptions)
+    """How to read the file."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """A file of the user's own; what a step of the graph writes is known by that step's key."""
-        return (Path(self.weights),) if not self.depends_on and self.weights != "raw-pixels" else ()
+        """Files of the user's own; what a step of the graph writes is known by that step's key."""
+        if self.depends_on or self.weights == "raw-pixels":
+            return ()
+        layout = self.read.weights_format
+        return (Path(self.weights), *([Path(layout)] if layout else ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +164,7 @@ def conversion(root: Path, target: Target) -> Step:
         name=f"convert/{target.name}",
         kind="export",
         command="transfer convert",
-        argv=("--weights", target.weights, "--branch", target.branch, "--output", str(file)),
+        argv=("--weights", target.weights, *target.read.words, "--output", str(file)),
         output=root / "convert" / target.name,
         depends_on=target.depends_on,
         inputs=target.inputs,
@@ -184,7 +188,7 @@ def classification(
     output = root / name
     words = ["--weights", target.weights, "--protocol", protocol, *images.argv, "--output", str(output)]
     if target.weights != "raw-pixels":
-        words += ["--branch", target.branch]
+        words += target.read.words
     if kind != "semisup":
         words += ["--cache-dir", str(root / "features")]
     words += ["--label", target.label]

@@ -173,7 +173,8 @@ def find(raw: RawFile, path: str | Path, asked: WeightsOptions) -> Found:
         "path": str(path), "sha256": sha256_of(path), "format": reading.format.name, "branch": reading.branch,
         "stem": forward.stem, "stem_padding": forward.stem_padding,
     }  # fmt: skip
-    how = " ".join(filter(None, (asked.read_with, *forward.found)))
+    layout = f"(sha256 {sha256_of(asked.weights_format)[:12]})" if asked.weights_format else ""
+    how = " ".join(filter(None, (asked.read_with, layout, *forward.found)))
     if how:
         weights["read_with"] = how
     return Found(

@@ -51,7 +51,7 @@ def inspect_file(path: str | Path, asked: WeightsOptions | None = None) -> Inspe
         readings = read_all(raw, asked)
         branches = {name: _state(readings, name, asked) for name in BRANCHES}
         wanted = asked.branch or next((name for name in BRANCHES if branches[name] == "complete"), "online")
-        found = find(raw, path, _plain(asked, wanted))
+        found = find(raw, path, asked.reading(branch=wanted))
         check(found.reading)
         doubts = doubts_of(found.reading.tensors)
     except UserError as error:
@@ -68,12 +68,6 @@ def inspect_file(path: str | Path, asked: WeightsOptions | None = None) -> Inspe
     )
 
 
-def _plain(asked: WeightsOptions, branch: str) -> WeightsOptions:
-    """The options with this branch, without those of a command."""
-    names = [f.name for f in dataclasses.fields(WeightsOptions)]
-    return WeightsOptions(**{name: getattr(asked, name) for name in names} | {"branch": branch})
-
-
 def _state(readings: list[Reading], branch: str, asked: WeightsOptions) -> str:
     writers = {r.format.name for r in readings if r.complete} or {r.format.name for r in readings}
     of_branch = [r for r in readings if r.branch == branch and r.format.name in writers]
@@ -81,7 +75,7 @@ def _state(readings: list[Reading], branch: str, asked: WeightsOptions) -> str:
         return "none"
     if any(r.complete for r in of_branch):
         try:
-            choose(of_branch, _plain(asked, branch), Path("the file"))
+            choose(of_branch, asked.reading(branch=branch), Path("the file"))
         except UserError:
             return "ambiguous"
         return "complete"

@@ -32,7 +32,8 @@ PREDICTORS = re.compile(
 )
 DETECTOR = ("proposal_generator.", "roi_heads.box_predictor", "head.cls_score")
 """Beginnings of names that a whole detector has and a backbone has not."""
-BACKBONE = ("backbone.bottom_up.", "backbone.stem.", "backbone.res", "stem.conv1.", "res2.")
+BACKBONE = ("backbone.bottom_up.", "backbone.res2.", "res2.")
+"""The same of a backbone."""
 # Counters that no computation reads; frozen BatchNorm has none, older files neither.
 COUNTERS = re.compile(r".*\.num_batches_tracked$")
 # Files of the Caffe2 model zoo fold BatchNorm's statistics into its weight and bias, and hold the classifier.
@@ -127,7 +128,7 @@ class StrictCheckpointer(DetectionCheckpointer):
             ]  # fmt: skip
             raise UserError(
                 f"{self._path} does not fit the config's model; tensors: {'; '.join(found)}. Use the config "
-                "of this architecture, or ask for --random-init"
+                "of the architecture that the file holds"
             )
         incompatible.missing_keys.clear()
         incompatible.unexpected_keys.clear()
@@ -171,10 +172,14 @@ def _read(path: str) -> dict[str, Any]:
         error = caught
     try:
         found = load_backbone(path)
-    except UserError:
-        raise UserError(f"MODEL.WEIGHTS {path}: no detector or backbone of detectron2 ({error})") from None
+    except UserError as why:
+        raise UserError(
+            f"MODEL.WEIGHTS {path}: no detector or backbone of detectron2 ({error}), nor anything that "
+            f"`python -m transfer convert` can take as it is: {why}"
+        ) from None
+    note = next((f" ({n})" for n in found.notes if "--branch" in n), "")
     raise UserError(
         f"MODEL.WEIGHTS {path} is a {found.format} checkpoint of a {found.arch}, not yet in detectron2's "
-        f"layout: run `python -m transfer convert --weights {path} --output {Path(path).stem}.pkl` first, "
-        f"then give MODEL.WEIGHTS {Path(path).stem}.pkl"
+        f"layout: run `python -m transfer convert --weights {path} --output {Path(path).stem}.pkl` first"
+        f"{note}, then give MODEL.WEIGHTS {Path(path).stem}.pkl"
     )

@@ -25,7 +25,7 @@ from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
-from transfer.options import EvaluationSettings
+from transfer.options import EvaluationSettings, WeightsOptions
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,10 @@ def backbone_of(settings: EvaluationSettings, backbone: Backbone | None = None) 
         for name in ("mean", "std")
         if (values := getattr(settings, name)) is not None
     }
+    if (backbone or settings.weights == RAW_PIXELS) and settings.reading() != WeightsOptions():
+        raise UserError(
+            f"{' '.join(settings.words)}: how to read a checkpoint file, and there is none to read"
+        )
     if backbone is None and settings.weights == RAW_PIXELS:
         backbone = raw_pixels()
     elif backbone is None:

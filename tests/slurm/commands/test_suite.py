@@ -21,6 +21,7 @@ from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import load_profile
 from slurm.steps.suite import Suite, _files, suite_graph
 from slurm.steps.tasks import DETECTION, detection_config
+from tests.helpers import checkpoint_zoo as zoo
 from transfer.__main__ import main as transfer
 
 
@@ -103,6 +104,57 @@ def test_an_ema_branch_is_refused_where_the_recipe_trains_none(
     assert capsys.readouterr().out.count("check failed: --branch ema") == 1
     assert main([*words, "--dry-run", *EMA]) == 0
     assert "--branch ema" in capsys.readouterr().out
+
+
+def test_how_the_weights_are_read_is_said_once_for_every_step(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A file that no format explains: refused with the words to type, which the suite then takes itself."""
+    monkeypatch.chdir(tmp_path)
+    odd = zoo.pre("net.trunk.", zoo.backbone()) | {"net.neck.weight": torch.ones(2)}
+    torch.save({"run": {"w": odd}}, "odd.pth")
+    words = ["suite", "--weights", "odd.pth", "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
+    words += ["--output", "out", "--tasks", "knn"]
+    assert main([*words, "--dry-run"]) == 2
+    assert "Take it with --prefix net.trunk. --drop net.neck." in capsys.readouterr().out
+    said = ["--container", "run.w", "--prefix", "net.trunk.", "--drop", "net.neck.", "--last-stride", "1"]
+    assert main([*words, *said, "--dry-run"]) == 0
+    assert f"--branch online {' '.join(said)}" in capsys.readouterr().out
+    Path("mine.yaml").write_text("online: [{container: run.w, prefix: net.trunk.}]\ndrop: {net.neck.: neck}")
+    asked = Suite(
+        output="out", weights=["odd.pth"], dataset="cifar10", data_dir=str(cifar_folder),
+        tasks=["knn", "linear", "semisup1", "small_R18_FPN"], weights_format="mine.yaml", last_stride=1,
+        channels="bgr", stem="imagenet-nopool", arch="resnet18", stride_in_1x1=False,
+    )  # fmt: skip
+    graph = suite_graph(tmp_path / "out", asked, load_profile("local", []))
+    layout = str(tmp_path / "mine.yaml")
+    all_words = [
+        "--branch", "online", "--arch", "resnet18", "--stem", "imagenet-nopool", "--stride-in-1x1", "false",
+        "--last-stride", "1", "--channels", "bgr", "--weights-format", layout,
+    ]  # fmt: skip
+    for name in ("knn/odd", "linear/odd/seed0", "semisup1/odd/seed0", "convert/odd"):
+        step = graph.steps[name]
+        assert shlex.join(all_words) in step.shell and Path(layout) in step.inputs
+    step = graph.steps["knn/odd"]
+    assert not importlib.import_module(step.module).main(list(step.argv))
+    (result, *_) = read_jsonl(step.makes[0])
+    assert result["weights"]["read_with"] == (
+        "--stem imagenet-nopool --stride-in-1x1 false --last-stride 1 --channels bgr "
+        f"--weights-format {layout} (sha256 {sha256_of(layout)[:12]})"
+    )
+    first = graph.keys["knn/odd"]
+    Path("mine.yaml").write_text(Path("mine.yaml").read_text() + "\n# another")
+    assert suite_graph(tmp_path / "out", asked, load_profile("local", [])).keys["knn/odd"] != first
+    trained = ["suite", "--recipe", str(recipe), *words[3:]]
+    for option, wrong in (
+        (["--prefix", "a."], "--prefix a.: how to read --weights; a recipe's own"),
+        (["--arch", "resnet50"], "--arch resnet50: how to read --weights"),
+        (["--weights-format", "no.yaml"], "--weights-format no.yaml: "),
+        (["--stem-padding", "99"], "--stem-padding 99: wanted 0 to 8 px"),
+    ):
+        assert main([*trained, *option]) == 2
+        assert wrong in capsys.readouterr().err
 
 
 def test_further_options_are_quoted_as_in_a_shell(tmp_path: Path, recipe: Path) -> None:

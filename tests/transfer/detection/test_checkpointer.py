@@ -12,7 +12,9 @@ import torch
 from detectron2.modeling import build_model
 
 from pretrain.common.errors import UserError
+from tests.helpers import checkpoint_zoo as zoo
 from tests.transfer.detection.test_config import CASCADE, KEYPOINTS, RETINANET, TINY
+from transfer.__main__ import main
 from transfer.conversion.layout import to_detectron2
 from transfer.conversion.weights_file import write_pickle
 from transfer.detection.checkpointer import StrictCheckpointer, record_of, run_of
@@ -71,15 +73,43 @@ def test_a_detector_of_other_categories_starts_all_but_its_predictors(tmp_path: 
         StrictCheckpointer(other, other_categories=True).load(str(tmp_path / "coco.pth"))
 
 
-def test_a_raw_checkpoint_is_to_be_converted_first(backbone: Any, tmp_path: Path) -> None:
-    state = {f"module.encoder_q.{k}": v for k, v in backbone.state_dict().items()}
-    state |= {f"module.encoder_q.fc.{k}": torch.zeros(128, 512) if k == "weight" else torch.zeros(128)
-              for k in ("weight", "bias")}  # fmt: skip
-    torch.save({"state_dict": state, "epoch": 200, "arch": "resnet18"}, tmp_path / "moco.pth.tar")
-    with pytest.raises(
-        UserError, match=r"is a MoCo.* checkpoint of a resnet18.*run `python -m transfer convert"
-    ):
-        record_of(str(tmp_path / "moco.pth.tar"))
+@pytest.mark.parametrize("writer", ["MoCo v1, v2; PCL", "DINO", "torchvision or timm", "only a teacher",
+                                    "under backbone.resnet.", "none"])  # fmt: skip
+def test_a_raw_checkpoint_is_to_be_converted_first(backbone: Any, tmp_path: Path, writer: str) -> None:
+    """The command that the answer names works, and gives a file that loads."""
+    state = backbone.state_dict()
+    known = {name: build for name, (build, _) in zoo.ZOO.items()} | {
+        "only a teacher": lambda a, b: {"teacher": zoo.pre("backbone.", a)},
+        "under backbone.resnet.": lambda a, b: zoo.pre("backbone.resnet.", a) | zoo.head("neck."),
+        "none": lambda a, b: {"model": zoo.pre("trunk.", {k: v for k, v in a.items() if "bn1" not in k})},
+    }
+    file = tmp_path / "raw.pth"
+    torch.save(known[writer](state, state), file)
+    with pytest.raises(UserError) as told:
+        record_of(str(file))
+    said = str(told.value)
+    assert "--random-init" not in said
+    if writer == "none":
+        assert "nor anything that `python -m transfer convert` can take" in said and "missing: bn1" in said
+        return
+    words = ["--weights", str(file), "--output", str(tmp_path / "raw.pkl")]
+    if writer == "only a teacher":
+        assert said.endswith("take it with --branch ema")
+        words += ["--branch", "ema"]
+    elif writer == "under backbone.resnet.":
+        assert said.endswith("Take it with --prefix backbone.resnet. --drop neck.")
+        words += ["--prefix", "backbone.resnet.", "--drop", "neck."]
+    else:
+        assert f"is a {writer} checkpoint of a resnet18, not yet in detectron2's layout" in said
+        assert f"run `python -m transfer convert --weights {file} --output raw.pkl` first" in said
+        assert ("DINO's own evaluation uses the teacher: --branch ema" in said) == (writer == "DINO")
+    assert main(["convert", *words, "--no-verify"]) == 0
+    model = detector()
+    StrictCheckpointer(model).load(str(tmp_path / "raw.pkl"))
+    assert torch.equal(model.backbone.bottom_up.res5[1].conv2.weight, backbone.layer4[1].conv2.weight)
+
+
+def test_a_file_of_neither_kind_is_named(tmp_path: Path) -> None:
     torch.save({"something": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="no detector or backbone of detectron2"):
         record_of(str(tmp_path / "other.pth"))

@@ -217,6 +217,31 @@ def test_a_backbone_that_was_never_trained_wants_a_word(
     assert main(["knn", *words]) == 0 and len(read(tmp_path / "knn")) == 1
 
 
+def test_what_costs_nothing_is_checked_before_the_images_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of the images is missing, which is told last."""
+    torch.save(zoo.backbone(), tmp_path / "w.pth")
+    right = {"weights": str(tmp_path / "w.pth"), "arch": "resnet18", "precision": "float32"}
+    right |= {"dataset": "imagefolder", "data_dir": str(tmp_path / "void"), "output": str(tmp_path / "out")}
+    protocols = {"knn": "solo_knn@2", "linear": "cached_linear@1", "semisup": "finetune@1"}
+    for task, protocol in protocols.items():
+        wrong = (
+            ({"weights": "no.pth"}, "no.pth"), ({"arch": "resnet50"}, "is a resnet18, not a resnet50"),
+            ({"precision": "float8"}, "--precision"), ({"protocol": "nope@1"}, "nope@1"),
+            ({"prefix": "a."}, "--prefix a."),
+            ({"weights": "raw-pixels"}, "raw-pixels cannot" if task == "semisup" else "--arch resnet18"),
+        )  # fmt: skip
+        for changes, said in (*wrong, ({}, "void")):
+            options = right | {"protocol": protocol} | changes
+            words = [word for k, v in options.items() for word in (f"--{k.replace('_', '-')}", v)]
+            share = ["--label-percent", "10"] if task == "semisup" else []
+            assert main([task, *words, *share]) == 2
+            err = capsys.readouterr().err
+            assert said in err and ("void" in err) == (said == "void"), (task, changes, err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_folders_of_images_are_told_apart_by_what_is_in_them(cifar_folder: Path, tmp_path: Path) -> None:
     fewer = tmp_path / "fewer"
     shutil.copytree(cifar_folder, fewer)
