@@ -16,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.harness import Comparison, Step, interleave
-from transfer.detection.evaluation import coco_stats
+from transfer.detection.evaluation import coco_evaluation
 
 TITLE = "COCO average precision: pycocotools (reference) beside faster-coco-eval as this project calls it"
 Task = Literal["bbox", "segm"]
@@ -99,12 +99,12 @@ def measure(quick: bool) -> list[Comparison]:
         file = Path(folder) / "truth.json"
         file.write_text(json.dumps(truth))
         for task, target in TARGETS.items():
-            ours = coco_stats(file, results, task)
+            ours = np.array(coco_evaluation(file, results, task).all_stats[:12])
             difference = float(np.abs(ours - by_pycocotools(file, results, task)).max())
             assert difference <= 1e-6, f"{task}: a number differs by {difference}"
             steps: dict[str, Step] = {
                 "reference": partial(by_pycocotools, file, results, task),
-                "ours": partial(coco_stats, file, results, task),
+                "ours": partial(coco_evaluation, file, results, task),
             }
             times = interleave(steps, repeats=3 if quick else 2, warm_up=0)
             comparisons.append(

@@ -23,7 +23,7 @@ from pretrain.data.augment import (
     Colours,
     View,
     blend,
-    crop_box,
+    box_of,
     draw_colours,
     finish,
     gaussian_blur,
@@ -109,7 +109,7 @@ def operations(images: ImageDataset) -> dict[str, Iterator[Pair]]:
 
 
 def _box(image: Image.Image, i: int, size: int, min_scale: float = 0.08) -> tuple[int, int, int, int]:
-    return crop_box(uniforms(0, 0, np.array([i]), 0)[0], *image.size, View(size=size, min_scale=min_scale))
+    return box_of(uniforms(0, 0, np.array([i]), 0)[0], *image.size, View(size=size, min_scale=min_scale))
 
 
 def _pillow_crop(

@@ -67,19 +67,16 @@ def our_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Step:
     """As `pretrain.train` does it."""
     device = views[0].device
     encoder = copy.deepcopy(encoder).to(device, memory_format=torch.channels_last)
-    learner = Learner(
-        encoder=encoder,
-        target=target_encoder_of(encoder),
-        optimizer=build_optimizer(encoder, momentum=MOMENTUM, weight_decay=0.0),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-    )
+    optimizer = build_optimizer(encoder, momentum=MOMENTUM, weight_decay=0.0)
+    learner = Learner(encoder, target_encoder_of(encoder), optimizer, device, dtype)
     views = [v.contiguous(memory_format=torch.channels_last) for v in views]
 
     def step() -> Tensor:
         learner.update_target(EMA)
         # The plain loss penalises both views; the target's term is a constant to the gradient.
-        loss = intl_loss(learner.embed(encoder, views, dtype)).total
-        learner.optimizer_step(loss, lr=LR)
+        loss = intl_loss(learner.embed(views)).total
+        learner.stepper.backward(loss)
+        learner.stepper.update(LR)
         return loss.detach()
 
     return step

@@ -1,9 +1,8 @@
-"""What learns and is saved as one: encoder, target encoder, optimizer and gradient scaler."""
+"""What learns and is saved as one: encoder, target encoder and optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,20 +12,23 @@ from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.process_group import world_size
 from pretrain.common.sync_batchnorm import convert_sync_batchnorm
 from pretrain.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
-from pretrain.optim import build_optimizer
+from pretrain.optim import Stepper, build_optimizer, parallel
 from pretrain.settings import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass
 class Learner:
-    """Everything that learns, and so everything that a checkpoint holds."""
+    """Encoder, target encoder and optimizer: everything that learns, and so everything a checkpoint holds."""
 
-    encoder: Encoder
-    target: Encoder | None
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    def __init__(
+        self, encoder: Encoder, target: Encoder | None, optimizer: torch.optim.Optimizer,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        """`dtype` is what the encoders compute in."""
+        self.encoder, self.target, self.dtype, self.device = encoder, target, dtype, device
+        self.stepper = Stepper(optimizer, device, dtype)
+        self._called: nn.Module = encoder
 
     @staticmethod
     def build(
@@ -43,73 +45,54 @@ class Learner:
         encoder.to(memory_format=torch.channels_last)
         if world_size() > 1 and sync_bn:
             encoder = cast(Encoder, convert_sync_batchnorm(encoder, device))
-        target = target_encoder_of(encoder) if settings.ema else None
         optimizer = build_optimizer(
             encoder, momentum=settings.momentum,
             weight_decay=settings.weight_decay, decay_1d=settings.decay_1d,
         )  # fmt: skip
-        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        return Learner(encoder=encoder, target=target, optimizer=optimizer, scaler=scaler)
+        return Learner(
+            encoder, target_encoder_of(encoder) if settings.ema else None, optimizer, device, dtype
+        )
+
+    def start(self, *, compiled: bool) -> None:
+        """Begin training: the encoder in DDP where there are several ranks. All ranks must call."""
+        self._called = parallel(self.encoder, self.device, compiled=compiled)
+        self.encoder.train()
 
     def update_target(self, momentum: float) -> None:
         """Move the target encoder, where there is one, towards the encoder: an exponential average."""
         if self.target is not None:
             ema_update(self.target, self.encoder, momentum)
 
-    def embed(self, encoder: nn.Module, views: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        """Embeddings of all views, the first by the target encoder where there is one.
-
-        `encoder` is the learner's as `parallel` gives it.
-        """
-        with torch.autocast(views[0].device.type, dtype, enabled=dtype.itemsize < 4):
+    def embed(self, views: list[Tensor]) -> list[Tensor]:
+        """Embeddings of all views, the first by the target encoder where there is one."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype.itemsize < 4):
             if self.target is None:
-                return encoder(views)
+                return self._called(views)
             with torch.no_grad():
                 target = self.target(views[:1])
-            return target + encoder(views[1:])
-
-    def optimizer_step(self, loss: Tensor, *, lr: float) -> None:
-        """Backward and one step of the optimizer."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            return target + self._called(views[1:])
 
     def state(self) -> dict[str, Any]:
-        return {
-            "model": self.encoder.state_dict(),
-            "ema": self.target.state_dict() if self.target is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        """Tensors and plain values for a checkpoint: model, ema, optimizer and scaler."""
+        ema = self.target.state_dict() if self.target is not None else None
+        return {"model": self.encoder.state_dict(), "ema": ema, **self.stepper.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave, in a checkpoint that may hold more."""
         self.encoder.load_state_dict(state["model"])
         if self.target is not None:
             self.target.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.stepper.restore(state)
 
     def check_weights(self, step: int) -> None:
         """Raises RunFailed before weights that are not finite replace a good checkpoint."""
         norms = torch.stack(torch._foreach_norm([p.detach() for p in self.encoder.parameters()]))
         if not torch.isfinite(norms).all():
-            lr = self.optimizer.param_groups[0]["lr"]
+            lr = self.stepper.optimizer.param_groups[0]["lr"]
             raise RunFailed(
                 f"weights are not finite after step {step} (learning rate {lr:.4g}), though its loss was; "
                 "the last good checkpoint is kept. Lower --lr or take --precision float32"
             )
-
-
-def parallel(encoder: nn.Module, device: torch.device, *, compiled: bool) -> nn.Module:
-    """The encoder as it is called: in DDP where there are several ranks, compiled on request."""
-    if world_size() > 1:
-        encoder = nn.parallel.DistributedDataParallel(
-            encoder, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
-    return torch.compile(encoder) if compiled else encoder  # type: ignore[return-value]
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -1,12 +1,15 @@
-"""The optimizer, and the schedules of learning rate and EMA momentum."""
+"""The optimizer with its gradient scaler, and the schedules of learning rate and EMA momentum."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from pretrain.common.process_group import world_size
 
 
 def lr_at(step: int, *, base: float, warmup: int, total: int, final_ratio: float = 0.001) -> float:
@@ -42,3 +45,46 @@ def build_optimizer(
     """SGD, fused; its learning rate is set before each step."""
     groups = parameter_groups(model, weight_decay=weight_decay, decay_1d=decay_1d)
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+
+
+class Stepper:
+    """An optimizer and its gradient scaler: what takes a step, and is saved and restored as one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, dtype: torch.dtype) -> None:
+        """`dtype` is what the forward pass computes in: float16 alone needs its gradients scaled."""
+        self.optimizer = optimizer
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss` in place of earlier ones."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+
+    def update(self, *rates: float) -> None:
+        """One step with these gradients, at one learning rate for each parameter group or one for all."""
+        groups = self.optimizer.param_groups
+        for group, rate in zip(groups, rates if len(rates) > 1 else rates * len(groups), strict=True):
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values for a checkpoint."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave, in a checkpoint that may hold more."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def parallel(
+    model: nn.Module, device: torch.device, *, compiled: bool = False, broadcast_buffers: bool = False
+) -> nn.Module:
+    """The model as it is called in training: in DDP where there are several ranks, compiled on request."""
+    if world_size() > 1:
+        model = nn.parallel.DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=broadcast_buffers,
+        )  # fmt: skip
+    return torch.compile(model) if compiled else model  # type: ignore[return-value]

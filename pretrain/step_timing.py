@@ -19,7 +19,7 @@ from pretrain.data.loader import (
     colour_place,
     default_workers,
 )
-from pretrain.learner import Learner, choose_dtype, parallel
+from pretrain.learner import Learner, choose_dtype
 from pretrain.settings import Settings
 from pretrain.train import Plan, loss_of, on_device, views_of
 
@@ -111,9 +111,8 @@ def time_parts(
 ) -> dict[str, float]:
     """Mean seconds of each part of a step after some to warm up, the device waited for after each."""
     Plan.of(settings, len(images), 1)
-    dtype = choose_dtype(settings.precision, device)
-    learner = Learner.build(settings, device, dtype)
-    encoder = parallel(learner.encoder, device, compiled=settings.compile)
+    learner = Learner.build(settings, device, choose_dtype(settings.precision, device))
+    learner.start(compiled=settings.compile)
     views = Views(
         images, views_of(settings), seed=0, mean=settings.mean, std=settings.std,
         finish_here=colour_place(settings.augment_on, _workers(settings, device), device)[0],
@@ -136,15 +135,13 @@ def time_parts(
         marks.append(_now(device))
         made = on_device(batch, views, device)
         marks.append(_now(device))
-        embeddings = learner.embed(encoder, made, dtype)
+        embeddings = learner.embed(made)
         marks.append(_now(device))
         loss = loss_of(settings, embeddings)
         marks.append(_now(device))
-        learner.scaler.scale(loss.total).backward()
+        learner.stepper.backward(loss.total)
         marks.append(_now(device))
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
-        learner.optimizer.zero_grad(set_to_none=True)
+        learner.stepper.update(0.0)  # the weights stay
         learner.update_target(settings.ema_momentum)
         marks.append(_now(device))
         if step >= WARM_UP:

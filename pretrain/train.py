@@ -38,7 +38,7 @@ from pretrain.data.loader import (
     default_workers,
 )
 from pretrain.diagnostics import collapse, diagnose
-from pretrain.learner import Learner, choose_dtype, parallel
+from pretrain.learner import Learner, choose_dtype
 from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
 from pretrain.metrics import LossLog, MetricsWriter
 from pretrain.model import SHALLOW, build_backbone
@@ -147,8 +147,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
             _write_control(settings, learner, images, device)
             return
         _loop(
-            settings, plan, learner, images, device, dtype, start=start, unlogged=unlogged, broken=broken,
-            hook=hook,
+            settings, plan, learner, images, device, start=start, unlogged=unlogged, broken=broken, hook=hook
         )  # fmt: skip
         if is_main():
             method = "INTL" if settings.power is None else f"λ^-{settings.power:g}"
@@ -171,7 +170,6 @@ def _loop(
     learner: Learner,
     images: ImageDataset,
     device: torch.device,
-    dtype: torch.dtype,
     *,
     start: int,
     unlogged: list[list[float]],
@@ -190,8 +188,7 @@ def _loop(
         seed=settings.seed, start=start, stop=total,
     )  # fmt: skip
     loader = batches(views, steps, workers=workers, pin_memory=device.type == "cuda")
-    encoder = parallel(learner.encoder, device, compiled=settings.compile)
-    learner.encoder.train()
+    learner.start(compiled=settings.compile)
     floor = 0.0 if settings.power is not None else loss_floor(
         settings.batch_global, settings.projector_output, iterations=settings.iterations,
         trade_off=settings.trade_off, whitening=settings.whitening, momentum_target=settings.ema,
@@ -201,7 +198,7 @@ def _loop(
     skipped = Skipped(settings.max_broken_images, broken)
     logger.info(
         "training %s on %s: %d steps, %s, %d loader workers, colour and blur %s (--augment-on %s)",
-        settings.arch, device, total, dtype, workers, where, settings.augment_on,
+        settings.arch, device, total, learner.dtype, workers, where, settings.augment_on,
     )  # fmt: skip
 
     progress = Progress(total, label="pretrain", start=start, file=output / "progress.json")
@@ -221,9 +218,10 @@ def _loop(
                 step, base=plan.lr, warmup=plan.warmup, total=total, final_ratio=settings.lr_final_ratio
             )
             learner.update_target(ema_momentum_at(step, base=settings.ema_momentum, total=total))
-            embeddings = learner.embed(encoder, on_device(batch, views, device), dtype)
+            embeddings = learner.embed(on_device(batch, views, device))
             loss = loss_of(settings, embeddings)
-            learner.optimizer_step(loss.total, lr=lr)
+            learner.stepper.backward(loss.total)
+            learner.stepper.update(lr)
             losses.note(step, (loss.total, loss.alignment, loss.trace), lr)
 
             done, events = step + 1, StepEvents.after(step + 1, plan, settings)

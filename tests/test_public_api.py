@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 import pretrain
 import transfer
-from tests.helpers.ranks import free_port
+from tests.helpers.ranks import start_command, wait_ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,7 +35,9 @@ def test_importing_loads_no_library() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_intl_trains_a_foreign_encoder_on_two_ranks(cifar_folder: Path, tmp_path: Path) -> None:
+def test_intl_trains_a_foreign_encoder_on_two_ranks(
+    cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     example = ROOT / "docs" / "examples" / "intl_in_your_loop.py"
     for folder in sorted((cifar_folder / "train").iterdir())[:2]:
         (tmp_path / "images" / folder.name).mkdir(parents=True)
@@ -44,18 +45,8 @@ def test_intl_trains_a_foreign_encoder_on_two_ranks(cifar_folder: Path, tmp_path
             (tmp_path / "images" / folder.name / file.name).symlink_to(file)
     words = ["--images", str(tmp_path / "images"), "--output", str(tmp_path / "encoder.pt")]
     words += ["--arch", "test_vit", "--size", "160", "--features", "64", "--batch", "32", "--epochs", "1"]
-    port = free_port()
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(example), *words], stdout=subprocess.PIPE, text=True,
-            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    said = [rank.communicate(timeout=180)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the example is a script
+    said = wait_ranks(start_command(str(example), *words), 0)
     losses = [line.split("loss ")[1].split(",")[0] for line in said]
     assert losses[0] == losses[1]  # the loss of the joined batch, on both
     backbone = importlib.import_module("timm").create_model("test_vit", num_classes=0)

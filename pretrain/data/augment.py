@@ -1,7 +1,7 @@
 """Augmentation: random views of an image, drawn from (seed, epoch, image index).
 
 The published recipe (https://github.com/winci-ai/INTL, src/transform.py) in two parts: per image, on the CPU,
-decoding and resized crops kept as uint8 (`crop_box`, `resized_crop`); per batch, wherever the batch lies,
+decoding and resized crops kept as uint8 (`box_of`, `resized_crop`); per batch, wherever the batch lies,
 colour jitter, greyscale, blur, solarisation, flip and normalisation (`finish`), each image with parameters of
 its own. Every random number is a hash of (seed, epoch, image index, view, slot): neither the number of
 workers or ranks nor an interruption changes any of them.
@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -75,22 +75,39 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def crop_box(u: np.ndarray, width: int, height: int, view: View) -> Box:
-    """torchvision's RandomResizedCrop.get_params from 22 uniform numbers: left, top, width, height in px."""
-    area = width * height
-    for k in range(CROP_TRIES):
-        target = area * (view.min_scale + (view.max_scale - view.min_scale) * u[2 * k])
-        ratio = math.exp(LOG_RATIO[0] + (LOG_RATIO[1] - LOG_RATIO[0]) * u[2 * k + 1])
-        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+def crop_box(
+    width: int,
+    height: int,
+    tries: Iterable[tuple[float, float]],
+    place: Callable[[int, int], tuple[int, int]],
+    *,
+    min_scale: float = 0.08,
+    max_scale: float = 1.0,
+) -> Box:
+    """torchvision's RandomResizedCrop.get_params: left, top, width and height in px.
+
+    `tries` are pairs of numbers in [0, 1), which choose share of the area and aspect ratio; of the first box
+    that fits `place(n, m)` chooses left below n and top below m. Where none fits: the largest middle part.
+    """
+    for share, u in tries:
+        area = width * height * (min_scale + (max_scale - min_scale) * share)
+        ratio = math.exp(LOG_RATIO[0] + (LOG_RATIO[1] - LOG_RATIO[0]) * u)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = (
-                int(u[2 * CROP_TRIES] * (width - w + 1)),
-                int(u[2 * CROP_TRIES + 1] * (height - h + 1)),
-            )
-            return left, top, w, h
+            return *place(width - w + 1, height - h + 1), w, h
     ratio = min(max(width / height, 3 / 4), 4 / 3)
     w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def box_of(u: np.ndarray, width: int, height: int, view: View) -> Box:
+    """A view's crop from its first 22 uniform numbers: ten tries, then the place."""
+    *numbers, x, y = u[: 2 * CROP_TRIES + 2].tolist()
+    tries = zip(numbers[::2], numbers[1::2])
+    return crop_box(
+        width, height, tries, lambda n, m: (int(x * n), int(y * m)), min_scale=view.min_scale,
+        max_scale=view.max_scale,
+    )  # fmt: skip
 
 
 def resized_crop(pixels: Tensor, box: Box, view: View) -> Tensor:

@@ -8,10 +8,13 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
 from pretrain.common.files import atomic_path
+
+BLOCK = 1 << 20  # bytes
 
 
 def cache_dir() -> Path:
@@ -44,6 +47,15 @@ def load_arrays(kept: Path, names: tuple[str, ...]) -> dict[str, np.ndarray] | N
             return {name: arrays[name] for name in names}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def checksum_of(path: Path) -> int:
+    """CRC-32 of a file's bytes, read block by block. Raises OSError."""
+    total = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            total = crc32(block, total)
+    return total
 
 
 def packed(names: list[str]) -> np.ndarray:

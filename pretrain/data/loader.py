@@ -23,7 +23,7 @@ from pretrain.data.augment import (
     Box,
     Colours,
     View,
-    crop_box,
+    box_of,
     draw_colours,
     finish,
     resized_crop,
@@ -123,7 +123,7 @@ class Views(Dataset[Any]):
             try:
                 with self.images.open((index + after) % len(self.images)) as image:
                     width, height = image.size
-                    boxes = [crop_box(u, width, height, view) for u, view in zip(numbers, self.views)]
+                    boxes = [box_of(u, width, height, view) for u, view in zip(numbers, self.views)]
                     decoded = image.decode(self._least(width, height, boxes))
                 break
             except BrokenImage as error:

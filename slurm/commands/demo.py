@@ -99,7 +99,9 @@ def find_images(dataset: str, data_dir: str | None) -> Path:
 def _fetch_cifar10() -> Path:
     from torchvision.datasets import CIFAR10
 
-    folder = Path.home() / ".cache" / "intl-bench" / "cifar10"
+    from pretrain.data.cache import cache_dir
+
+    folder = cache_dir() / "cifar10"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         CIFAR10(str(folder), download=True)

@@ -119,9 +119,9 @@ def _memory(gb: float | None) -> str | None:
 
 
 @contextlib.contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Processes started meanwhile are deaf to Ctrl-C and a closed terminal: who started them stops them."""
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGHUP)}
+def handling(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
+    """`handler` (a function, or signal.SIG_IGN) for these signals as long as the block lasts."""
+    before = {n: signal.signal(n, handler) for n in numbers}
     try:
         yield
     finally:
@@ -141,7 +141,8 @@ def submit_local(
     record = Record(root, step.name)
     order = list(graph.steps).index(step.name)
     record.submit(step, graph.keys[step.name], order, cluster="local", code=str(code), driver=os.getpid())
-    with without_interrupts():
+    # Processes that ignore Ctrl-C and a closed terminal keep ignoring them: who started them stops them.
+    with handling(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):
         job = auto.submit(job_of(step, graph, root, resources))
     record.submitted_as(job.job_id, logs, process_start(int(job.job_id)))
     return job

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.common.machine import cores
-from slurm.execution.launch import submit_local
+from slurm.execution.launch import handling, submit_local
 from slurm.execution.snapshot import gpu_names
 from slurm.state.local_process import LocalProcess
 from slurm.state.step_files import Record, stop_waiting
@@ -92,7 +92,7 @@ class LocalRun:
         """Run what is not done yet and return how every step stands. Ctrl-C and SIGTERM stop all jobs."""
         self._take_stock()
         began = time.monotonic()
-        with _terminate_as_interrupt(), self._shown() as show:
+        with handling(_interrupt, signal.SIGTERM, signal.SIGHUP), self._shown() as show:
             try:
                 while len(self.ended) < len(self.graph):
                     self._collect()
@@ -163,7 +163,8 @@ class LocalRun:
 
     def stop(self) -> None:
         """Ask every job to save and leave; kill what does not."""
-        with _deaf_to_interrupts():
+        # A second Ctrl-C does not leave the jobs behind.
+        with handling(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             print("stopping the jobs; what they have saved is kept ...", file=sys.stderr, flush=True)
             end_jobs([run.process for run in self.running.values()])
             self._collect()
@@ -250,28 +251,5 @@ def _below(pid: int) -> list[int]:
     return found
 
 
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM and a closed terminal stop the run as Ctrl-C does."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """A second Ctrl-C does not leave the jobs behind."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {n: signal.signal(n, signal.SIG_IGN) for n in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

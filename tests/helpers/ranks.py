@@ -24,28 +24,37 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def variables(r: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun tells rank `r` on this machine."""
+    return {
+        "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+
+
+def start_command(*words: str, world: int = 2) -> list[subprocess.Popen[str]]:
+    """Python with these words as torchrun would start it; output and error are kept apart for each rank."""
+    port = free_port()
+    command = [sys.executable, *words]
+    kept: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen(command, env={**os.environ, **variables(r, world, port)}, **kept)
+        for r in range(world)
+    ]
+
+
 def start_ranks(settings: Settings, *options: str, world: int = 2) -> list[subprocess.Popen[str]]:
     """`python -m pretrain` as torchrun would start it on this machine."""
-    port = free_port()
     config = Path(settings.output).with_suffix(".yaml")
     save_settings(settings, config)
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "pretrain", "--recipe", str(config), *options],
-            env={
-                **os.environ, "OMP_NUM_THREADS": "1",
-                "RANK": str(r), "WORLD_SIZE": str(world), "LOCAL_RANK": str(r),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            },
-            stderr=subprocess.PIPE, text=True,
-        )
-        for r in range(world)
-    ]  # fmt: skip
+    return start_command("-m", "pretrain", "--recipe", str(config), *options, world=world)
 
 
-def wait_ranks(ranks: list[subprocess.Popen[str]], expected: int) -> None:
-    said = [rank.communicate(timeout=180)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [expected] * len(ranks), said
+def wait_ranks(ranks: list[subprocess.Popen[str]], expected: int) -> list[str]:
+    """Standard output of each rank; all of them end with the exit code `expected`."""
+    said = [rank.communicate(timeout=180) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [expected] * len(ranks), [err for _, err in said]
+    return [out for out, _ in said]
 
 
 def fork_ranks(world: int, work: Callable[..., None], *arguments: Any) -> list[mp.Process]:
@@ -60,10 +69,7 @@ def fork_ranks(world: int, work: Callable[..., None], *arguments: Any) -> list[m
 
 def _forked(r: int, world: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-        CUDA_VISIBLE_DEVICES="",
-    )  # fmt: skip
+    os.environ.update(variables(r, world, port))
     try:
         with process_group():
             work(*arguments)

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from pretrain.common.cli import EXIT_STOPPED, EXIT_USAGE, run
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
+from pretrain.common.process_group import is_on, rank
 from pretrain.common.signals import StopSignals
+from tests.helpers.ranks import run_on_ranks
 from transfer import train_net
 from transfer.conversion import convert, layout, weights_file
 from transfer.conversion.availability import CONFIGS
@@ -382,19 +382,15 @@ def test_batches_are_a_function_of_their_number() -> None:
 # --- several processes
 
 
-def _rank(rank: int, file: str, argv: list[str], folder: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+def _inside_a_job(argv: list[str]) -> None:
     norm = nn.BatchNorm2d(1)  # rank 0: mean 0, variance 1; rank 1: mean 4, variance 3
-    norm.running_mean.fill_(4.0 * rank)
-    norm.running_var.fill_(1.0 + 2.0 * rank)
+    norm.running_mean.fill_(4.0 * rank())
+    norm.running_var.fill_(1.0 + 2.0 * rank())
     train_loop.average_statistics(norm)
     # Together: mean 2; mean square ((1 + 0) + (3 + 16)) / 2 = 10, less 2² = 6
     assert norm.running_mean.item() == 2 and norm.running_var.item() == 6
     assert run(train_net.main, argv) == 0
-    assert dist.is_initialized()  # the group of the job is left in place
-    dist.destroy_process_group()
+    assert is_on()  # the group of the job is left in place
 
 
 def test_inside_a_jobs_process_group_with_synchronised_norm(
@@ -404,7 +400,7 @@ def test_inside_a_jobs_process_group_with_synchronised_norm(
         scene_folder, tmp_path / "o", "MODEL.WEIGHTS", str(weights), "MODEL.RESNETS.NORM", "SyncBN",
         "SOLVER.MAX_ITER", "1", "TEST.PRECISE_BN.NUM_ITER", "1",
     )  # fmt: skip
-    mp.start_processes(_rank, (str(tmp_path / "meet"), argv, str(tmp_path)), nprocs=2, start_method="spawn")
+    run_on_ranks(2, _inside_a_job, argv)
     lines = read_jsonl(tmp_path / "o" / "results.jsonl")
     assert [line["task"] for line in lines] == ["detection", "segmentation"]  # one rank writes
     assert lines[0]["settings"]["norms"]["RESNETS"] == "naiveSyncBN"  # torch's refuses CPU tensors

@@ -17,36 +17,18 @@ BLOCKS_OF_DEPTH = {
     18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3),
 }  # fmt: skip
 
-
-_NORM = r"(weight|bias|running_mean|running_var|num_batches_tracked)"
-
-
-_TO_DETECTRON2 = [  # (pattern of a timm key, its detectron2 name)
-    (re.compile(r"conv1\.weight"), lambda m: "stem.conv1.weight"),
-    (re.compile(rf"bn1\.{_NORM}"), lambda m: f"stem.conv1.norm.{m[1]}"),
-    (re.compile(r"layer([1-4])\.(\d+)\.conv([1-3])\.weight"),
-     lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.weight"),
-    (re.compile(rf"layer([1-4])\.(\d+)\.bn([1-3])\.{_NORM}"),
-     lambda m: f"res{int(m[1]) + 1}.{m[2]}.conv{m[3]}.norm.{m[4]}"),
-    (re.compile(r"layer([1-4])\.(\d+)\.downsample\.0\.weight"),
-     lambda m: f"res{int(m[1]) + 1}.{m[2]}.shortcut.weight"),
-    (re.compile(rf"layer([1-4])\.(\d+)\.downsample\.1\.{_NORM}"),
-     lambda m: f"res{int(m[1]) + 1}.{m[2]}.shortcut.norm.{m[3]}"),
-]  # fmt: skip
-
-
-_TO_TIMM = [
-    (re.compile(r"stem\.conv1\.weight"), lambda m: "conv1.weight"),
-    (re.compile(rf"stem\.conv1\.norm\.{_NORM}"), lambda m: f"bn1.{m[1]}"),
-    (re.compile(r"res([2-5])\.(\d+)\.conv([1-3])\.weight"),
-     lambda m: f"layer{int(m[1]) - 1}.{m[2]}.conv{m[3]}.weight"),
-    (re.compile(rf"res([2-5])\.(\d+)\.conv([1-3])\.norm\.{_NORM}"),
-     lambda m: f"layer{int(m[1]) - 1}.{m[2]}.bn{m[3]}.{m[4]}"),
-    (re.compile(r"res([2-5])\.(\d+)\.shortcut\.weight"),
-     lambda m: f"layer{int(m[1]) - 1}.{m[2]}.downsample.0.weight"),
-    (re.compile(rf"res([2-5])\.(\d+)\.shortcut\.norm\.{_NORM}"),
-     lambda m: f"layer{int(m[1]) - 1}.{m[2]}.downsample.1.{m[3]}"),
-]  # fmt: skip
+_NAMES = (
+    ("conv1.weight", "stem.conv1.weight"),
+    ("bn1.{leaf}", "stem.conv1.norm.{leaf}"),
+    ("layer{stage}.{block}.conv{i}.weight", "res{stage}.{block}.conv{i}.weight"),
+    ("layer{stage}.{block}.bn{i}.{leaf}", "res{stage}.{block}.conv{i}.norm.{leaf}"),
+    ("layer{stage}.{block}.downsample.0.weight", "res{stage}.{block}.shortcut.weight"),
+    ("layer{stage}.{block}.downsample.1.{leaf}", "res{stage}.{block}.shortcut.norm.{leaf}"),
+)
+"""timm's name and detectron2's of every tensor; detectron2 counts its stages from 2, timm from 1."""
+_PARTS = {
+    "block": r"\d+", "i": "[1-3]", "leaf": "weight|bias|running_mean|running_var|num_batches_tracked",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +73,7 @@ def to_detectron2(state_dict: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """
     backbone = {k: v for k, v in state_dict.items() if not k.startswith("fc.")}
     _refuse_other_stems(backbone)
-    renamed = _rename(backbone, _TO_DETECTRON2, "detectron2's ResNet has no counterpart of")
+    renamed = _rename(backbone, to_timm=False)
     shape_of(renamed)
     return {k: v.detach().cpu().numpy() for k, v in renamed.items()}
 
@@ -111,7 +93,7 @@ def from_detectron2(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
             "no tensor is named stem.* or res2.* to res5.*: this is no detectron2 ResNet "
             "(files of Detectron1 and Caffe2 are not read)"
         )
-    renamed = _rename(bare, _TO_TIMM, "timm's ResNet has no counterpart of")
+    renamed = _rename(bare, to_timm=True)
     for key in [k for k in renamed if k.endswith("running_mean")]:
         renamed.setdefault(key.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
     return renamed
@@ -151,17 +133,26 @@ def _refuse_other_stems(backbone: Mapping[str, Tensor]) -> None:
         )
 
 
-def _rename(state: Mapping[str, Tensor], rules: list[Any], refusal: str) -> dict[str, Tensor]:
+def _rename(state: Mapping[str, Tensor], *, to_timm: bool) -> dict[str, Tensor]:
+    """`state` under the other library's names. Raises UserError for a key that has no counterpart."""
+    stages, shift = ("[2-5]", -1) if to_timm else ("[1-4]", 1)
+    parts = {name: f"(?P<{name}>{values})" for name, values in {"stage": stages, **_PARTS}.items()}
+    pairs = [pair[::-1] if to_timm else pair for pair in _NAMES]
+    rules = [(re.compile(old.replace(".", r"\.").format(**parts)), new) for old, new in pairs]
     renamed: dict[str, Tensor] = {}
     foreign = []
     for key, value in state.items():
-        hits = [name(m) for pattern, name in rules if (m := pattern.fullmatch(key))]
-        if hits:
-            renamed[hits[0]] = value
+        for pattern, new in rules:
+            if match := pattern.fullmatch(key):
+                found = match.groupdict()
+                stage = int(found.pop("stage", 0)) + shift
+                renamed[new.format(stage=stage, **found)] = value
+                break
         else:
             foreign.append(key)
     if foreign:
         raise UserError(
-            f"{refusal} {', '.join(foreign[:3])}{' ...' if len(foreign) > 3 else ''} ({len(foreign)} tensors)"
+            f"{'timm' if to_timm else 'detectron2'}'s ResNet has no counterpart of {', '.join(foreign[:3])}"
+            f"{' ...' if len(foreign) > 3 else ''} ({len(foreign)} tensors)"
         )
     return renamed

@@ -45,7 +45,7 @@ Outcome = dict[str, dict[str, float]]
 def coco_evaluation(
     annotations: str | Path, results: Sequence[dict[str, Any]], task: Task, sigmas: Sequence[float] = ()
 ) -> Any:
-    """The finished evaluation of COCO result entries: `all_stats`, and `eval["precision"]` by category.
+    """The finished evaluation of COCO result entries, for `named_stats` and `category_precisions`.
 
     `results`: image_id, category_id, score, and bbox, segmentation (RLE) or keypoints. `sigmas`: one a
     keypoint; none: those of COCO's persons.
@@ -66,14 +66,11 @@ def coco_evaluation(
     return evaluation
 
 
-def coco_stats(
-    annotations: str | Path, results: Sequence[dict[str, Any]], task: Task, sigmas: Sequence[float] = ()
-) -> np.ndarray:
-    """COCO's twelve numbers (`METRICS`, as fractions; -1 where no object is of that size), or its ten of
-    keypoints (`KEYPOINT_METRICS`); see `coco_evaluation`."""
-    count = len(KEYPOINT_METRICS if task == "keypoints" else METRICS)
-    stats = coco_evaluation(annotations, results, task, sigmas).all_stats
-    return np.asarray(stats[:count], dtype=np.float64)
+def named_stats(evaluation: Any) -> dict[str, float]:
+    """COCO's twelve numbers (`METRICS`), of keypoints its ten (`KEYPOINT_METRICS`), by name, as fractions; -1
+    where no object is of that size."""
+    names = KEYPOINT_METRICS if evaluation.params.iouType == "keypoints" else METRICS
+    return dict(zip(names, map(float, evaluation.all_stats)))
 
 
 def category_precisions(evaluation: Any) -> np.ndarray:
@@ -97,8 +94,7 @@ class CocoAP(COCOEvaluator):
         for task in self._tasks:
             sigmas = self._kpt_oks_sigmas or ()
             evaluation = coco_evaluation(self._metadata.json_file, results, task, sigmas)
-            names = KEYPOINT_METRICS if task == "keypoints" else METRICS
-            numbers = {name: float(v) for name, v in zip(names, evaluation.all_stats) if v >= 0}
+            numbers = {name: v for name, v in named_stats(evaluation).items() if v >= 0}
             if len(self._metadata.thing_classes) > 1:
                 names_by_id = {i: self._metadata.thing_classes[n] for n, i in to_dataset_id.items()}
                 aps = zip(evaluation.params.catIds, category_precisions(evaluation).tolist())

@@ -7,7 +7,6 @@ filter reads pixels outside it (up to 22 grey levels, 0.03 on average over the c
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -16,30 +15,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pretrain.data.augment import CROP_TRIES, Box, crop_box
 from pretrain.data.datasets import ImageDataset
 from transfer.evaluation.transforms import PIL_MODES
 
-SCALE = (0.08, 1.0)  # share of the image's area
-RATIO = (3 / 4, 4 / 3)  # width : height
 
-
-def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of a RandomResizedCrop: ten tries, then the largest middle part that fits."""
-    for _ in range(10):
-        area = width * height * rng.uniform(*SCALE)
-        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+def drawn_box(width: int, height: int, rng: np.random.Generator) -> Box:
+    """Left, top, width and height of a crop of 0.08 to 1 of the area, px."""
+    tries = ((rng.random(), rng.random()) for _ in range(CROP_TRIES))
+    return crop_box(width, height, tries, lambda n, m: (int(rng.integers(n)), int(rng.integers(m))))
 
 
 def crop_and_flip(image: Image.Image, size: int, interpolation: str, rng: np.random.Generator) -> Image.Image:
     """RandomResizedCrop(size) with scale 0.08-1, then a flip with probability 1/2."""
-    image = image.resize((size, size), PIL_MODES[interpolation], box=crop_box(*image.size, rng))
+    left, top, width, height = drawn_box(*image.size, rng)
+    box = (left, top, left + width, top + height)
+    image = image.resize((size, size), PIL_MODES[interpolation], box=box)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
 
 

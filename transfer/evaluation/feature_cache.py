@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,7 +25,7 @@ import numpy as np
 
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import atomic_path, write_json
-from pretrain.data.cache import load_arrays
+from pretrain.data.cache import checksum_of, load_arrays, one_at_a_time
 from pretrain.data.datasets import KEEP_BYTES, ImageDataset
 from pretrain.data.folders import stats_of
 
@@ -34,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 PART = 4096  # images, on average
 FORMAT = 2
-BLOCK = 1 << 24
 HEADER = 128  # bytes of an .npy header of two dimensions
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PART_ARRAYS = ("features", "broken", "messages")
@@ -87,9 +85,7 @@ class FeatureFolder:
         """One process at a time makes the same features; a second waits and finds them made."""
         for folder in (self.folder, *{part.file.parent for part in self.parts}):
             folder.mkdir(parents=True, exist_ok=True)
-        with open(self.parts[0].file.parent / "lock", "a") as file:
-            with contextlib.suppress(OSError):  # file systems without locks: parts are written whole anyway
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with one_at_a_time(self.parts[0].file.parent / "parts"):
             yield
 
     def check_space(self, width: int) -> None:
@@ -239,11 +235,3 @@ def mapped(file: Path) -> np.ndarray | None:
     except (OSError, ValueError, EOFError):
         return None
     return features if features.ndim == 2 and features.dtype == np.float32 else None
-
-
-def checksum_of(path: Path) -> int:
-    total = 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            total = crc32(block, total)
-    return total

@@ -30,6 +30,7 @@ from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import read_jsonl, write_json
 from pretrain.common.machine import launch_id
 from pretrain.common.progress import Progress
+from pretrain.data.cache import BLOCK, checksum_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ DONE = ".staged.json"
 LOCK = ".staging.lock"
 JOURNAL = ".staging.journal"
 PART = ".staging-part"
-BLOCK = 1 << 20
 THREADS = 16  # copies at the same time: small files on a network disk wait far more than they work
 SPARE_BYTES = 10**9  # of the disk that are left free, but no more than a fiftieth of it
 
@@ -177,7 +177,7 @@ def _missing(target: Path, wanted: Listing) -> list[str]:
         ThreadPoolExecutor(THREADS) as pool,
         Progress(len(alike), label=f"checking {target.name}", unit="file") as bar,
     ):
-        for name, found in zip(alike, pool.map(lambda name: _sum_of(target / name), alike)):
+        for name, found in zip(alike, pool.map(lambda name: checksum_of(target / name), alike)):
             bar.update(1)
             if found != sums[name][1]:
                 logger.warning("%s: not the bytes that were copied; copied again", target / name)
@@ -193,14 +193,6 @@ def _journal(target: Path) -> dict[str, tuple[tuple[int, int], int]]:
         with contextlib.suppress(LookupError, TypeError, ValueError):
             found[str(line["name"])] = (int(line["size"]), int(line["time"])), int(line["crc32"])
     return found
-
-
-def _sum_of(path: Path) -> int:
-    total = 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            total = crc32(block, total)
-    return total
 
 
 def _copy(source: Path, target: Path, wanted: Listing, missing: list[str]) -> None:
@@ -246,7 +238,7 @@ def _copy_file(source: Path, target: Path, name: str) -> int:
         while block := original.read(BLOCK):
             copied.write(block)
             wanted = crc32(block, wanted)
-    if _sum_of(aside) != wanted:
+    if checksum_of(aside) != wanted:
         raise OSError(f"{name}: the copy has other bytes than were written")
     shutil.copystat(source / name, aside)
     aside.replace(target / name)

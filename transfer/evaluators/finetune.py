@@ -17,6 +17,7 @@ from pretrain.common.collectives import sum_over_ranks
 from pretrain.common.errors import UserError
 from pretrain.common.process_group import is_on, world_size
 from pretrain.common.sync_batchnorm import convert_sync_batchnorm
+from pretrain.optim import Stepper, parallel
 
 
 class Classifier(nn.Module):
@@ -31,7 +32,7 @@ class Classifier(nn.Module):
 
 
 class FineTuning:
-    """A classifier, its optimiser and gradient scaler: all that learns and that a checkpoint holds.
+    """A classifier and its optimizer: all that learns and that a checkpoint holds.
 
     SGD with a learning rate for the backbone and one for the head. Head: N(0, 0.01) and bias 0, or
     nn.Linear's own. BatchNorm is in train mode, with this rank's statistics, or all ranks' with `sync_bn`.
@@ -72,16 +73,10 @@ class FineTuning:
         groups = [
             {"params": [p for n, p in named if n.startswith("head.") is head]} for head in (False, True)
         ]
-        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+        self.stepper = Stepper(optimizer, device, dtype)
         self.dtype, self.device = dtype, device
-        self._parallel = self.model
-        if world_size() > 1:
-            self._parallel = nn.parallel.DistributedDataParallel(
-                self.model,
-                device_ids=[device.index] if device.type == "cuda" else None,
-                broadcast_buffers=not sync_bn,
-            )
+        self._called = parallel(self.model, device, broadcast_buffers=not sync_bn)
 
     def step(self, images: Tensor, labels_B: Tensor, *, batch_global: int, factor: float) -> Tensor:
         """One step at `factor` times the rates; this rank's part of the mean loss over `batch_global` images.
@@ -89,16 +84,12 @@ class FineTuning:
         The gradient is that of the mean over all ranks' images, whether or not they hold equally many. All
         ranks must call, each with at least one image.
         """
-        for group, rate in zip(self.optimizer.param_groups, self.rates):
-            group["lr"] = rate * factor
-        self._parallel.train()
+        self._called.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self._parallel(images)
+            logits = self._called(images)
         loss = cross_entropy(logits.float(), labels_B, reduction="sum") / batch_global
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss * world_size()).backward()  # DDP takes the mean over ranks
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.stepper.backward(loss * world_size())  # DDP takes the mean over ranks
+        self.stepper.update(*(rate * factor for rate in self.rates))
         return loss.detach()
 
     @torch.no_grad()
@@ -115,16 +106,13 @@ class FineTuning:
                 dist.broadcast(buffer, 0)
 
     def state(self) -> dict[str, Any]:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
+        """Tensors and plain values for a checkpoint: model, optimizer and scaler."""
+        return {"model": self.model.state_dict(), **self.stepper.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` gave, in a checkpoint that may hold more."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.stepper.restore(state)
 
 
 def joined(place_N: Tensor, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from pretrain.data.augment import (
     View,
     _blur_by_convolution,
     blend,
-    crop_box,
+    box_of,
     draw_colours,
     finish,
     gaussian_blur,
@@ -142,7 +142,7 @@ def test_crops_have_torchvisions_distribution() -> None:
     view = View(size=224, min_scale=0.08, max_scale=1.0)
     n, width, height = 4000, 500, 375
     u = uniforms(0, 0, np.arange(n), 0)
-    ours = np.array([crop_box(row, width, height, view) for row in u], float)
+    ours = np.array([box_of(row, width, height, view) for row in u], float)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array(
@@ -162,14 +162,14 @@ def test_crops_have_torchvisions_distribution() -> None:
 
 def test_an_image_too_narrow_for_any_try_gets_the_centre_crop() -> None:
     view = View(size=32, min_scale=1.0, max_scale=1.0)
-    assert crop_box(uniforms(0, 0, np.arange(1), 0)[0], 1000, 10, view) == (493, 0, 13, 10)
+    assert box_of(uniforms(0, 0, np.arange(1), 0)[0], 1000, 10, view) == (493, 0, 13, 10)
 
 
 def test_resized_crop_equals_torchvision_on_pillow_images(coco_mini: Path) -> None:
     image = Image.open(sorted((coco_mini / "images").iterdir())[0]).convert("RGB")
     for interpolation in ("bicubic", "bilinear"):
         view = View(size=96, interpolation=interpolation)
-        box = crop_box(uniforms(0, 0, np.arange(9), 0)[8], *image.size, view)
+        box = box_of(uniforms(0, 0, np.arange(9), 0)[8], *image.size, view)
         left, top, w, h = box
         theirs = F.resized_crop(image, top, left, h, w, [96, 96], InterpolationMode(interpolation))
         ours = resized_crop(torch.from_numpy(np.array(image)), box, view).numpy()

@@ -11,13 +11,19 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
+from slurm.execution import submit
+from slurm.execution.snapshot import pin
 from slurm.state.local_process import LocalProcess
+from slurm.steps.graph import Graph, Step
+from slurm.steps.resources import KINDS, Resources
 
 HERE = Path(__file__).parent
 
@@ -86,6 +92,32 @@ def wait_for(what: Callable[[], object], timeout_s: float = 120, every_s: float 
     while not what():
         assert time.monotonic() < deadline, f"waited {timeout_s} s in vain"
         time.sleep(every_s)
+
+
+def step(root: Path, name: str, what: str = "work", *more: str, kind: str = "knn", **rest) -> Step:
+    """A step that tiny_steps.py runs as `what`."""
+    return Step(
+        name=name, kind=kind, command="tiny_steps", argv=(what, str(root / name), *more), output=root / name,
+        makes=(root / name / "made",), **rest,
+    )  # fmt: skip
+
+
+def send(root: Path, *steps: Step, redo: Collection[str] = (), **changes: object) -> dict[str, str]:
+    """Submit what is missing, or of `redo`; job ids by step. `changes` are of the resources."""
+    asked: dict[str, Any] = {"partition": "low", "timeout_min": 60, "signal_delay_s": 20, **changes}
+    resources = dict.fromkeys(KINDS, Resources(**asked))
+    graph = Graph(list(steps))
+    return submit.submit(graph, submit.plan(graph, root, set(redo)), root, resources, pin(root))
+
+
+def write_recipe(path: Path, **changes: object) -> Path:
+    """A pretraining of seconds."""
+    values = {
+        "arch": "resnet18", "projector_hidden": 64, "projector_output": 64, "epochs": 30, "batch_global": 32,
+        "lr": 0.1, "view_sizes": [32, 32], "workers": 0, **changes,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 def _free_ports() -> int:

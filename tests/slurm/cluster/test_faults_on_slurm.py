@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from pretrain.common.files import read_jsonl
-from slurm.execution import submit
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.slurm_queue import live_steps
 from slurm.execution.snapshot import pin
@@ -21,23 +20,10 @@ from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import KINDS, Resources
 from slurm.steps.tasks import Images, Target
-from tests.slurm.cluster.conftest import Cluster, wait_for
+from tests.slurm.cluster.conftest import Cluster, send, wait_for, write_recipe
 
 pytestmark = pytest.mark.faults
 
-RECIPE = """
-arch: resnet18
-projector_hidden: 64
-projector_output: 64
-max_steps: 60
-epochs: 30
-batch_global: 32
-lr: 0.1
-view_sizes: [32, 32]
-workers: 0
-log_every: 10
-save_every: 10
-"""
 END_S = 420
 EACH_EPOCH = ("--hook-every-epochs", "1")
 
@@ -45,8 +31,7 @@ EACH_EPOCH = ("--hook-every-epochs", "1")
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(RECIPE)
-    return path
+    return write_recipe(path, max_steps=60, log_every=10, save_every=10)
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +60,6 @@ def detection(root: Path, scenes: Path) -> Step:
         root, Target(name="random", label="random init", weights=""), task="scenes", config="scenes_R18_FPN",
         seed=0, weights=None, depends_on=(), datasets=sets, extra=DETECTION.split(),
     )  # fmt: skip
-
-
-def resources(**changes) -> dict[str, Resources]:
-    asked = Resources(**{"partition": "low", "timeout_min": 60, "signal_delay_s": 20, **changes})
-    return dict.fromkeys(KINDS, asked)
-
-
-def send(root: Path, steps: list[Step], **changes) -> dict[str, str]:
-    """Submit what is missing; job ids by step."""
-    graph, asked = Graph(steps), resources(**changes)
-    return submit.submit(graph, submit.plan(graph, root, set()), root, asked, pin(root))
 
 
 def seen(root: Path, name: str) -> View:
@@ -133,7 +107,7 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
 
     # A higher-priority partition takes the node from pretraining and from detectron2.
     preempted = tmp_path / "preempted"
-    ids = send(preempted, [pretraining(preempted, recipe, cifar_folder), detection(preempted, scenes)])
+    ids = send(preempted, pretraining(preempted, recipe, cifar_folder), detection(preempted, scenes))
     fine_tuned = next(n for n in ids if n.startswith("detection"))
     wait_for(at_step(preempted, "pretrain", 1))
     wait_for(at_step(preempted, fine_tuned, 1))
@@ -146,19 +120,19 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
     # A time limit of two minutes ends one: this pretraining sleeps now and then, which changes no weight.
     limited = tmp_path / "limited"
     slowly = pretraining(limited, recipe, cifar_folder, "--hook", "tiny_steps:slow_hook", *EACH_EPOCH)
-    limited_id = send(limited, [slowly], timeout_min=2, signal_delay_s=50)["pretrain"]
+    limited_id = send(limited, slowly, timeout_min=2, signal_delay_s=50)["pretrain"]
 
     # An administrator queues one again; a SIGKILL ends one for good, and it is submitted again.
     requeued, killed = tmp_path / "requeued", tmp_path / "killed"
-    requeued_id = send(requeued, [pretraining(requeued, recipe, cifar_folder)])["pretrain"]
-    send(killed, [pretraining(killed, recipe, cifar_folder)])
+    requeued_id = send(requeued, pretraining(requeued, recipe, cifar_folder))["pretrain"]
+    send(killed, pretraining(killed, recipe, cifar_folder))
     wait_for(at_step(requeued, "pretrain", 12))
     cluster.call("scontrol", "requeue", requeued_id)
     wait_for(at_step(killed, "pretrain", 12))
     os.kill(Record(killed, "pretrain").state["pid"], signal.SIGKILL)
     wait_for(lambda: seen(killed, "pretrain").state == FAILED)
     assert "killed" in seen(killed, "pretrain").detail
-    again = send(killed, [pretraining(killed, recipe, cifar_folder)])
+    again = send(killed, pretraining(killed, recipe, cifar_folder))
     assert list(again) == ["pretrain"]
 
     wait_for(done(preempted, "pretrain"), END_S)
@@ -172,7 +146,7 @@ def test_preempted_requeued_timed_out_killed_or_the_node_down(
 
     # The node goes down under what still runs, and comes back.
     down = tmp_path / "down"
-    down_id = send(down, [pretraining(down, recipe, cifar_folder)])["pretrain"]
+    down_id = send(down, pretraining(down, recipe, cifar_folder))["pretrain"]
     wait_for(at_step(down, "pretrain", 12))
     node = cluster.call("sinfo", "-h", "-o", "%n").split()[0]
     cluster.down(node)

@@ -13,33 +13,15 @@ import torch
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
 from slurm.__main__ import main
-from slurm.execution import submit
 from slurm.execution.slurm_queue import live_steps
-from slurm.execution.snapshot import SOURCE, pin
+from slurm.execution.snapshot import SOURCE
 from slurm.state.step_files import Record
 from slurm.state.step_state import CANCELLED, DONE, FAILED, View, all_views
 from slurm.state.suite_lock import refuse_other_configuration
-from slurm.steps.graph import Graph, Step
-from slurm.steps.resources import KINDS, Resources
-from tests.slurm.cluster.conftest import Cluster, wait_for
+from slurm.steps.graph import Graph
+from tests.slurm.cluster.conftest import Cluster, send, step, wait_for, write_recipe
 
 pytestmark = pytest.mark.faults
-
-
-def step(root: Path, name: str, what: str = "work", *more: str, kind: str = "knn", **rest) -> Step:
-    return Step(
-        name=name, kind=kind, command="tiny_steps", argv=(what, str(root / name), *more), output=root / name,
-        makes=(root / name / "made",), **rest,
-    )  # fmt: skip
-
-
-def send(root: Path, *steps: Step, redo: set[str] = frozenset(), **changes) -> dict[str, str]:
-    """Submit what is missing; job ids by step."""
-    asked = Resources(**{"partition": "low", "timeout_min": 60, "signal_delay_s": 20, **changes})
-    graph = Graph(list(steps))
-    return submit.submit(
-        graph, submit.plan(graph, root, set(redo)), root, dict.fromkeys(KINDS, asked), pin(root)
-    )
 
 
 def views(root: Path) -> dict[str, View]:
@@ -136,24 +118,14 @@ SUITE = [
     "cached_linear@1", "--pretrain-options", "--max-steps 10", "--cluster", "slurm",
     "--override", "all.partition=low", "all.timeout_min=60",
 ]  # fmt: skip
-RECIPE = """
-arch: resnet18
-projector_hidden: 64
-projector_output: 64
-epochs: 30
-batch_global: 32
-lr: 0.1
-view_sizes: [32, 32]
-workers: 0
-"""
 
 
 def test_the_whole_suite_to_a_report(
     cluster: Cluster, tmp_path: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a user types it: checks, two submissions at once, the report, force."""
-    recipe, profile, out = tmp_path / "tiny.yaml", tmp_path / "here.yaml", tmp_path / "out"
-    recipe.write_text(RECIPE)
+    profile, out = tmp_path / "here.yaml", tmp_path / "out"
+    recipe = write_recipe(tmp_path / "tiny.yaml")
     profile.write_text(
         "defaults: {partition: low, timeout_min: 60}\ntasks: {pretrain: {tasks_per_node: 2}}\n"
     )

@@ -12,33 +12,15 @@ import torch
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
 from slurm.__main__ import main
-from slurm.execution import submit
 from slurm.execution.slurm_queue import live_steps
-from slurm.execution.snapshot import pin
 from slurm.state.step_files import Record
 from slurm.state.step_state import DONE, all_views
 from slurm.steps import tasks
-from slurm.steps.graph import Graph, Step
-from slurm.steps.resources import KINDS, Resources
+from slurm.steps.graph import Step
 from slurm.steps.tasks import Images
-from tests.slurm.cluster.conftest import Cluster, wait_for
+from tests.slurm.cluster.conftest import Cluster, send, step, wait_for, write_recipe
 
 pytestmark = pytest.mark.faults
-
-
-def step(root: Path, name: str, what: str = "work", *more: str, kind: str = "knn", **rest) -> Step:
-    return Step(
-        name=name, kind=kind, command="tiny_steps", argv=(what, str(root / name), *more), output=root / name,
-        makes=(root / name / "made",), **rest,
-    )  # fmt: skip
-
-
-def send(root: Path, *steps: Step, **changes) -> dict[str, str]:
-    """Submit what is missing; job ids by step."""
-    asked = Resources(**{"partition": "low", "timeout_min": 60, "signal_delay_s": 20, **changes})
-    graph = Graph(list(steps))
-    planned = submit.plan(graph, root, set())
-    return submit.submit(graph, planned, root, dict.fromkeys(KINDS, asked), pin(root))
 
 
 def running(root: Path, *names: str) -> int:
@@ -111,29 +93,16 @@ def test_a_full_queue_is_waited_for(two_nodes: Cluster, tmp_path: Path) -> None:
     all_done_once(tmp_path)
 
 
-RECIPE = """
-arch: resnet18
-projector_hidden: 64
-projector_output: 64
-max_steps: 14
-epochs: 30
-batch_global: 64
-lr: 0.02
-view_sizes: [16, 16]
-workers: 0
-log_every: 1
-save_every: 4
-"""
-
-
 def test_pretraining_by_two_nodes_goes_on_by_one(
     two_nodes: Cluster, tmp_path: Path, cifar_folder: Path
 ) -> None:
     """2 x 2 ranks, then 1 x 2 after a node is lost: from the same checkpoint the same global batches as one
     process has, and its loss but for rounding, which grows tenfold a step: the first two are compared.
     """
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(RECIPE)
+    recipe = write_recipe(
+        tmp_path / "tiny.yaml", max_steps=14, batch_global=64, lr=0.02, view_sizes=[16, 16], log_every=1,
+        save_every=4,
+    )  # fmt: skip
     images = Images(dataset="imagefolder", data_dir=cifar_folder)
 
     def pretraining(root: Path, hook: str = "null") -> Step:
@@ -165,5 +134,5 @@ def test_pretraining_by_two_nodes_goes_on_by_one(
 
     by_two, by_one = losses(lost), losses(alone)
     assert sorted(by_two) == sorted(by_one) == list(range(1, 15)) and 4 <= reached <= 10
-    for step in (reached + 1, reached + 2):  # another batch of images is 2e-3 and more apart
-        assert by_two[step] == pytest.approx(by_one[step], rel=1e-4)
+    for number in (reached + 1, reached + 2):  # another batch of images is 2e-3 and more apart
+        assert by_two[number] == pytest.approx(by_one[number], rel=1e-4)

@@ -61,7 +61,7 @@ def test_deep_ones_are_named_and_shaped_right(arch: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(arch, num_classes=0)
     zeros = {k: torch.empty(v.shape, device="meta") for k, v in model.state_dict().items()}
-    renamed = layout._rename(zeros, layout._TO_DETECTRON2, "")
+    renamed = layout._rename(zeros, to_timm=False)
     assert convert.shape_of(renamed).timm_arch() == arch
 
 

@@ -17,7 +17,7 @@ from pretrain.common.errors import UserError
 from transfer.detection import data
 from transfer.detection.coco_file import examine
 from transfer.detection.config import load_config
-from transfer.detection.evaluation import METRICS, coco_stats
+from transfer.detection.evaluation import coco_evaluation, named_stats
 from transfer.detection.protocol import flat
 
 SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
@@ -47,6 +47,10 @@ def perfect(truth: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def stats_of(folder: Path, mended: dict[str, Any]) -> dict[str, float]:
+    return named_stats(coco_evaluation(written(folder, mended, "b.json"), perfect(mended), "bbox"))
+
+
 def test_a_sound_file_is_read_as_it_is(tmp_path: Path) -> None:
     assert examine(written(tmp_path, content()), masks=True) == (None, [])
 
@@ -58,8 +62,7 @@ def test_annotation_id_0_counts_as_found(tmp_path: Path) -> None:
     mended, notes = examine(written(tmp_path, value))
     assert mended is not None and [a["id"] for a in mended["annotations"]] == [1, 2]
     assert "numbered from 1" in notes[0]
-    stats = coco_stats(written(tmp_path, mended, "b.json"), perfect(mended), "bbox")
-    assert stats[0] == 1.0  # AP of perfect boxes
+    assert stats_of(tmp_path, mended)["AP"] == 1.0  # of perfect boxes
 
 
 def test_areas_are_derived_from_masks_and_boxes(tmp_path: Path) -> None:
@@ -75,7 +78,7 @@ def test_areas_are_derived_from_masks_and_boxes(tmp_path: Path) -> None:
     assert triangle == pytest.approx(200, rel=0.06) and box == 50 * 40  # pixels along the edge are whole
     assert [a["iscrowd"] for a in mended["annotations"]] == [0, 0]
     assert "2 objects without area" in notes[0] and "2 objects without iscrowd" in notes[1]
-    stats = dict(zip(METRICS, coco_stats(written(tmp_path, mended, "b.json"), perfect(mended), "bbox")))
+    stats = stats_of(tmp_path, mended)
     assert stats["APs"] == 1 and stats["APm"] == 1 and stats["APl"] == -1  # 32² = 1024 px between them
 
 

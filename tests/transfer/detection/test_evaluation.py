@@ -19,7 +19,7 @@ from transfer.detection.evaluation import (
     METRICS,
     category_precisions,
     coco_evaluation,
-    coco_stats,
+    named_stats,
 )
 
 
@@ -63,7 +63,7 @@ def perturbed(annotations: Path, seed: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 def test_all_numbers_equal_pycocotools(coco_mini: Path, task: Literal["bbox", "segm"], seed: int) -> None:
     results = perturbed(coco_mini / "instances.json", seed)
-    ours = coco_stats(coco_mini / "instances.json", results, task)
+    ours = list(named_stats(coco_evaluation(coco_mini / "instances.json", results, task)).values())
     theirs = by_pycocotools(coco_mini / "instances.json", results, task)
     assert len(ours) == len(METRICS) == 12
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
@@ -92,7 +92,7 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
         return {"image_id": image, "category_id": 7, "bbox": [x, 10, 50, 50], "score": score}
 
     def stats(results: list[dict[str, Any]]) -> dict[str, float]:
-        return dict(zip(METRICS, coco_stats(truth, results, "bbox")))
+        return named_stats(coco_evaluation(truth, results, "bbox"))
 
     both = stats([box(1, 10, 0.9), box(2, 10, 0.8)])
     assert both["AP"] == both["AP75"] == both["APm"] == both["AR1"] == 1
@@ -136,7 +136,7 @@ def test_keypoints_equal_pycocotools(tmp_path: Path) -> None:
     file.write_text(json.dumps({
         "info": {}, "images": images, "annotations": people, "categories": [{"id": 1, "name": "person"}],
     }))  # fmt: skip
-    ours = coco_stats(file, found, "keypoints")
+    ours = list(named_stats(coco_evaluation(file, found, "keypoints")).values())
     theirs = by_pycocotools(file, found, "keypoints")
     assert len(ours) == len(KEYPOINT_METRICS) == len(theirs) == 10
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)

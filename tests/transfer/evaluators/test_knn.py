@@ -10,6 +10,8 @@ import torch
 
 import transfer.evaluators.nearest
 from pretrain.common.errors import UserError
+from pretrain.common.process_group import rank
+from tests.helpers.ranks import run_on_ranks
 from transfer.evaluation import results
 from transfer.evaluators.knn import main
 from transfer.evaluators.knn_vote import knn_evaluate
@@ -151,26 +153,12 @@ def test_a_bank_in_a_file(tmp_path: Path) -> None:
     )
 
 
-def _rank(number: int, port: int, folder: str) -> None:
-    import os
-
-    from pretrain.common.process_group import process_group
-
-    os.environ |= {
-        "RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    with process_group():
-        torch.save(knn_evaluate(*data(), ks=[5, 20]), f"{folder}/{number}.pt")
+def _judge_on_a_rank(folder: Path) -> None:
+    torch.save(knn_evaluate(*data(), ks=[5, 20]), folder / f"{rank()}.pt")
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    run_on_ranks(2, _judge_on_a_rank, tmp_path)
     wanted = knn_evaluate(*data(), ks=[5, 20])
     assert torch.load(tmp_path / "0.pt") == torch.load(tmp_path / "1.pt") == wanted
 

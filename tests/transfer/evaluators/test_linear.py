@@ -20,7 +20,7 @@ from pretrain.data.datasets import ImageDataset
 from pretrain.model import build_backbone
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import accuracy
-from transfer.evaluation.augment import crop_box
+from transfer.evaluation.augment import drawn_box
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
@@ -170,9 +170,9 @@ def test_an_epoch_shows_every_image_once() -> None:
 
 def test_crops_lie_within_the_image() -> None:
     rng = np.random.default_rng(0)
-    boxes = np.array([crop_box(40, 30, rng) for _ in range(500)])
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= 40).all() and (boxes[:, 3] <= 30).all()
-    share = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 1200
+    left, top, width, height = np.array([drawn_box(40, 30, rng) for _ in range(500)]).T
+    assert min(left.min(), top.min()) >= 0 and (left + width <= 40).all() and (top + height <= 30).all()
+    share = width * height / 1200
     assert 0.07 < share.min() < 0.15 and share.max() > 0.8
 
 

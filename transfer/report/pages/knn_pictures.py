@@ -12,8 +12,9 @@ import yaml
 from PIL import Image, ImageDraw
 
 from pretrain.common.errors import UserError
+from pretrain.data.cache import checksum_of
 from pretrain.data.datasets import ImageDataset, open_dataset
-from transfer.evaluation.feature_cache import FORMAT, checksum_of, mapped
+from transfer.evaluation.feature_cache import FORMAT, mapped
 from transfer.evaluators.nearest import nearest
 from transfer.report.evidence.grouping import Results
 from transfer.report.evidence.records import Record
