@@ -93,6 +93,7 @@ class MetricsWriter:
 
 
 def start_wandb(project: str, output: Path, start: int, config: Mapping[str, Any]) -> Any:
+    """The W&B run of the training in `output`: the earlier one where it goes on, `start` > 0."""
     import wandb
 
     # A continued run finds its own again; one begun anew is another, for W&B drops steps below the last.

@@ -39,6 +39,7 @@ class Power:
     p: float
 
     def __call__(self, eigenvalues: Tensor) -> Tensor:
+        """g(λ) of each eigenvalue (M), same shape and dtype."""
         return eigenvalues.pow(-self.p)
 
 
@@ -57,6 +58,7 @@ class IterNorm:
             raise ValueError(f"IterNorm takes at least 1 iteration, got {self.iterations}")
 
     def __call__(self, eigenvalues: Tensor) -> Tensor:
+        """g(λ) of each eigenvalue (M), same shape and dtype; it depends on their sum, the trace."""
         trace = eigenvalues.sum()
         x = eigenvalues / trace
         p = torch.ones_like(x)

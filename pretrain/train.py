@@ -66,6 +66,7 @@ class Plan:
 
     @staticmethod
     def of(settings: Settings, images: int, world: int) -> Plan:
+        """The plan for so many images and ranks. Raises UserError for a batch that does not fit them."""
         per_epoch = images // settings.batch_global
         if per_epoch == 0 and settings.epochs > 0:
             raise UserError(
@@ -95,6 +96,7 @@ class StepEvents:
 
     @staticmethod
     def after(done: int, plan: Plan, settings: Settings) -> StepEvents:
+        """What is due once `done` steps are done."""
         epoch, place = divmod(done, plan.steps_per_epoch)
         last, epoch_ends = done == plan.steps, place == 0
         keep = settings.keep_every_epochs

@@ -157,6 +157,7 @@ class EvaluationSettings(WeightsOptions):
 
     @property
     def cache(self) -> Path:
+        """Folder of cached features: --cache-dir, else OUTPUT/features."""
         return self.cache_dir or self.output / "features"
 
 

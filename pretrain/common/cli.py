@@ -49,6 +49,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help="Print this text.")
 
     def error(self, message: str) -> NoReturn:
+        """Raises UserError in place of printing the usage and leaving."""
         raise _mistake(message, self._option_string_actions)
 
 

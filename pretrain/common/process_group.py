@@ -23,14 +23,17 @@ def is_on() -> bool:
 
 
 def rank() -> int:
+    """This process's number in the group, from 0; 0 without a group."""
     return dist.get_rank() if is_on() else 0
 
 
 def world_size() -> int:
+    """Number of processes in the group; 1 without a group."""
     return dist.get_world_size() if is_on() else 1
 
 
 def is_main() -> bool:
+    """Whether this is rank 0, which writes files and talks to the user."""
     return rank() == 0
 
 

@@ -44,6 +44,7 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
+        """Whether a signal asked to stop: save, then call `hand_over`."""
         return self.received is not None
 
     def __enter__(self) -> StopSignals:

@@ -22,6 +22,7 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected N x C x ..., got shape {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
+        """N x C x ... normalised, computed in float32 or wider. In training all ranks must call."""
         if world_size() == 1 or not (self.training or self.running_mean is None):
             return super().forward(input)
         self._check_input_dim(input)

@@ -159,9 +159,11 @@ class Colours:
     flip: Tensor
 
     def to(self, device: torch.device) -> Colours:
+        """A copy on `device`; from pinned memory the host does not wait for it."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Colours:
+        """A copy in pinned memory."""
         return self._each(Tensor.pin_memory)
 
     def part(self, first: int, last: int) -> Colours:

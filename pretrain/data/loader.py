@@ -51,6 +51,7 @@ class Batch:
     """Files that could not be read; the next readable image took their place."""
 
     def pin_memory(self) -> Batch:
+        """A copy in pinned memory, as DataLoader asks for it."""
         pinned = [v.pin_memory() for v in self.views]
         return Batch(views=pinned, colours=[c.pin_memory() for c in self.colours], broken=self.broken)
 

@@ -61,6 +61,7 @@ class Shards:
     size_N: np.ndarray
 
     def key(self, i: int) -> str:
+        """SHARD.tar/MEMBER of image `i`."""
         return f"{self.paths[self.shard_N[i]].name}/{self.names[i]}"
 
     def read(self, i: int) -> bytes:

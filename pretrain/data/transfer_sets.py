@@ -54,6 +54,7 @@ class TransferSet:
 
     @property
     def layout(self) -> str:
+        """The folder and what must be in it, for messages."""
         where = f"{self.folder}/ with " if self.folder else ""
         return where + ", ".join(self.needs)
 

@@ -64,9 +64,11 @@ class Job:
 
     @property
     def record(self) -> Record:
+        """The step's files in the suite's folder."""
         return Record(self.root, self.step.name)
 
     def __call__(self) -> str:
+        """Run the step on this rank. Raises StepFailed or the command's own error, once it is noted."""
         import submitit
 
         env = submitit.JobEnvironment()

@@ -73,6 +73,7 @@ class Running:
 
     @property
     def ended(self) -> bool:
+        """Whether its process is gone, however it went."""
         return self.job.done() if self.job is not None else not self.process.is_alive
 
 

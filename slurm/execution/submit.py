@@ -32,6 +32,7 @@ class Batch:
 
     @property
     def kind(self) -> str:
+        """The kind of its steps, which all are of one: it names the resources."""
         return self.steps[0].kind
 
     @property
@@ -57,6 +58,7 @@ class Submission:
 
     @property
     def count(self) -> int:
+        """Number of jobs, each element of an array counted."""
         return sum(len(b.steps) for b in self.batches)
 
 

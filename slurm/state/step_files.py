@@ -41,18 +41,22 @@ class Record:
 
     @property
     def step(self) -> dict[str, Any]:
+        """step.json: the command and its key; empty where there is none."""
         return read_json(self.folder / "step.json")
 
     @property
     def submitted(self) -> dict[str, Any]:
+        """submitted.json: cluster, job id, logs; empty before the first submission."""
         return read_json(self.folder / "submitted.json")
 
     @property
     def state(self) -> dict[str, Any]:
+        """state.json, which the job itself writes; empty before it starts."""
         return read_json(self.folder / "state.json")
 
     @property
     def done(self) -> dict[str, Any]:
+        """done.json: the key, when, seconds; empty until the step has succeeded."""
         return read_json(self.folder / "done.json")
 
     @property

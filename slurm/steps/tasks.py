@@ -47,6 +47,7 @@ class Images:
 
     @property
     def argv(self) -> tuple[str, ...]:
+        """--dataset and --data-dir as a step's command takes them."""
         return ("--dataset", self.dataset, "--data-dir", str(self.data_dir))
 
 

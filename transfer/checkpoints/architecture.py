@@ -83,6 +83,7 @@ class Match:
 
     @property
     def faults(self) -> int:
+        """How many keys are missing, left over or of a wrong shape; 0: it is this architecture."""
         return len(self.missing) + len(self.extra) + len(self.wrong) + bool(self.reason)
 
 

@@ -55,26 +55,32 @@ class Backbone:
 
     @property
     def format(self) -> str:
+        """Name of the format that the file was read as, raw-pixels or module."""
         return self.weights["format"]
 
     @property
     def branch(self) -> str:
+        """online or ema."""
         return self.weights["branch"]
 
     @property
     def sha256(self) -> str:
+        """Hexadecimal digest of the file, or of a module's weights."""
         return self.weights["sha256"]
 
     @property
     def path(self) -> str:
+        """The file as it was named, or a module's name."""
         return self.weights["path"]
 
     @property
     def stem(self) -> str | None:
+        """imagenet, cifar or a variant of them; None for what is no ResNet from a file."""
         return self.weights.get("stem")
 
     @property
     def stem_padding(self) -> int | None:
+        """Zero padding of the first convolution, px; None as for `stem`."""
         return self.weights.get("stem_padding")
 
     @property

@@ -65,11 +65,13 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
             raise Refused("the file would take far more memory than its size")
 
     def find_class(self, module: str, name: str) -> Global:
+        """The name alone; nothing is imported."""
         found = f"{module[:MAX_NAME_LETTERS]}.{name[:MAX_NAME_LETTERS]}"
         self.spend(100 + len(found))
         return Global(found)
 
     def persistent_load(self, pid: Any) -> Storage | Global:
+        """A tensor's storage, or the class that old files name with its source."""
         if isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module" and isinstance(pid[1], Global):
             return pid[1]  # PyTorch before 1.6 wrote a module's class and its source like this
         return self._find_storage(pid)
@@ -97,24 +99,24 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         value = made(self.spend, *args) if made else None
         return self._named(target.name, args) if value is None else value
 
-    def load_reduce(self) -> None:
+    def _load_reduce(self) -> None:
         args = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], args)
 
-    def load_newobj_ex(self) -> None:
+    def _load_newobj_ex(self) -> None:
         kwargs = self.stack.pop()
         args = self.stack.pop()
         self.stack[-1] = self._call(self.stack[-1], (*args, kwargs))
 
-    def load_inst(self) -> None:
+    def _load_inst(self) -> None:
         module, name = (self.readline()[:-1].decode("ascii", "replace") for _ in range(2))
         self.append(self._call(self.find_class(module, name), tuple(self.pop_mark())))
 
-    def load_obj(self) -> None:
+    def _load_obj(self) -> None:
         target, *args = self.pop_mark()
         self.append(self._call(target, tuple(args)))
 
-    def load_build(self) -> None:
+    def _load_build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
         if isinstance(target, NumpyArray):
@@ -135,10 +137,10 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
             raise Refused(f"the file appends to a {type(target).__name__}")
         (target.items if isinstance(target, Placeholder) else target).extend(items)
 
-    def load_append(self) -> None:
+    def _load_append(self) -> None:
         self._extend([self.stack.pop()])
 
-    def load_appends(self) -> None:
+    def _load_appends(self) -> None:
         self._extend(self.pop_mark())
 
     def _update(self, flat: list[Any]) -> None:
@@ -153,44 +155,44 @@ class InertUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         else:
             raise Refused(f"the file sets items of a {type(target).__name__}")
 
-    def load_setitem(self) -> None:
+    def _load_setitem(self) -> None:
         value = self.stack.pop()
         self._update([self.stack.pop(), value])
 
-    def load_setitems(self) -> None:
+    def _load_setitems(self) -> None:
         self._update(self.pop_mark())
 
-    def load_dict(self) -> None:
+    def _load_dict(self) -> None:
         flat = self.pop_mark()
         self.append({})
         self._update(flat)
 
-    def load_additems(self) -> None:
+    def _load_additems(self) -> None:
         items = self.pop_mark()
         if not isinstance(self.stack[-1], set):
             raise Refused(f"the file adds to a {type(self.stack[-1]).__name__}")
         self.stack[-1].update(plain_key(item) for item in items)
 
-    def load_frozenset(self) -> None:
+    def _load_frozenset(self) -> None:
         self.append(frozenset(plain_key(item) for item in self.pop_mark()))
 
-    def load_bytearray8(self) -> None:
+    def _load_bytearray8(self) -> None:
         (length,) = struct.unpack("<Q", self.read(8))
         if length > self._size:
             raise Refused("bytes beyond the end of the file")
         self.append(self.read(length))
 
-    def load_refused(self) -> None:
+    def _load_refused(self) -> None:
         raise Refused("the file uses a part of pickle that no checkpoint needs")
 
     for _opcode, _method in (
-        (pickle.REDUCE, load_reduce), (pickle.NEWOBJ, load_reduce), (pickle.NEWOBJ_EX, load_newobj_ex),
-        (pickle.INST, load_inst), (pickle.OBJ, load_obj), (pickle.BUILD, load_build),
-        (pickle.APPEND, load_append), (pickle.APPENDS, load_appends), (pickle.DICT, load_dict),
-        (pickle.SETITEM, load_setitem), (pickle.SETITEMS, load_setitems),
-        (pickle.ADDITEMS, load_additems), (pickle.FROZENSET, load_frozenset),
-        (pickle.EXT1, load_refused), (pickle.EXT2, load_refused), (pickle.EXT4, load_refused),
-        (pickle.BYTEARRAY8, load_bytearray8), (pickle.NEXT_BUFFER, load_refused),
-        (pickle.READONLY_BUFFER, load_refused),
+        (pickle.REDUCE, _load_reduce), (pickle.NEWOBJ, _load_reduce), (pickle.NEWOBJ_EX, _load_newobj_ex),
+        (pickle.INST, _load_inst), (pickle.OBJ, _load_obj), (pickle.BUILD, _load_build),
+        (pickle.APPEND, _load_append), (pickle.APPENDS, _load_appends), (pickle.DICT, _load_dict),
+        (pickle.SETITEM, _load_setitem), (pickle.SETITEMS, _load_setitems),
+        (pickle.ADDITEMS, _load_additems), (pickle.FROZENSET, _load_frozenset),
+        (pickle.EXT1, _load_refused), (pickle.EXT2, _load_refused), (pickle.EXT4, _load_refused),
+        (pickle.BYTEARRAY8, _load_bytearray8), (pickle.NEXT_BUFFER, _load_refused),
+        (pickle.READONLY_BUFFER, _load_refused),
     ):  # fmt: skip
         dispatch[_opcode[0]] = _method

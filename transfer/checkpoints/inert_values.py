@@ -99,6 +99,7 @@ def plain_key(key: Any) -> Any:
 
 
 def pair(item: Any) -> tuple[Any, Any]:
+    """Key and value, the key checked by `plain_key`. Raises Refused for what is no pair."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         raise Refused("not a pair of key and value")
     return plain_key(item[0]), item[1]

@@ -57,23 +57,28 @@ class Reading:
 
     @property
     def stem(self) -> str:
+        """imagenet (7x7) or cifar (3x3), by the shape of conv1."""
         return self.network.match.stem
 
     @property
     def used(self) -> dict[str, str]:
+        """Key as written -> timm's name."""
         return self.network.used
 
     @property
     def tensors(self) -> dict[str, Tensor]:
+        """timm's name -> tensor."""
         return self.network.tensors
 
     @property
     def faults(self) -> int:
+        """How many keys are missing, left over or of a wrong shape under this format."""
         match = self.network.match
         return len(match.missing) + len(self.left_over) + len(match.wrong) + bool(self.reason)
 
     @property
     def complete(self) -> bool:
+        """Whether every tensor of the backbone is there and every other one is explained."""
         return self.faults == 0
 
 

@@ -70,10 +70,12 @@ class Network:
 
     @property
     def complete(self) -> bool:
+        """Whether its keys and shapes are exactly those of an architecture."""
         return self.match.faults == 0
 
     @property
     def place(self) -> str:
+        """Where it lies and what it is, in words."""
         where = self.container.path or "the file's top"
         return (
             f"{where} holds a {'complete ' if self.complete else ''}{self.match.arch or 'ResNet'} under "

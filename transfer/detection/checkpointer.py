@@ -82,6 +82,7 @@ class StrictCheckpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Write `last_checkpoint` whole or not at all; detectron2 does not."""
         write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _load_file(self, filename: str) -> Any:

@@ -237,6 +237,7 @@ class Checkpoints(HookBase):
         self.checkpointer, self.run, self.stop, self.keep, self.best = checkpointer, run, stop, keep, best
 
     def after_step(self) -> None:
+        """Save every SOLVER.CHECKPOINT_PERIOD iterations and when the run is told to stop."""
         done = self.trainer.iter + 1
         due = self.trainer.stopping or done % self.trainer.cfg.SOLVER.CHECKPOINT_PERIOD == 0
         if done == self.trainer.max_iter or not due:
@@ -247,6 +248,7 @@ class Checkpoints(HookBase):
             self._drop(self._numbered()[: -self.keep] if self.keep > 1 else [])
 
     def after_train(self) -> None:
+        """Save model_final.pth, unless nothing was trained, and drop the last checkpoint."""
         if self.trainer.start_iter == self.trainer.max_iter:
             return
         self._save(StrictCheckpointer(self.trainer.model, self.checkpointer.save_dir), FINAL)
@@ -375,10 +377,12 @@ class WandbWriter(EventWriter):
         self._written = -1
 
     def write(self) -> None:
+        """Log the scalars that are new since the last call, smoothed over 20 iterations."""
         latest = get_event_storage().latest_with_smoothing_hint(20)
         new = {name: value for name, (value, step) in latest.items() if step > self._written}
         self._written = get_event_storage().iter
         self._run.log(new, step=self._written)
 
     def close(self) -> None:
+        """End the W&B run."""
         self._run.finish()

@@ -78,6 +78,7 @@ class FeatureFolder:
 
     @property
     def file(self) -> Path:
+        """The finished features, N x D float32."""
         return self.folder / "features.npy"
 
     @contextlib.contextmanager

@@ -73,6 +73,7 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, pixels_B3HW: Tensor) -> Tensor:
+        """B x 3 x H x W uint8 -> B x D float32 on the device, without gradient."""
         x = self.transform.normalise(pixels_B3HW.to(self.device, non_blocking=True))
         if self.module is None:
             return (x[:, :1] if self.grey else x).flatten(1)

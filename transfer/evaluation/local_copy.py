@@ -53,6 +53,7 @@ class Listing:
 
     @property
     def size(self) -> int:
+        """Bytes of all files together."""
         return sum(size for size, _ in self.files.values())
 
     @property

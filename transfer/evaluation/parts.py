@@ -88,8 +88,8 @@ def also_trained_on(train: ImageDataset, test: ImageDataset) -> float:
     """The share of test images, of up to LOOKED_AT evenly spaced ones, that are in `train` byte for byte."""
     picks = np.linspace(0, len(test) - 1, min(LOOKED_AT, len(test)), dtype=int).tolist()
     if train.pixels is not None and test.pixels is not None:
-        seen = {digest(image.tobytes()) for image in train.pixels}
-        return float(np.mean([digest(test.pixels[i].tobytes()) in seen for i in picks]))
+        seen = {_digest(image.tobytes()) for image in train.pixels}
+        return float(np.mean([_digest(test.pixels[i].tobytes()) in seen for i in picks]))
     if train.files is None or test.files is None:  # shards: by their names alone
         same = {path.resolve() for path in train.shards.paths} if train.shards is not None else set()
         other = {path.resolve() for path in test.shards.paths} if test.shards is not None else {None}
@@ -116,10 +116,10 @@ def also_trained_on(train: ImageDataset, test: ImageDataset) -> float:
 def _digest_of(data: ImageDataset, i: int) -> str:
     """Of the file's bytes; "" where it cannot be read, which is told when its turn comes."""
     try:
-        return digest((data.root / data.key(i)).read_bytes())
+        return _digest((data.root / data.key(i)).read_bytes())
     except OSError:
         return ""
 
 
-def digest(data: bytes) -> str:
+def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()

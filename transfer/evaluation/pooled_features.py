@@ -54,6 +54,7 @@ class Stages(nn.Module):
         self.backbone, self.stages = backbone, tuple(stages)
 
     def forward(self, images: Tensor) -> Tensor:
+        """N x 3 x H x W normalised -> N x D. Raises UserError for images too small for WINDOWS."""
         b = cast(Any, self.backbone)
         x = b.maxpool(b.act1(b.bn1(b.conv1(images))))
         pooled = []

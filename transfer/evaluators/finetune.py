@@ -28,6 +28,7 @@ class Classifier(nn.Module):
         self.backbone, self.head = backbone, nn.Linear(features, classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        """B x 3 x H x W normalised -> logits B x C."""
         return self.head(self.backbone(images))
 
 

@@ -22,7 +22,7 @@ Schedule = Literal["constant", "cosine", "cosine_by_epoch", "steps", "exponentia
 LARS_TRUST = 0.001  # SimSiam's main_lincls.py with apex's LARC(clip=False)
 
 
-class Stepped(Protocol):
+class _Stepped(Protocol):
     """The values of a protocol that trains by gradient steps."""
 
     @property
@@ -35,7 +35,7 @@ class Stepped(Protocol):
     def momentum(self) -> float: ...
 
 
-def check_steps(values: Stepped) -> None:
+def check_steps(values: _Stepped) -> None:
     """Raises ValueError for numbers out of range."""
     want(values.epochs >= 1, "epochs", values.epochs, "1 or more")
     rising = list(values.milestones) == sorted({m for m in values.milestones if m >= 1})

@@ -107,8 +107,10 @@ class LinearProtocol(ImageValues):
 
     @property
     def grid_size(self) -> int:
+        """Number of heads: learning rates x weight decays x sets of features."""
         return len(self.learning_rates) * len(self.weight_decays) * len(self.features)
 
     @property
     def rates(self) -> list[float]:
+        """The learning rates, scaled by batch / 256 where `per_256` says so."""
         return [r * (self.batch / 256 if self.per_256 else 1.0) for r in self.learning_rates]

@@ -46,6 +46,7 @@ class Fit:
 
     @property
     def converged(self) -> bool:
+        """Whether the objective is within a share of GAP of its minimum."""
         return self.gap <= GAP * self.objective
 
     def scores(self, x_ND: Tensor) -> Tensor:

@@ -130,5 +130,6 @@ def _in_order(value: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def row_blocks(n: int, bytes_each: int) -> Iterator[slice]:
+    """Slices of range(n), each of as many rows of `bytes_each` as fit BLOCK_BYTES, at least one."""
     step = max(1, BLOCK_BYTES // max(1, bytes_each))
     return (slice(s, s + step) for s in range(0, n, step))

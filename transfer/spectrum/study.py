@@ -65,6 +65,7 @@ class Instance:
     g: SpectralFunction
 
     def loss(self, views: list[Tensor], whitening: Whitening) -> Tensor:
+        """The scalar loss of V views N x D. Raises ValueError where a covariance is not finite."""
         if isinstance(self.g, IterNorm):
             trade_off = None if self.kind == "intl" else 0.0
             return intl_loss(

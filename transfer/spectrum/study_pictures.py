@@ -33,6 +33,7 @@ def write_study(runs: Runs, output: Path, *, title: str) -> Path:
 
 
 def by_instance(runs: Runs) -> dict[str, Runs]:
+    """The runs of each transformation, by its name, in order of appearance."""
     groups: dict[str, Runs] = {}
     for run in runs:
         groups.setdefault(run["instance"], []).append(run)

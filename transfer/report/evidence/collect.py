@@ -39,6 +39,8 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Picture:
+    """An image file of a run, to be shown with a caption."""
+
     path: Path
     caption: str
     detection: bool

@@ -58,10 +58,12 @@ class Summary:
 
     @property
     def n(self) -> int:
+        """Number of replicates."""
         return len(self.replicates)
 
     @property
     def mean(self) -> float:
+        """Percent: the mean over checkpoints, each the mean over its evaluation seeds."""
         return statistics.fmean(self.means)
 
     @property
@@ -76,6 +78,7 @@ class Summary:
 
     @property
     def over_pretrainings(self) -> bool:
+        """Whether the replicates are several checkpoints, not evaluation seeds of one."""
         return len(self.means) > 1 and any(t.weights for t in self.trials)
 
     @property
@@ -142,12 +145,14 @@ class Difference:
 
     @property
     def verdict(self) -> str:
+        """`beyond noise`, `within the noise of …` or `cannot be told`."""
         if self.p is None:
             return "cannot be told"
         return f"{'beyond' if self.beyond else 'within'} {self.noise}"
 
     @property
     def beyond(self) -> bool:
+        """Whether p, corrected or not, is below SIGNIFICANCE; False without a test."""
         return self.p is not None and self.p < SIGNIFICANCE
 
 

@@ -55,11 +55,13 @@ class Task:
 
     @property
     def title(self) -> str:
+        """The task's name, with the share of labels where it matters: `Semi-supervised 1 %`."""
         share = f" {self.label_percent:g} %" if self.partly else ""
         return TASK_NAMES.get(self.name, self.name) + share
 
     @property
     def setting(self) -> str:
+        """Data set, split, protocol, number of images, and what differs from the protocol."""
         count = f", {self.images:,} images" if self.images else ""
         which = f" ({self.protocol_hash[:6]})" if self.ambiguous else ""
         told = [f"{self.dataset} {self.split}", f"{self.protocol}{which}{count}", *self.conditions]
@@ -86,9 +88,11 @@ class Results:
     """The method by the folder of its results."""
 
     def records(self, method: str, task: Task, selection: str) -> tuple[Record, ...]:
+        """The trials under one selection (last, held-out, best), by rising seed; empty without any."""
         return self.groups.get((method, task, selection), ())
 
     def all_records(self, method: str, task: Task) -> list[Record]:
+        """The trials under every selection, those for the headline first."""
         return [
             r for selection in self.selections(method, task) for r in self.groups[method, task, selection]
         ]
@@ -99,6 +103,7 @@ class Results:
         return list(dict.fromkeys(told))
 
     def selections(self, method: str, task: Task) -> list[str]:
+        """The selections there are trials of, in the order in which they are taken for the headline."""
         known = [s for s in SELECTIONS if (method, task, s) in self.groups]
         return known + sorted(
             s for m, t, s in self.groups if (m, t) == (method, task) and s not in SELECTIONS

@@ -40,6 +40,7 @@ class Published:
 
     @property
     def name(self) -> str:
+        """The row's name: method, architecture, pretraining."""
         return f"{self.method}, {self.arch}, {self.pretraining}"
 
 

@@ -46,6 +46,7 @@ class Record:
 
     @property
     def sha256(self) -> str:
+        """Hexadecimal digest of the weights file; empty where there is none."""
         return str((self["weights"] or {}).get("sha256") or "")
 
     @property
@@ -109,6 +110,7 @@ def weights_name(weights: dict[str, Any]) -> str:
 
 
 def protocol_name(protocol: dict[str, Any]) -> str:
+    """name@version, or the name alone where no version is recorded."""
     name, version = protocol.get("name", "unnamed"), protocol.get("version")
     return name if version is None or "@" in str(name) else f"{name}@{version}"
 

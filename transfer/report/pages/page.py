@@ -42,6 +42,8 @@ class Section:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Page:
+    """The report's whole content, for both templates."""
+
     title: str
     roots: tuple[str, ...]
     verdict: Table | None
@@ -52,6 +54,7 @@ class Page:
 
     @property
     def tables(self) -> list[Table]:
+        """Every table shown, in the page's order."""
         first = [self.verdict] if self.verdict else []
         return [*first, *(t for s in self.sections for t in s.tables)]
 

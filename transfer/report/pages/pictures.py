@@ -33,6 +33,7 @@ class Shown:
 
     @property
     def uri(self) -> str:
+        """The bytes as a data URI."""
         return f"data:{self.mime};base64,{base64.b64encode(self.data).decode()}"
 
 

@@ -38,6 +38,8 @@ SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plot:
+    """A drawing that can stand in a page or be a file of its own."""
+
     name: str
     title: str
     svg: str

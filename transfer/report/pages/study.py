@@ -19,6 +19,8 @@ FILE = "study.md"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
+    """What the report shows of one study.md."""
+
     title: str
     table: Table | None
     statements: tuple[str, ...]

@@ -16,6 +16,8 @@ STALE = "stale"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
+    """One cell, the same in every form of the table."""
+
     text: str
     note: str = ""
     """A second, smaller line: spread, n, best epoch …"""
@@ -26,6 +28,8 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Table:
+    """A titled table whose rows all have as many cells as it has columns."""
+
     name: str
     """File name without suffix."""
     title: str
@@ -35,6 +39,7 @@ class Table:
 
 
 def cell(value: object, **rest: str) -> Cell:
+    """A cell with `value` as text; None gives an empty one."""
     return Cell(text="" if value is None else str(value), **rest)
 
 
