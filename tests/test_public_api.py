@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,3 +95,15 @@ def test_a_module_is_judged_as_its_features_are(cifar_folder: Path, tmp_path: Pa
     assert probed["top1"] == pytest.approx(last.metrics["top1"], abs=1e-4)
     with pytest.raises(ValueError, match="no option labels"):
         transfer.evaluate(network, "knn", protocol="solo_knn@1", labels="x", **arguments)
+
+
+def test_console_scripts_are_immune_to_files_of_our_names(tmp_path: Path) -> None:
+    for name in ("pretrain", "transfer", "slurm"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the file of the current folder was run')")
+    options: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
+    control = subprocess.run([sys.executable, "-m", "pretrain"], stderr=subprocess.PIPE, **options)
+    assert "the file of the current folder was run" in control.stderr
+    for name in ("intl-pretrain", "intl-transfer", "intl-slurm"):
+        script = Path(sysconfig.get_path("scripts")) / name
+        said = subprocess.run([script, "--version"], stdout=subprocess.PIPE, check=True, **options).stdout
+        assert said == f"intl-bench {pretrain.__version__}\n"
