@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pretrain.common.commands import Program
+from transfer.program import Program
 
 COMMANDS = {
     "suite": ("slurm.commands.suite", "pretrain or take weights, judge, report: on SLURM or here"),

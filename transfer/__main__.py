@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from pretrain.common.commands import Program
 from transfer.options import SETTINGS, parse
+from transfer.program import Program
 
 COMMANDS = {
     "inspect": ("transfer.checkpoints.inspect", "say what a checkpoint holds and whether its backbone loads"),
