@@ -20,9 +20,10 @@ from torch import nn
 
 from pretrain.common.cli import EXIT_STOPPED, EXIT_USAGE, run
 from pretrain.common.errors import UserError
-from pretrain.common.files import read_jsonl
+from pretrain.common.files import read_jsonl, sha256_of
 from pretrain.common.process_group import is_on, rank
 from pretrain.common.signals import StopSignals
+from pretrain.metrics import start_wandb
 from tests.helpers.ranks import run_on_ranks
 from transfer import train_net
 from transfer.conversion import convert, layout, weights_file
@@ -132,6 +133,64 @@ def test_a_run_writes_what_a_detectron2_user_looks_for(finished: Path) -> None:
     log = (finished / "log.txt").read_text()
     assert "iter: 3" in log and "data_time:" in log and "loss_mask:" in log
     assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_several_test_sets_are_judged_on_the_way_and_told_to_weights_and_biases(
+    scene_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second set is a part of the first, and the third has the training images, which is told."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told: list[dict[str, Any]] = []
+
+    def watched(*given: Any) -> Any:
+        begun = start_wandb(*given)
+        log = begun.log
+        begun.log = lambda values, **more: (told.append(dict(values)), log(values, **more))
+        return begun
+
+    monkeypatch.setattr(train_loop, "start_wandb", watched)
+    part = json.loads((scene_folder / "test.json").read_text())
+    part["images"] = part["images"][:2]
+    kept = {image["id"] for image in part["images"]}
+    part["annotations"] = [a for a in part["annotations"] if a["image_id"] in kept]
+    (tmp_path / "part.json").write_text(json.dumps(part))
+    (tmp_path / "copy.json").write_bytes((scene_folder / "train.json").read_bytes())
+    (tmp_path / "images").symlink_to(scene_folder / "train")
+    sets = [f"some_part={tmp_path}/part.json:{scene_folder}/test"]
+    sets += [f"train_again={tmp_path}/copy.json:{tmp_path}/images"]
+    flags = ["--wandb=intl", "--random-init", *(f"--dataset={s}" for s in sets)]
+    brief = ["SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "1", "TEST.PRECISE_BN.ENABLED", "False"]
+    names = ["scenes_test", "some_part", "train_again"]
+    argv = words(scene_folder, tmp_path / "o", *flags, *brief, "DATASETS.TEST", str(tuple(names)))
+    assert run(train_net.main, argv) == 0
+    metrics = [m for m in read_jsonl(tmp_path / "o" / "metrics.json") if "scenes_test/bbox/AP" in m]
+    assert [m["iteration"] for m in metrics] == [0, 2]  # after the first, and at the end
+    results = read_jsonl(tmp_path / "o" / "results.jsonl")
+    assert [(f"{r['dataset']}_{r['split']}", r["task"], r["n"]) for r in results] == [
+        (name, task, {"scenes_test": 3, "some_part": 2, "train_again": 9}[name])
+        for name in names for task in ("detection", "segmentation")
+    ]  # fmt: skip
+    for r in results:
+        key = f"{r['dataset']}_{r['split']}/{'bbox' if r['task'] == 'detection' else 'segm'}/AP"
+        assert r["metrics"]["AP"] == metrics[-1][key]
+        assert [t[key] for t in told if key in t] == [m[key] for m in metrics]
+        assert ("100 % of the images of train_again are training images" in str(r["warnings"])) == (
+            r["dataset"] == "train"
+        )
+    assert all("total_loss" in t for t in told[:2])
+    ours = (tmp_path / "o" / "wandb_id").read_text().strip()
+    assert list((tmp_path / "o" / "wandb").glob(f"offline-run-*-{ours}/run-{ours}.wandb"))
+    best = torch.load(tmp_path / "o" / "model_best.pth", weights_only=True)["run"]["trained_on"]
+    assert best == [sha256_of(scene_folder / "train.json")]  # known where the model is judged elsewhere
+    elsewhere = shutil.copytree(scene_folder / "train", tmp_path / "elsewhere")
+    again = [f"--dataset=train_again={tmp_path}/copy.json:{elsewhere}", "--eval-only", "MODEL.WEIGHTS"]
+    again += [str(tmp_path / "o" / "model_final.pth"), "DATASETS.TEST", "('train_again',)"]
+    assert run(train_net.main, words(scene_folder, tmp_path / "e", *again)) == 0
+    judged = read_jsonl(tmp_path / "e" / "results.jsonl")
+    assert [(r["metrics"], r["warnings"]) for r in judged] == [
+        (r["metrics"], r["warnings"]) for r in results if r["dataset"] == "train"
+    ]
 
 
 def test_seeds_are_trials_in_folders_of_their_own(scene_folder: Path, tmp_path: Path) -> None:

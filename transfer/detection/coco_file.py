@@ -8,10 +8,12 @@ that is text ends the evaluation. Such files are mended in a copy; what cannot b
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,18 @@ def examine(
     if raw.startswith(codecs.BOM_UTF8):
         mended.append("the byte order mark at its head was left out")
     return (content if mended else None), [*mended, *(note for mends, note in notes if not mends)]
+
+
+def share_seen(train: Iterable[Mapping[str, Any]], test: Sequence[Mapping[str, Any]]) -> float:
+    """The share of the test images whose file is that of a training image, wherever links lead."""
+    folder = functools.cache(os.path.realpath)
+
+    def place(record: Mapping[str, Any]) -> tuple[str, str]:
+        head, name = os.path.split(record["file_name"])
+        return folder(head), name
+
+    seen = {place(record) for record in train}
+    return sum(place(record) in seen for record in test) / len(test)
 
 
 def _examine(file: Path, content: dict[str, Any], *, masks: bool, keypoints: bool) -> list[tuple[bool, str]]:

@@ -12,7 +12,7 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.common.errors import UserError
-from pretrain.common.files import write_json
+from pretrain.common.files import sha256_of, write_json
 from pretrain.data.workers import set_up_worker
 from transfer.detection import coco_file
 
@@ -84,6 +84,23 @@ def check(
         if mended is None:
             _read_originals(names)
     return lines
+
+
+def digest_of(name: str) -> str:
+    """SHA-256 of a set's annotation file as the user gave it; "" for one without such a file."""
+    known = vars(MetadataCatalog.get(name))
+    file = known.get("original_json_file") or known.get("json_file")
+    return sha256_of(file) if file else ""
+
+
+def also_trained_on(test: str, train: Sequence[str], digests: Collection[str]) -> list[str]:
+    """What is to be said where the set `test` has images of the sets `train`, or is a file of `digests`."""
+    records = [r for name in train for r in DatasetCatalog.get(name)]
+    share = 1.0 if digest_of(test) in digests else coco_file.share_seen(records, DatasetCatalog.get(test))
+    if not share:
+        return []
+    return [f"{100 * share:.3g} % of the images of {test} are training images: its figures say how well the "
+            "detector has learnt them by heart, nothing of images that it has not seen"]  # fmt: skip
 
 
 def categories(name: str) -> list[tuple[Any, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import warnings
 from collections.abc import Mapping
@@ -53,6 +54,10 @@ class Trial:
     categories: list[list[Any]]
     """(id, name) of what the classifier's outputs stand for; empty where not known."""
     config_hash: str = ""
+    trained_on: tuple[str, ...] = ()
+    """SHA-256 of the training sets' annotation files."""
+    warnings: Mapping[str, list[str]]
+    """What is doubtful about each test set."""
 
 
 def start(args: argparse.Namespace) -> int | None:
@@ -103,14 +108,19 @@ def _start_one(args: argparse.Namespace) -> None:
         also = tuple(judged_otherwise(asked, held.get("settings", {})))
         for name in cfg.DATASETS.TEST if "categories" in held else ():
             data.same_categories("the training data", held["categories"], name, data.categories(name))
-        categories = held.get("categories", [])
+        categories, trained_on = held.get("categories", []), tuple(held.get("trained_on", ()))
+        seen: tuple[str, ...] = ()
     else:
         images = {name: len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TRAIN}
         protocol = protocol_of(asked, original, images)
-        categories = [list(c) for c in data.categories(cfg.DATASETS.TRAIN[0])]
+        categories, seen = [list(c) for c in data.categories(cfg.DATASETS.TRAIN[0])], cfg.DATASETS.TRAIN
+        trained_on = tuple(filter(None, map(data.digest_of, seen)))
+    doubts = {name: data.also_trained_on(name, seen, trained_on) for name in cfg.DATASETS.TEST}
+    for line in itertools.chain(*doubts.values()):
+        logger.warning(line)
     trial = Trial(
         args=args, cfg=cfg, origin=origin, protocol=protocol, also=also, categories=categories,
-        config_hash=config_hash,
+        config_hash=config_hash, trained_on=trained_on, warnings=doubts,
     )  # fmt: skip
     launch(
         _on_each_rank, (trial,), num_gpus=args.num_gpus, on_cpu=on_cpu, num_machines=args.num_machines,
@@ -186,7 +196,7 @@ def _on_each_rank(trial: Trial) -> None:
     else:
         record = {
             "origin": trial.origin, "protocol": trial.protocol,
-            "categories": trial.categories,
+            "categories": trial.categories, "trained_on": list(trial.trained_on),
         }  # fmt: skip
         run, outcomes = fine_tune(
             cfg, model, judge, seed=seed, record=record, resume_changed=args.resume,
@@ -258,6 +268,7 @@ def _results(
             selection=selection,
             seed=seed,
             image_size=cfg.INPUT.MIN_SIZE_TEST,
+            warnings=trial.warnings[name],
             settings={
                 "config_file": Path(trial.args.config_file).stem,
                 "config_hash": trial.config_hash,
