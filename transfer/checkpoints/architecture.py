@@ -53,7 +53,7 @@ ARCHS: dict[str, Plan] = {
 OTHERS = (
     "seresnet50", "seresnet18", "seresnet34", "seresnet101", "seresnet152", "seresnext50_32x4d",
     "seresnext101_32x4d", "seresnet50t", "ecaresnet50d", "ecaresnet101d", "gcresnet50t", "skresnet18",
-    "skresnet50", "resnet50_gn", "resnetrs50", "resnest50d",
+    "skresnet50", "resnet50_gn", "resnetrs50", "resnest50d", "res2net50_26w_4s", "res2net101_26w_4s",
 )  # fmt: skip
 """Tried only to say that `--arch` reads the file."""
 
@@ -65,6 +65,14 @@ SAME_SHAPES = {
     "resnet50d": ("resnetaa50d", "resnetblur50d"),
     "resnet101d": ("resnetaa101d", "resnetblur101d"),
 }
+
+
+VOLUMES = "its convolutions are 3D, for videos or volumes"
+_KINSHIP = {
+    "layer1.0.prelu.weight": "an iresnet of face recognition, with PReLU and BatchNorm before a convolution",
+    "layer1.0.bn1.IN.weight": "an IBN-Net, with instance beside batch normalisation",
+}
+"""Layers that only these networks have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +136,14 @@ def _why_none(shapes: dict[str, Shape]) -> str:
         return "no ResNet: there is no layer1"
     conv1 = shapes.get("conv1.weight")
     if conv1 is not None and len(conv1) == 5:
-        return "its convolutions are 3D, for videos or volumes; only networks of images can be judged here"
+        return VOLUMES
+    for layer, kind in _KINSHIP.items():
+        if layer in shapes:
+            return f"{kind}, which timm does not have"
+    if shapes.get("layer1.0.conv3.weight", ())[2:] == (3, 3):
+        return (
+            "a ResNet-12 of few-shot learning, with three 3x3 convolutions a block, which timm does not have"
+        )
     if conv1 is None or len(conv1) != 4:
         return ""
     if conv1[0] == 16 and not any(key.startswith("layer4.") for key in shapes):

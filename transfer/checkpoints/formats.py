@@ -52,8 +52,6 @@ def _at(container: str, *prefixes: str) -> tuple[Place, ...]:
 
 
 _BARE = tuple(Place(container, "") for container in ("", "state_dict", "model", "model_state_dict"))
-_INDEXED = (("0.", "conv1."), ("1.", "bn1."), ("4.", "layer1."), ("5.", "layer2."), ("6.", "layer3."),
-            ("7.", "layer4."))  # fmt: skip
 _LIGHTLY_HEADS = (
     ("projection_head", "projector"), ("prediction_head", "predictor"), ("prototypes", "prototypes"),
     ("student_projection_head", "projector"), ("student_prediction_head", "predictor"),
@@ -163,7 +161,6 @@ FOREIGN: tuple[Format, ...] = (
         name="lightly examples",
         online=_at("state_dict", "backbone.", "student_backbone."),
         ema=_at("state_dict", "backbone_momentum.", "teacher_backbone."),
-        rename=_INDEXED,
         needs=("backbone.0.", "student_backbone.0."),
         drop=(*_LIGHTLY_HEADS, ("student_head", "projector"), ("teacher_head", "EMA projector")),
     ),

@@ -195,7 +195,7 @@ def _assumed(reading: Reading, asked: WeightsOptions, recorded: bool, basic: boo
     if not basic and asked.stride_in_1x1 is None and not recorded:
         parts.append("stride in the 3x3 convolutions (--stride-in-1x1)")
     if asked.last_stride is None:
-        parts.append("last stage of stride 2 (--last-stride)")
+        parts.append("last stage of stride 2, no dilation (--last-stride)")
     if asked.channels is None and not recorded:
         parts.append("RGB (--channels)")
     return f"assumed, as the file cannot tell: {', '.join(parts)}" if parts else ""

@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transfer.checkpoints.architecture import fitting_others
+from transfer.checkpoints.architecture import VOLUMES, fitting_others
 
 if TYPE_CHECKING:
     from transfer.checkpoints.search import Container, Network
 
+IN_PYTHON = (
+    "any module that maps images to features can be judged from Python, whatever its file: "
+    "transfer.evaluate(module, ...) (docs/python.md)"
+)
+"""The way on for what is none of timm's ResNets, which alone are read from files."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".pkl")
 
 
@@ -98,21 +103,23 @@ def what_instead(raw: Any, held: list[Container], network: Network | None = None
     for words, said in _PACKINGS:
         if any(word in placeholder for placeholder in raw.placeholders for word in words):
             return said
+    if network is not None and network.match.reason:
+        return IN_PYTHON
     if network is not None:
         shapes = {target: tuple(tensor.shape) for target, tensor in network.tensors.items()}
-        others = fitting_others(shapes) if network.match.extra else []
+        others = fitting_others(shapes)
         if others:
             return f"`--arch {others[0]}` works"
         if not any(target.endswith("running_mean") for target in shapes):
             return (
-                "it has no BatchNorm statistics: a GroupNorm ResNet (`--arch resnet50_gn` where it is "
-                "timm's), or saved without buffers, which cannot be judged"
+                "it has no BatchNorm statistics: a GroupNorm ResNet, of which timm has resnet50_gn alone, or "
+                f"saved without buffers; {IN_PYTHON}"
             )
     for parts, told in _TOWERS:
         if any(part in name for name in names for part in parts):
             return told
     if network is not None:
-        return ""
+        return f"where it is another network, {IN_PYTHON}"
     value = raw.value
     if isinstance(value, dict) and ("experiment_state" in value or "target_params" in value):
         return (
@@ -126,12 +133,15 @@ def what_instead(raw: Any, held: list[Container], network: Network | None = None
             f"there are no tensors in it{f', only {what}' if what else ''}; give the file with the weights, "
             "mostly the largest beside it"
         )
-    kernels = sum(t.dim() == 4 for container in held for t in container.tensors.values())
+    dimensions = [tensor.dim() for container in held for tensor in container.tensors.values()]
+    kernels = dimensions.count(4)
+    if 5 in dimensions and not kernels:
+        return f"{VOLUMES}; {IN_PYTHON}"
     shown = ", ".join(names[:3])
     return (
         f"{len(names)} tensors, {kernels} of them convolutions ({shown} ...), none named as a ResNet's "
         "blocks (layer1.0.conv1.weight). If it is one under other names, say which in a YAML layout, "
-        "--weights-format FILE.yaml (docs/reading_checkpoints.md); only ResNets can be judged here"
+        f"--weights-format FILE.yaml (docs/reading_checkpoints.md); if not, {IN_PYTHON}"
     )
 
 
@@ -146,13 +156,13 @@ _PACKINGS: tuple[tuple[tuple[str, ...], str], ...] = (
 )  # fmt: skip
 _TOWERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("attnpool.",), "it is CLIP's ResNet, with three stem convolutions and attention pooling, which is none "
-     "of timm's plain ResNets; only those can be judged here"),
+     f"of timm's plain ResNets; {IN_PYTHON}"),
     (("attn.qkv", "self_attention.in_proj", "attention.attention.query", "cls_token"),
-     "it is a vision transformer; only ResNets can be judged here"),
-    (("dwconv.", ".gamma"), "it is a ConvNeXt; only ResNets can be judged here"),
-    (("trunk_output.", ".b1.conv", "s1.b1."), "it is a RegNet; only ResNets can be judged here"),
+     f"it is a vision transformer; {IN_PYTHON}"),
+    (("dwconv.", ".gamma"), f"it is a ConvNeXt; {IN_PYTHON}"),
+    (("trunk_output.", ".b1.conv", "s1.b1."), f"it is a RegNet; {IN_PYTHON}"),
     (("res2.0.conv1", "bottom_up."), "it is a detectron2 file: `python -m transfer convert --reverse "
      "--weights FILE --output backbone.safetensors` makes one that can be judged"),
     (("_blocks.0._depthwise", "features.18.", "_expand_conv"),
-     "it is a MobileNet or EfficientNet; only ResNets can be judged here"),
+     f"it is a MobileNet or EfficientNet; {IN_PYTHON}"),
 )  # fmt: skip

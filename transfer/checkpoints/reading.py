@@ -96,7 +96,7 @@ def read_all(raw: RawFile, asked: WeightsOptions) -> list[Reading]:
         for place in (*f.online, *f.ema)
         for old, new in f.rename
     )
-    found = [n for c in held for n in networks(c, renames, arch=asked.arch, hint=hint)]
+    everything = found = [n for c in held for n in networks(c, renames, arch=asked.arch, hint=hint)]
     if asked.prefix is not None:
         wanted = unwrap(asked.prefix.strip("."))
         named = [n for n in found if n.prefix in (wanted, f"{wanted}." if wanted else "")]
@@ -104,7 +104,7 @@ def read_all(raw: RawFile, asked: WeightsOptions) -> list[Reading]:
             there = ", ".join(f"`{n.prefix or '.'}`" for n in found[:8]) or "none"
             raise UserError(f"--prefix {asked.prefix}: no residual block under it; there are {there}")
         found = named
-    return [reading for c in held for reading in _read(c, found, formats, raw, asked)]
+    return [reading for c in held for reading in _read(c, found, everything, formats, raw, asked)]
 
 
 def _formats(raw: RawFile, asked: WeightsOptions) -> tuple[tuple[Format, ...], str | None]:
@@ -150,11 +150,13 @@ def _asked_containers(found: list[Container], asked: WeightsOptions) -> list[Con
 def _read(
     container: Container,
     found: list[Network],
+    everything: list[Network],
     formats: tuple[Format, ...],
     raw: RawFile,
     asked: WeightsOptions,
 ) -> list[Reading]:
-    """The container's networks by every format, and as found where no format is complete there."""
+    """The container's networks that are `found` by every format, and as they lie where no format is complete
+    there, beside `everything` else."""
     here = [n for n in found if n.container is container]
     role = _role(container, raw.value)
     readings: list[Reading] = []
@@ -181,7 +183,8 @@ def _read(
                 ]
     if any(r.complete for r in readings) or formats in ((OWN_RUN,), (OWN_BACKBONE,), (OWN_BACKBONE_EMA,)):
         return readings
-    return readings + [_by_layers(n, here, role) for n in here]
+    beside = [n for n in everything if n.container is container]
+    return readings + [_by_layers(n, beside, role) for n in here]
 
 
 def _role(container: Container, value: Any) -> str | None:
@@ -360,6 +363,9 @@ def _incomplete(readings: list[Reading], branch: str, path: Path) -> str:
             left = f"; left over: {shown}" if shown else ""
             lines.append(f"{r.network.place}{left}. Take it with {words(r, readings, place=True)}")
         return printable(f"{path}: " + "\n  ".join(lines))
+    reasons = [r.network.match.reason for r in readings]
+    if all(reasons):
+        return f"{path} holds no ResNet that can be judged: {reasons[0]}"
     nearest = min(
         readings,
         key=lambda r: (

@@ -233,15 +233,24 @@ def _in_timms_names(
     if first:
         dialect.append("layers numbered as in nn.Sequential")
         moves += [(f"{first + i}.", f"layer{i + 1}.") for i in range(4)]
-        for key, rest in inside.items():
+        early = {
+            key: rest for key, rest in inside.items()
+            if rest.partition(".")[0].isdecimal() and int(rest.partition(".")[0]) < first
+        }  # fmt: skip
+        convolutions = [rest for key, rest in early.items() if tensors[key].dim() == 4]
+        norms = [rest for rest in early.values() if rest.endswith(".running_mean")]
+        if len(convolutions) == len(norms) == 1:  # whatever their names
+            moves += [(convolutions[0].removesuffix("weight"), "conv1.")]
+            moves += [(norms[0].removesuffix("running_mean"), "bn1.")]
+            early = {}
+        for key, rest in early.items():
             index, _, part = rest.partition(".")
-            if index.isdecimal() and int(index) < first:
-                if part == "weight" and tensors[key].dim() == 4:
-                    moves.append((f"{index}.", "conv1."))
-                elif part == "running_mean":
-                    moves.append((f"{index}.", "bn1."))
-                elif part == "0.weight":
-                    moves.append((f"{index}.", "conv1."))
+            if part == "weight" and tensors[key].dim() == 4:
+                moves.append((f"{index}.", "conv1."))
+            elif part == "running_mean":
+                moves.append((f"{index}.", "bn1."))
+            elif part == "0.weight":
+                moves.append((f"{index}.", "conv1."))
     elif "stem.6.weight" in rests:  # OpenMMLab's deep stem
         dialect.append("OpenMMLab's deep stem")
         moves += [("stem.7.", "bn1."), ("stem.", "conv1.")]
@@ -261,10 +270,16 @@ def _in_timms_names(
                 new = re.sub(old, name, new)
                 if "shortcut for downsample" not in dialect:
                     dialect.append("shortcut for downsample")
+        for old, name in _PADDLE:
+            if new.endswith(old):
+                new = new.removesuffix(old) + name
+                if "Paddle's statistics" not in dialect:
+                    dialect.append("Paddle's statistics")
         targets[key] = new
     return targets, "; ".join(dialect)
 
 
+_PADDLE = (("._mean", ".running_mean"), ("._variance", ".running_var"))
 _SHORTCUTS = (
     (r"^(layer[1-4]\.\d+)\.(?:shortcut|downsample|residual)\.conv\.", r"\1.downsample.0."),
     (r"^(layer[1-4]\.\d+)\.(?:shortcut|downsample|residual)\.(?:bn|norm)\.", r"\1.downsample.1."),

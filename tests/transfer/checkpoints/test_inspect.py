@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from pretrain.common.files import sha256_of
@@ -57,6 +58,36 @@ def test_an_incomplete_file_shows_what_is_there(tmp_path: Path, capsys: pytest.C
     assert main(["inspect", path, "--json"]) == 2
     said = json.loads(capsys.readouterr().out)
     assert not said["loads"] and "missing: layer3.1.conv1.weight" in said["problem"]
+
+
+def test_group_norm_and_tensors_sharded_over_ranks_are_told_with_the_way_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import timm
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    def told(state: object, *words: str) -> str:
+        assert main(["inspect", save(state, tmp_path / "w.pth"), *words]) == (0 if words else 2)
+        return " ".join(capsys.readouterr().out.split())
+
+    gn = timm.create_model("resnet50_gn", num_classes=0).state_dict()
+    assert "`--arch resnet50_gn` works" in told({"state_dict": gn})
+    assert "complete: the backbone loads" in told({"state_dict": gn}, "--arch", "resnet50_gn")
+    bare = {k: v for k, v in A.items() if "running_" not in k and "batches" not in k}
+    assert "no BatchNorm statistics: a GroupNorm ResNet" in (said := told(bare))
+    assert "transfer.evaluate(module, ...)" in said
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        few = {k: v for k, v in A.items() if k.startswith(("conv1", "bn1", "layer1"))}
+        sharded = {k: distribute_tensor(v.clone(), mesh) for k, v in few.items()}
+        torch.save({"model": sharded}, tmp_path / "sharded.pth")
+    finally:
+        dist.destroy_process_group()
+    assert main(["inspect", str(tmp_path / "sharded.pth")]) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert "sharded over ranks (DTensor): join them first" in said and "full_state_dict=True" in said
 
 
 def test_a_file_with_the_ema_branch_alone_is_taken_as_that(tmp_path: Path, capsys: pytest.CaptureFixture):

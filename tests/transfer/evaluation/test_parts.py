@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +87,22 @@ def test_one_class_is_refused(parts: tuple[ImageDataset, ImageDataset]) -> None:
     one = [replace(p, classes=["a"], labels_N=np.zeros(len(p), np.int64)) for p in parts]
     with pytest.raises(UserError, match=r"one class only \(a\), about which every answer is right"):
         check_pair(*one)
+
+
+def test_names_in_two_unicode_forms_are_told_as_such(cifar_folder: Path, tmp_path: Path) -> None:
+    """The folders of macOS come decomposed (NFD), those of most other systems composed (NFC)."""
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        theirs = sorted((cifar_folder / {"val": "test"}.get(split, split)).iterdir())
+        for name, source in zip(("café", "naïf", "plain"), theirs):
+            shutil.copytree(source, tmp_path / split / unicodedata.normalize(form, name))
+    assert len(os.listdir(tmp_path / "val")) == 3
+    parts = [open_dataset("imagefolder", tmp_path, split) for split in ("train", "test")]
+    with pytest.raises(UserError, match=r"in another Unicode form, such as 'caf.*NFC.*NFD.*rename"):
+        check_pair(*parts)
+    (tmp_path / "val" / "plain").rename(tmp_path / "val" / "other")  # more than the form differs
+    parts[1] = open_dataset("imagefolder", tmp_path, "test")
+    with pytest.raises(UserError, match=r"3 only in train .* 3 only in the test part"):
+        check_pair(*parts)
 
 
 def test_the_result_carries_the_doubt(cifar_folder: Path, tmp_path: Path) -> None:
