@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from pretrain.common.lazy import lazily
-from pretrain.common.version import __version__ as __version__
+from pretrain.common.package import __version__ as __version__
+from pretrain.common.package import lazily
 
 if TYPE_CHECKING:
     from pretrain.diagnostics import diagnose

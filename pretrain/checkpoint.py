@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import threading
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.errors import RunFailed, UserError, is_disk_full
 from pretrain.common.files import atomic_path, set_usual_mode
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "intl-bench/1"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class NotSaved(RunFailed):
@@ -39,42 +39,80 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         raise NotSaved(f"{path}: checkpoint not saved, {reason}; {kept}") from error
 
 
+def try_to_save(path: Path, state: Mapping[str, Any], *, must_be_saved: bool) -> None:
+    """`save_checkpoint`, after whose failure the run goes on, unless it `must_be_saved`."""
+    try:
+        save_checkpoint(path, state)
+    except NotSaved as error:
+        if must_be_saved:
+            raise
+        _tell_not_saved(error)
+
+
+def _tell_not_saved(error: NotSaved) -> None:
+    logger.error("%s; training goes on and will try again", error)
+
+
 def _why_not_written(error: Exception, folder: Path, state: Mapping[str, Any]) -> str:
     """torch's writer says no more than that writing failed: whether there was room, the disk knows."""
-    said = str(error).splitlines()[0]
+    said = (str(error) or type(error).__name__).splitlines()[0]
+    if is_disk_full(error):
+        return "the disk is full"
     if isinstance(error, OSError):
-        return "the disk is full" if error.errno in DISK_FULL else said
-    free, wanted = shutil.disk_usage(folder).free, _bytes(state)
+        return said
+    free, wanted = shutil.disk_usage(folder).free, size_of(state)
     if "writ" in said and free < wanted:
         return "the disk is full"
     return f"{said} ({free / 1e9:.1f} GB are free for {wanted / 1e9:.1f}: is a quota used up?)"
 
 
-def _bytes(value: Any) -> int:
+def size_of(value: Any) -> int:
+    """Bytes of the tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return value.numel() * value.itemsize
     if isinstance(value, Mapping):
         value = list(value.values())
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+    return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this project, running nothing from it. Raises UserError for any other file."""
+def load_checkpoint(path: Path, *, formats: tuple[str | None, ...] = (FORMAT,)) -> dict[str, Any]:
+    """Read a checkpoint of this project, running nothing from it. Raises UserError for any other file and
+    for one whose bytes are not those that were written."""
     try:
+        damaged = damaged_record(path)
+        if damaged is not None:
+            raise UserError(
+                f"{path}: damaged, {damaged} has other bytes than were written; remove it, or take an "
+                "earlier copy, and run again"
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which a seek in a cut-off file gives
             raise UserError(f"{path}: cannot be read ({error.strerror}); is the disk there?") from error
         raise UserError(f"{path}: not a readable checkpoint ({type(error).__name__}); remove it") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") not in formats:
         raise UserError(f"{path}: not a checkpoint of this project; choose another --output")
     return state
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of writers that were killed."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+def is_checkpoint(path: Path) -> bool:
+    """Whether there is a checkpoint of this project; its tensors are not read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return False
+    return isinstance(state, dict) and state.get("format") == FORMAT
+
+
+def damaged_record(path: Path) -> str | None:
+    """The first record of a file of torch.save whose content is not what its CRC-32 says, or None.
+
+    torch.load compares none. Raises OSError and zipfile.BadZipFile.
+    """
+    with zipfile.ZipFile(path) as archive:
+        return (archive.testzip() or "").partition("/")[2] or None
 
 
 class CheckpointWriter:
@@ -117,7 +155,7 @@ class CheckpointWriter:
         if error is not None:
             if must_be_saved:
                 raise error
-            logger.error("%s; training goes on and will try again", error)
+            _tell_not_saved(error)
 
 
 def to_host(value: Any) -> Any:

@@ -42,7 +42,7 @@ class LossLog:
             if not math.isfinite(total):
                 raise RunFailed(
                     f"the loss is not finite at step {step}: total {total}, alignment {alignment}, trace "
-                    f"{trace}, learning rate {lr:.4g}; the last good checkpoint is kept. Lower --lr, "
+                    f"{trace}, learning rate {lr:.4g}; what was saved before is kept. Lower --lr, "
                     "lengthen --warmup-epochs or take --precision float32"
                 )
         self._checked += terms

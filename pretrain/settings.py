@@ -13,6 +13,9 @@ from pretrain.common.cli import parse_settings
 from pretrain.common.errors import UserError
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 
+OWN_HOOKS = ("transfer.hooks:knn",)
+"""Hooks that a recipe may name; any other runs a module of the user's, who is to say so."""
+
 RECIPES = Path(__file__).parent / "recipes"
 
 FREE_TO_CHANGE = frozenset({
@@ -219,10 +222,23 @@ GROUPS = {
 
 def parse_recipe(argv: Sequence[str], *, prog: str = "python -m pretrain", description: str = "") -> Settings:
     """The settings of a run from its recipe and options."""
-    return parse_settings(
+    settings = parse_settings(
         Settings, argv, prog=prog, description=description, config_flag="--recipe", presets=RECIPES,
         groups=GROUPS,
     )  # fmt: skip
+    asked = any(word == "--hook" or word.startswith("--hook=") for word in argv)
+    if not asked:
+        refuse_hook(settings, "the recipe", "--hook {}")
+    return settings
+
+
+def refuse_hook(settings: Settings, who: str, option: str) -> None:
+    """Raises UserError for a hook that is not this project's: it came from a file and would run."""
+    if settings.hook is not None and settings.hook not in OWN_HOOKS:
+        raise UserError(
+            f"{who} asks for hook: {settings.hook}, which runs code that is not of this project: if you "
+            f"trust it, give {option.format(settings.hook)} yourself"
+        )
 
 
 _PER_VIEW = ("min_scales", "max_scales", "jitter_p", "grey_p", "blur_p", "solarise_p", "flip_p")

@@ -16,11 +16,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint import DISK_FULL, CheckpointWriter, load_checkpoint, remove_leftovers, save_backbone
+from pretrain.checkpoint import CheckpointWriter, load_checkpoint, save_backbone, size_of
 from pretrain.common.cli import save_settings, settings_as_dict
 from pretrain.common.collectives import any_rank, gather_rows
-from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.errors import RunFailed, UserError, is_disk_full
 from pretrain.common.files import atomic_path, read_jsonl
+from pretrain.common.output_folder import need_space
 from pretrain.common.process_group import barrier, is_main, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
@@ -49,6 +50,8 @@ from pretrain.spectral import power
 logger = logging.getLogger(__name__)
 
 ASK_RANKS_EVERY = {"cpu": 1, "cuda": 10}  # steps between two questions to all ranks: was one told to stop?
+
+LOGS_BYTES = 10**7
 
 Hook = Callable[[nn.Module, Settings], Mapping[str, float]]
 
@@ -142,7 +145,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
         )  # fmt: skip
     try:
         if is_main():
-            remove_leftovers(output)
+            _need_space(output, settings, plan, learner, start)
             save_settings(settings, output / "config.yaml")
         barrier()
         if plan.steps == 0:
@@ -158,12 +161,30 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
                 "wrote %s; peak memory %.1f GiB", output / "backbone.safetensors", peak_memory_gib(device)
             )
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not is_disk_full(error):
             raise
         raise RunFailed(
-            f"{output}: the disk is full; the last good checkpoint is kept: free some space and run it again"
+            f"{output}: the disk is full; {_kept(output)}: free some space and run it again"
         ) from error
     barrier()
+
+
+def _need_space(output: Path, settings: Settings, plan: Plan, learner: Learner, start: int) -> None:
+    """Raises UserError unless there is room for the checkpoints and backbones still to be written."""
+    size, every = size_of(learner.state()), settings.keep_every_epochs
+    beside = 1 if (output / "checkpoint.pt").exists() else 2  # the next one is written beside the last
+    copies = 0 if every is None else plan.steps // plan.steps_per_epoch // every - (
+        start // plan.steps_per_epoch // every
+    )  # fmt: skip
+    networks = [learner.encoder, learner.target] if learner.target is not None else [learner.encoder]
+    backbones = sum(size_of(n.backbone.state_dict()) for n in networks)
+    what = f"{beside + copies} checkpoints of {size / 1e6:.0f} MB, backbones and logs"
+    need_space(output, (beside + copies) * size + backbones + LOGS_BYTES, what)
+
+
+def _kept(output: Path) -> str:
+    kept = (output / "checkpoint.pt").exists()
+    return "the last good checkpoint is kept" if kept else "no checkpoint was saved before"
 
 
 def _loop(
@@ -237,12 +258,7 @@ def _loop(
                 if metrics is not None:
                     metrics.write(record | diagnosis)
                 if settings.on_collapse == "stop" and any_rank(collapsed is not None, device):
-                    kept = (
-                        "the last checkpoint is kept"
-                        if writer.path.exists()
-                        else "no checkpoint was saved yet"
-                    )
-                    raise RunFailed(f"stopped: {collapsed or 'an embedding collapsed'}; {kept}")
+                    raise RunFailed(f"stopped: {collapsed or 'an embedding collapsed'}; {_kept(output)}")
                 shown = {"loss": record["loss"], "images/s": record["images_per_s"]}
             if events.save or stopping:
                 skipped.agree()

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint import write_safetensors
+from pretrain.checkpoint import size_of, write_safetensors
 from pretrain.common.errors import UserError
 from pretrain.common.files import set_usual_mode, sha256_of, write_json, write_text
+from pretrain.common.output_folder import need_space, output_folder
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from transfer.checkpoints.backbone import Backbone, load_backbone
 from transfer.options import ExportSettings, WeightsOptions, parse
@@ -30,7 +31,11 @@ TOLERANCE = 1e-5
 
 def export(settings: ExportSettings) -> dict[str, Any]:
     """Write, prove, then move into place; returns what export.json records."""
-    _check_output(settings.output)
+    with output_folder(settings.output, "transfer export", earlier=lambda f: (f / RECORD).exists()):
+        return _export(settings)
+
+
+def _export(settings: ExportSettings) -> dict[str, Any]:
     loaded = load_backbone(settings.weights, settings)
     if loaded.stem != "imagenet":
         raise UserError(
@@ -38,8 +43,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
             "its ResNets begin with a 7x7 convolution and max pooling (a CIFAR stem has a 3x3 one and none). "
             "Evaluate the file here with knn or linear, or pretrain with --stem imagenet"
         )
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
     parent = settings.output.parent
+    need_space(parent, size_of(loaded.network().state_dict()), "the weights")
     with tempfile.TemporaryDirectory(prefix=f".{settings.output.name}.", dir=parent) as aside:
         folder = Path(aside)
         writers = {"timm": _timm, "torchvision": _torchvision, "detectron2": _detectron2, "huggingface": _hub}
@@ -56,22 +61,12 @@ def export(settings: ExportSettings) -> dict[str, Any]:
             "load_with": how,
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")},
         }
-        settings.output.mkdir(exist_ok=True)
         for path in folder.iterdir():
             if path.is_file():
                 set_usual_mode(path)
             shutil.move(path, settings.output / path.name)
         write_json(settings.output / RECORD, record)
     return record
-
-
-def _check_output(output: Path) -> None:
-    if output.is_file():
-        raise UserError(f"--output {output} is a file; a folder is wanted")
-    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).exists():
-        raise UserError(
-            f"--output {output} holds other files; take a new folder, so that none is overwritten"
-        )
 
 
 # ------------------------------------------------------------------ writers: (difference, how to load it)

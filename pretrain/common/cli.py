@@ -19,11 +19,12 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
-from pretrain.common.errors import RunFailed, UserError, worker_failure
+from pretrain.common.errors import RunFailed, UserError, outside_reason, worker_failure
 from pretrain.common.files import write_text
 from pretrain.common.help_formatter import EXIT_CODES, Formatter, help_text
+from pretrain.common.package import __version__
 from pretrain.common.signals import Stopped
-from pretrain.common.version import __version__
+from pretrain.common.terminal import Plain, PlainFormatter, printable, show_all_characters
 
 logger = logging.getLogger(__name__)
 
@@ -184,14 +185,15 @@ def save_settings(settings: Any, path: str | Path) -> None:
 
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call `main`, turn what it raises into one clear line and an exit code; answer `--version`."""
-    logging.basicConfig(
-        level=os.environ.get("LOG_LEVEL", "INFO"),
-        format="%(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    show_all_characters()
+    log = logging.StreamHandler()
+    log.setFormatter(PlainFormatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=os.environ.get("LOG_LEVEL", "INFO"), handlers=[log])
     logging.getLogger("timm").setLevel(logging.WARNING)  # it tells of every file it loads
     earlier_hook, threading.excepthook = threading.excepthook, _note_thread_error
+    stdout, plain = sys.stdout, Plain(sys.stdout)
+    if stdout is not None:  # closed by who started us: print() does without
+        sys.stdout = plain  # type: ignore[assignment]
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words == ["--version"]:
@@ -199,28 +201,35 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
             return EXIT_OK
         return main(words) or EXIT_OK
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return EXIT_USAGE
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except RuntimeError as error:
-        said = worker_failure(error)  # told by a signal, wherever the main thread was
-        if said is None:
-            raise
-        print(f"error: {said}", file=sys.stderr)
+        _tell(f"error: {error}")
         return EXIT_FAILED
     except Stopped as stop:
-        print(f"{stop}; run the same command again to go on", file=sys.stderr)
+        _tell(f"{stop}; run the same command again to go on")
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        _tell("interrupted; run the same command again to go on")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stdout = None  # type: ignore[assignment]
         return EXIT_OK
+    except Exception as error:
+        reason = worker_failure(error) if isinstance(error, RuntimeError) else None  # told by a signal
+        reason = reason or outside_reason(error)
+        if reason is None:
+            raise
+        _tell(f"error: {reason}")
+        return EXIT_FAILED
     finally:
         threading.excepthook = earlier_hook
+        if sys.stdout is plain:  # type: ignore[comparison-overlap]
+            sys.stdout = stdout
+
+
+def _tell(line: str) -> None:
+    print(printable(line), file=sys.stderr)
 
 
 def _note_thread_error(failed: threading.ExceptHookArgs) -> None:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+logger = logging.getLogger(__name__)
+
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+(\.[0-9a-f]+)?\.(tmp|pkl)")
+LONGEST_NAME = 120
+TOLD = 3
 
 
 @contextlib.contextmanager
@@ -20,7 +29,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.tmp")
     try:
         yield aside
         with open(aside, "rb") as file:
@@ -48,33 +57,77 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def remove_leftovers(folder: Path, *, of: str | None = None) -> None:
+    """Delete the temporary files of writers that were killed; `of`: those of this file alone."""
+    for path in folder.iterdir():
+        found = LEFTOVER.fullmatch(path.name)
+        if found and of in (None, found["name"]) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def file_name(text: str) -> str:
+    """`text` as a part of a path: of [A-Za-z0-9._-] alone, not hidden, not empty, not over LONGEST_NAME long.
+
+    What is cut off or replaced is told apart by a hash of the whole.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).lstrip(".-")
+    if name and name == text and len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:6]
+    return f"{name[: LONGEST_NAME - 7].rstrip('.-')}-{digest}".lstrip("-")
+
+
 def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
-    """Append JSON objects, a line each, all in one write, starting a new line after a torn one."""
+    """Append JSON objects, a line each, starting a new line after a torn one: all of them or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
-    with open(path, "ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
+    with open(path, "ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end > 0:
+            file.seek(end - 1)
             if file.read(1) != b"\n":
                 lines = "\n" + lines
-        file.write(lines.encode())
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            left = memoryview(lines.encode())
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:  # a full disk
+            file.truncate(end)
+            raise
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Read the objects of a JSON-lines file; a line that a kill tore is left out. No file, no objects."""
+def read_jsonl(path: str | Path, *, nan: bool = True) -> list[dict[str, Any]]:
+    """Read the objects of a JSON-lines file, in its order. No file, no objects.
+
+    Other lines are left out and told, but for a last one that a kill tore; without `nan`, those with a
+    number that is not finite as well.
+    """
     path = Path(path)
     if not path.exists():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
+    records, bad = [], []
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line, parse_constant=None if nan else _refuse)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):  # a last line without an end was cut off by a kill
+            bad.append(number)
+    if bad:
+        shown = ", ".join(map(str, bad[:TOLD])) + (" ..." if len(bad) > TOLD else "")
+        logger.warning("%s: %d lines without a JSON object left out (line %s)", path, len(bad), shown)
     return records
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def sha256_of(path: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.common.files import write_json
+from pretrain.common.terminal import console, printable
 
 
 class Progress:
@@ -38,7 +40,6 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._main and sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
@@ -48,7 +49,7 @@ class Progress:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=console(stderr=True),
             )
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, note="")
@@ -70,14 +71,15 @@ class Progress:
             self._shown = now
             left = "" if last else f", {_duration(self.eta_s(now))} left"
             line = f"{self.label}: {self.done}/{self.total} {self.unit}s {_spell(values)}".rstrip()
-            print(line + left, file=sys.stderr, flush=True)
+            print(printable(line + left), file=sys.stderr, flush=True)
         if self.file and (now - self._written >= 1 or last):
             self._written = now
-            write_json(self.file, {
-                "label": self.label, "done": self.done, "total": self.total, "unit": self.unit,
-                "per_second": (self.done - self._start) / max(now - self._began, 1e-9),
-                "eta_s": self.eta_s(now), "values": values,
-            })  # fmt: skip
+            with contextlib.suppress(OSError):  # a full disk stops no run for the sake of its progress
+                write_json(self.file, {
+                    "label": self.label, "done": self.done, "total": self.total, "unit": self.unit,
+                    "per_second": (self.done - self._start) / max(now - self._began, 1e-9),
+                    "eta_s": self.eta_s(now), "values": values,
+                })  # fmt: skip
 
     def eta_s(self, now: float) -> float:
         """Seconds left at the mean rate so far."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from zlib import crc32
 import numpy as np
 
 from pretrain.common.files import atomic_path
+from pretrain.common.locks import hold
 
 BLOCK = 1 << 20  # bytes
 
@@ -29,8 +29,7 @@ def one_at_a_time(kept: Path) -> Iterator[None]:
     """One process at a time; the others wait and find the work done. Without a writable cache, all work."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(kept.with_suffix(".lock"), "a")), fcntl.LOCK_EX)
+            stack.enter_context(hold(kept.with_suffix(".lock"), wait_s=None))
         yield
 
 

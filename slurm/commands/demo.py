@@ -6,6 +6,7 @@ from the INTL weights and from random initialisation, on the same budget; the re
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Literal
 
 from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
+from pretrain.common.output_folder import check_folder
 from slurm.commands.options import spread
 from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.snapshot import pin
 from slurm.state.step_state import counted
-from slurm.state.suite_lock import locked, refuse_other_configuration, set_aside
+from slurm.state.suite_lock import WRITES, is_suite, locked, refuse_other_configuration, set_aside
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import load_profile
@@ -65,11 +67,12 @@ def main(argv: list[str]) -> int | None:
     asked = parse_settings(
         Demo, spread(argv, ["--force"], TEXTS), prog="python -m slurm demo", description=DESCRIPTION
     )
-    root = Path(asked.output).resolve()
+    root = Path(os.path.realpath(asked.output))  # resolve() fails at links in a circle
+    check_folder(root, "slurm demo", writes=WRITES, earlier=is_suite)
     images = Images(dataset=asked.dataset, data_dir=find_images(asked.dataset, asked.data_dir))
     graph = demo_graph(root, images, asked)
     redo = graph.forced(asked.force or [])
-    with locked(root):
+    with locked(root, command="slurm demo"):
         refuse_other_configuration(root, graph, redo)
         set_aside(root, graph, redo)
         save_settings(asked, root / "config.yaml")

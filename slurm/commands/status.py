@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pretrain.common.cli import EXIT_FAILED, parse_settings
 from pretrain.common.errors import UserError
+from pretrain.common.terminal import console
 from slurm.execution.slurm_queue import live_steps
 from slurm.state.step_state import CANCELLED, DONE, FAILED, QUEUED, RUNNING, View, all_views
 from slurm.state.step_table import as_lines, as_table, summary
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> int | None:
     if sys.stdout.isatty():
         from rich.live import Live
 
-        with Live() as live:
+        with Live(console=console()) as live:
             for views in looks:
                 live.update(as_table(views, str(root)))
     else:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
+from pretrain.common.output_folder import check_folder
+from pretrain.settings import refuse_hook
 from slurm.commands.options import spread
 from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.snapshot import code_files, pin, untracked
 from slurm.state.step_state import counted
-from slurm.state.suite_lock import locked, refuse_other_configuration, set_aside
+from slurm.state.suite_lock import WRITES, is_suite, locked, refuse_other_configuration, set_aside
 from slurm.steps import checks
 from slurm.steps.graph import Graph
 from slurm.steps.resources import Resources, load_profile
@@ -43,7 +46,10 @@ def main(argv: list[str]) -> int | None:
         description=DESCRIPTION,
         groups=GROUPS,
     )
-    root = Path(asked.output).resolve()
+    if asked.pretraining is not None and not any(w.startswith("--pretrain-options") for w in argv):
+        refuse_hook(asked.pretraining, "the suite's file", "--pretrain-options '--hook {}'")
+    root = Path(os.path.realpath(asked.output))  # resolve() fails at links in a circle
+    check_folder(root, "slurm suite", writes=WRITES, earlier=is_suite)
     resources = load_profile(asked.profile or "local", asked.override or [])
     graph = suite_graph(root, asked, resources)
     redo = graph.forced(asked.force or [])

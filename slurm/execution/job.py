@@ -12,7 +12,6 @@ One class for all steps. What a signal means here:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib
 import logging
 import os
@@ -29,6 +28,7 @@ from submitit.core.utils import DelayedSubmission, UncompletedJobError
 from pretrain.common.cli import EXIT_STOPPED, EXIT_USAGE
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
+from pretrain.common.locks import Held, hold
 from pretrain.common.signals import Stopped, StopSignals
 from slurm.execution.ranks import joined, rank_variables
 from slurm.execution.snapshot import environment
@@ -143,19 +143,12 @@ class Job:
         if rank != 0:
             yield
             return
-        self.record.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.record.folder / "running.lock", "a") as file:
-            deadline = time.monotonic() + LOCK_WAIT_S
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError as error:
-                    if time.monotonic() > deadline:
-                        raise StepFailed(
-                            f"another job still runs {self.step.name}: see {file.name}"
-                        ) from error
-                    time.sleep(1)
+        lock = self.record.folder / "running.lock"
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(hold(lock, wait_s=LOCK_WAIT_S))
+            except Held as held:
+                raise StepFailed(f"another job still runs {self.step.name}: {held}") from None
             yield
 
     def _run(self) -> None:

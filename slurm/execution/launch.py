@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import submitit
 
+from pretrain.common.locks import process_start
 from slurm.execution.job import Job
-from slurm.state.local_process import process_start
 from slurm.state.step_files import Record
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import Resources

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.common.machine import cores
+from pretrain.common.terminal import console
 from slurm.execution.launch import handling, submit_local
 from slurm.execution.snapshot import gpu_names
 from slurm.state.local_process import LocalProcess
@@ -186,10 +187,9 @@ class LocalRun:
     def _shown(self) -> Iterator[Any]:
         """A live table on a terminal, else a line now and then and one for each step that ends."""
         if sys.stderr.isatty():
-            from rich.console import Console
             from rich.live import Live
 
-            with Live(console=Console(stderr=True), refresh_per_second=2) as live:
+            with Live(console=console(stderr=True), refresh_per_second=2) as live:
                 yield lambda title: live.update(as_table(self.views(), title))
             return
         said = dict.fromkeys(self.ended, True)

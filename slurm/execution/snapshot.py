@@ -89,6 +89,8 @@ def pin(root: Path, extras: Sequence[Path] = (), source: Path = SOURCE) -> Path:
     folder = root.resolve() / "code" / digest.hexdigest()[:12]
     if folder.is_dir():
         return folder
+    for left in folder.parent.glob(".*.*"):  # by a submission that was killed
+        shutil.rmtree(left, ignore_errors=True)
     aside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     for path in files:
         copy = aside / path

@@ -6,8 +6,9 @@ import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from pretrain.common.locks import process_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +42,10 @@ class LocalProcess:
     @property
     def is_alive(self) -> bool:
         """Whether that very process runs on this machine now, and does not just wait to be buried."""
-        if not self.is_here or not self.started or process_start(self.pid) != self.started:
-            return False
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        return False
+        return self.is_here and bool(self.started) and process_start(self.pid) == self.started
 
     def send(self, number: int) -> None:
         """Signal it, and no other process."""
         with contextlib.suppress(ProcessLookupError):
             if self.is_alive:
                 os.kill(self.pid, number)
-
-
-def process_start(pid: int) -> str:
-    """What tells process `pid` from a later one of that number; "" where there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-    return f"{stat.rpartition(')')[2].split()[19]} {boot}"

@@ -3,59 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.common.errors import UserError
+from pretrain.common.locks import holder as lock_holder
+from pretrain.common.output_folder import LOCK, FolderInUse, need_space, output_folder
 from slurm.state.step_files import Record, differing, read_json
 from slurm.steps.graph import Graph
 
+SPACE_BYTES = 10**8
+WRITES = ("jobs", "config.yaml")
+
 
 @contextlib.contextmanager
-def locked(root: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold OUT/jobs/lock: one submission, or one run on this machine, at a time. The kernel frees it."""
-    folder = root / "jobs"
+def locked(root: Path, wait_s: float = 0.0, *, command: str = "slurm suite") -> Iterator[None]:
+    """Hold the suite's folder: one submission, or one run on this machine, at a time."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {root} cannot be written: {error}") from error
-    with open(folder / "lock", "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    raise UserError(
-                        f"{root} is in use by another suite ({file.read().strip() or 'unknown process'}); "
-                        "wait for it, look at it with `python -m slurm status`, "
-                        "or stop it with `python -m slurm cancel`"
-                    ) from error
-                time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        try:
+        with output_folder(root, command, writes=WRITES, earlier=is_suite, wait_s=wait_s):
+            need_space(root, SPACE_BYTES, "the code that jobs run, and their logs")
             yield
-        finally:
-            file.truncate(0)
+    except FolderInUse as error:
+        raise UserError(
+            f"{error}; look at it with `python -m slurm status`, or stop it with `python -m slurm cancel`"
+        ) from None
+
+
+def is_suite(root: Path) -> bool:
+    """Whether a folder without a marker is that of an earlier suite."""
+    return any(root.glob("jobs/*/step.json")) or (root / "jobs" / "lock").exists()
 
 
 def holder(root: Path) -> int | None:
     """The process that holds the lock on this machine, if one does."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open(root / "jobs" / "lock", "r+") as file:
-        words = file.read().split()
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # else its process was killed, and the number may be another's by now
-            if words[3] == os.uname().nodename:
-                return int(words[1])
-    return None
+    by = lock_holder(root / LOCK)
+    return by.pid if by is not None and by.is_here else None
 
 
 def refuse_other_configuration(root: Path, graph: Graph, redo: set[str]) -> None:

@@ -16,12 +16,12 @@ from pretrain.checkpoint import (
     CheckpointWriter,
     NotSaved,
     load_checkpoint,
-    remove_leftovers,
     save_backbone,
     save_checkpoint,
     to_host,
 )
 from pretrain.common.errors import UserError
+from pretrain.common.files import remove_leftovers
 
 
 def test_state_comes_back_as_it_went(tmp_path: Path) -> None:

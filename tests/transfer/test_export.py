@@ -159,7 +159,7 @@ def test_a_wrong_export_is_noticed_and_leaves_nothing(moco: Path, tmp_path: Path
 
 def test_other_peoples_files_are_not_overwritten(moco: Path, tmp_path: Path):
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match=r"would replace: README\.md"):
         exporting.export(exporting.ExportSettings(weights=moco, output=tmp_path, format="huggingface"))
     assert (tmp_path / "README.md").read_text() == "mine" and "timm" in sys.modules
 

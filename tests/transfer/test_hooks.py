@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
 from pretrain.common.signals import StopSignals
 from pretrain.common.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
@@ -146,7 +147,10 @@ def test_pretraining_steps_have_it_unless_told_otherwise(tmp_path: Path, cifar_f
 
     assert made("demo_cifar10") == "transfer.hooks:knn"
     assert made("demo_cifar10", "--hook", "null") is None and made("demo_cifar10", "--hook=null") is None
-    assert made("demo_cifar10", "--hook", "a:b") == "a:b" and made(str(own)) == "my.module:look"
+    assert made("demo_cifar10", "--hook", "a:b") == "a:b"
+    with pytest.raises(UserError, match=r"if you trust it, give --hook my\.module:look"):
+        made(str(own))
+    assert made(str(own), "--hook", "my.module:look") == "my.module:look"
     assert hook_of(tasks.control(tmp_path, "demo_cifar10", images, 0)) is None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 
 from pretrain.common.cli import EXIT_OK, EXIT_STOPPED
 from pretrain.common.files import read_jsonl
+from tests.helpers.killed_commands import after_kills
 from transfer.detection import scenes
 
 pytestmark = pytest.mark.faults
@@ -34,15 +34,19 @@ def folder(fashion_mnist_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return scenes.compose(fashion_mnist_dir, out, train=9, test=3, size=64)
 
 
-def start(folder: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+def words(folder: Path, output: Path | str, *more: str) -> list[str]:
     datasets = [w for s in ("train", "test")
                 for w in ("--dataset", f"scenes_{s}={folder / s}.json:{folder / s}")]  # fmt: skip
     gpus = ["--num-gpus", "0"] if "--num-gpus" not in more else []
-    return subprocess.Popen(
-        [sys.executable, "-m", "transfer.train_net", "--config-file", "scenes_R18_FPN", "--random-init",
-         *gpus, *datasets, *more, *PAIRS, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output)],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    return [
+        "--config-file", "scenes_R18_FPN", "--random-init", *gpus, *datasets, *more, *PAIRS,
+        "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output),
+    ]  # fmt: skip
+
+
+def start(folder: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "transfer.train_net", *words(folder, output, *more)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> int:
@@ -75,20 +79,13 @@ def same(output: Path, other: Path) -> None:
     assert all(torch.equal(model[k], wanted[k]) for k in wanted)
 
 
-def test_killed_at_random_moments_it_ends_as_if_undisturbed(
-    folder: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    moments = random.Random(0)
-    for _ in range(3):
-        process = start(folder, tmp_path)
-        wait_for_progress(tmp_path, process)
-        time.sleep(moments.uniform(0, 1.0))
-        process.kill()
-        finish(process)
-    assert finish(start(folder, tmp_path)) == EXIT_OK
-    same(tmp_path, undisturbed)
-    assert [m["iteration"] for m in read_jsonl(tmp_path / "metrics.json")] == list(range(ITERATIONS + 1))
-    assert len(read_jsonl(tmp_path / "results.jsonl")) == 2
+def test_twenty_kills_change_nothing(folder: Path, tmp_path: Path) -> None:
+    whole, cuts = after_kills("train-net", words(folder, "{output}"), tmp_path)
+    for cut in cuts:
+        same(cut, whole)
+        iterations = [m["iteration"] for m in read_jsonl(cut / "metrics.json")]
+        assert iterations == list(range(ITERATIONS + 1))
+        assert len(read_jsonl(cut / "results.jsonl")) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])

@@ -12,6 +12,7 @@ import json
 import sys
 
 from pretrain.common.cli import Parser
+from pretrain.common.terminal import console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -365,14 +366,13 @@ def main(argv: list[str]) -> int:
     elif asked.json:
         print(json.dumps({"formats": table(), "refused": REFUSED}, indent=2))
     else:
-        from rich.console import Console
         from rich.table import Table
 
         rows = table()
         view = Table(*rows[0], box=None, header_style="bold", pad_edge=False)
         for row in rows:
             view.add_row(*row.values())
-        Console(width=None if sys.stdout.isatty() else 160).print(view, markup=False)
+        console(width=None if sys.stdout.isatty() else 160).print(view, markup=False)
         for name, why in REFUSED.items():
             print(f"refused: {name}: {why}")
     return 0

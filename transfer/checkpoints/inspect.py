@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pretrain.common.errors import UserError
+from pretrain.common.terminal import console
 from transfer.checkpoints.backbone import Found, find
 from transfer.checkpoints.forward import check
 from transfer.checkpoints.inert_values import Placeholder
@@ -179,18 +180,17 @@ def rows(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _print_table(found: Inspection, *, keys: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
+    screen = console(width=None if sys.stdout.isatty() else 120, soft_wrap=False)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in rows(found):
         style = {"result": "green" if found.found else "red"}.get(name, "")
         table.add_row(name, Text(text, style=style))
-    console.print(table)
+    screen.print(table)
     if keys and found.found is not None:
         for key, target in found.found.reading.used.items():
             print(printable(f"{key} -> {target}"))

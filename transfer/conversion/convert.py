@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import atomic_path, sha256_of
+from pretrain.common.output_folder import need_space, output_file
 from transfer.conversion.availability import need_detectron2
 from transfer.conversion.layout import from_detectron2, shape_of, to_detectron2
-from transfer.conversion.weights_file import read_detectron2, write_pickle
+from transfer.conversion.weights_file import AUTHOR, read_detectron2, read_pickle, write_pickle
 from transfer.options import ConvertSettings, parse
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
         "branch": loaded.branch, "arch": loaded.arch, "metadata": dict(loaded.metadata),
         "options": shape_of(weights).options(stride_in_1x1=in_1x1), "verified": settings.verify,
     }  # fmt: skip
+    need_space(settings.output, sum(w.nbytes for w in weights.values()), "the weights")
     with atomic_path(settings.output) as aside:
         candidate = aside.with_suffix(".pkl")  # DetectionCheckpointer goes by the suffix
         try:
@@ -107,6 +110,7 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
         "stride_in_1x1": str(in_1x1).lower(),
     }  # fmt: skip
     metadata |= {name: said[name] for name in ("mean", "std") if name in said}
+    need_space(settings.output, sum(v.nbytes for v in state.values()), "the weights")
     with atomic_path(settings.output) as aside:
         write_safetensors(aside, {k: v.contiguous() for k, v in state.items()}, metadata)
     return metadata
@@ -160,10 +164,33 @@ def main(argv: list[str]) -> int | None:
     wanted = ".safetensors" if settings.reverse else ".pkl"
     if settings.output.suffix != wanted:
         raise UserError(f"--output {settings.output}: wanted a file name that ends in {wanted}")
+    with output_file(settings.output, earlier=_wrote_back if settings.reverse else _wrote):
+        _convert(settings)
+    return None
+
+
+def _wrote(file: Path) -> bool:
+    try:
+        return read_pickle(file).get("__author__") == AUTHOR
+    except UserError:
+        return False
+
+
+def _wrote_back(file: Path) -> bool:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, "pt") as tensors:
+            return (tensors.metadata() or {}).get("source") == "detectron2"
+    except Exception:
+        return False
+
+
+def _convert(settings: ConvertSettings) -> None:
     if settings.reverse:
         metadata = convert_back(settings)
         print(f"{settings.output}: {metadata['arch']} under timm's keys")
-        return None
+        return
     origin = convert(settings)
     proof = (
         f"proved equal in detectron2 (largest difference {origin['difference']:.1e} of a stage's scale)"
@@ -172,4 +199,3 @@ def main(argv: list[str]) -> int | None:
     )
     print(f"{settings.output}: {origin['arch']} ({origin['format']}, {origin['branch']} branch), {proof}")
     print("  " + " ".join(f"{k} {v}" for k, v in origin["options"].items()))
-    return None

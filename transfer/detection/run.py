@@ -21,6 +21,7 @@ from torch import nn
 
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import sha256_of, write_text
+from pretrain.common.output_folder import output_folder, read_config
 from transfer.detection import data
 from transfer.detection.checkpointer import StrictCheckpointer, local_path, record_of, run_of
 from transfer.detection.config import load_config, pairs, shipped
@@ -36,6 +37,11 @@ TASKS: dict[str, Literal["detection", "segmentation", "keypoints"]] = {
     "bbox": "detection", "segm": "segmentation", "keypoints": "keypoints"
 }  # fmt: skip
 RANDOM = {"path": None, "sha256": None, "format": "random initialisation", "branch": None}
+JUDGED = ("config.yaml", "results.jsonl", "progress.json", "pictures", "curves.png")
+TRAINED = (
+    "last_checkpoint", "metrics.json", "model_last.pth", "model_best.pth", "model_final.pth",
+    "model_[0-9]*.pth",
+)  # fmt: skip
 MENDED = "annotations"  # folder in OUTPUT_DIR of copies of annotation files that had to be mended
 
 
@@ -83,6 +89,22 @@ def _start_one(args: argparse.Namespace) -> None:
     ranks = world_size(args.num_gpus, args.num_machines, on_cpu=on_cpu)
     data.register(args.dataset)
     cfg = load_config(args.config_file, args.opts, ranks=ranks)
+    if args.show:
+        _run_one(args, cfg, ranks, on_cpu)
+        return
+    writes = JUDGED if args.eval_only else (*JUDGED, *TRAINED)
+    with output_folder(
+        cfg.OUTPUT_DIR, "transfer train-net", writes=writes, earlier=_wrote, main=args.machine_rank == 0
+    ):
+        _run_one(args, cfg, ranks, on_cpu)
+
+
+def _wrote(folder: Path) -> bool:
+    """Whether a run without a marker wrote the folder: detectron2's own config has no PROTOCOL."""
+    return {"PROTOCOL", "MODEL", "SOLVER"} <= read_config(folder).keys()
+
+
+def _run_one(args: argparse.Namespace, cfg: CfgNode, ranks: int, on_cpu: bool) -> None:
     if args.eval_only and args.resume:
         args.opts = [*args.opts, "MODEL.WEIGHTS", _last_model(Path(cfg.OUTPUT_DIR))]
         cfg = load_config(args.config_file, args.opts, ranks=ranks)

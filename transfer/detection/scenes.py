@@ -22,6 +22,8 @@ from scipy import ndimage
 from pretrain.common.cli import settings_as_dict
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
+from pretrain.common.output_folder import need_space, output_folder
+from pretrain.common.output_folder import visible as names_in
 from pretrain.common.progress import Progress
 from pretrain.data.datasets import ImageDataset, open_dataset
 from transfer.options import ScenesSettings, parse
@@ -32,6 +34,7 @@ MOST_OBJECTS = 6
 OBJECT_SIDE = (0.22, 0.55)  # of the scene's side
 LEAST_VISIBLE = 0.4  # of an object's silhouette; a later object that would hide more is put elsewhere
 LEAST_PIXELS = 24
+BYTES_A_PIXEL = 0.6  # of a scene and its annotations, at most
 PLACES_TRIED = 12
 
 
@@ -75,7 +78,7 @@ def compose(
 
 def _is_there(folder: Path, made_from: dict[str, Any]) -> bool:
     """Whether `folder` holds these very scenes; clears what an earlier composition left otherwise."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not names_in(folder):
         return False
     marker = folder / MARKER
     if not marker.exists():
@@ -215,6 +218,9 @@ def texture(size: int, rng: np.random.Generator) -> np.ndarray:
 def main(argv: list[str]) -> int | None:
     """`python -m transfer scenes`."""
     settings: ScenesSettings = parse("scenes", argv)
-    folder = compose(**{k: getattr(settings, k) for k in settings.__dataclass_fields__})
+    with output_folder(settings.output, "transfer scenes", earlier=lambda f: (f / MARKER).exists()) as folder:
+        scenes = settings.train + settings.test
+        need_space(folder, int(BYTES_A_PIXEL * scenes * settings.size**2), f"{scenes} scenes")
+        compose(**{k: getattr(settings, k) for k in settings.__dataclass_fields__})
     print(f"{folder}: {settings.train} scenes to train on, {settings.test} to test on")
     return None

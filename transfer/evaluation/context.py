@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import torch
 
 from pretrain.common.cli import save_settings
 from pretrain.common.errors import UserError
+from pretrain.common.output_folder import output_folder, settings_in
 from pretrain.common.process_group import barrier, is_main, process_group, world_size
 from pretrain.data.datasets import ImageDataset, open_dataset
 from transfer.checkpoints.backbone import RAW_PIXELS, Backbone, load_backbone, numbers_text, raw_pixels
@@ -25,11 +27,35 @@ from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
-from transfer.options import EvaluationSettings, WeightsOptions
+from transfer.options import (
+    EvaluationSettings,
+    KnnSettings,
+    LinearSettings,
+    SemisupSettings,
+    WeightsOptions,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
 ANY_IMAGES = ("imagefolder", "webdataset")
+WRITES = (
+    "config.yaml", results.FILE, "progress.json", "linear.pt", "svm-parts", "checkpoint.pt", "epochs.json",
+)  # fmt: skip
+
+
+def output_of(settings: EvaluationSettings, task: str) -> AbstractContextManager[Path]:
+    """The output folder, see `output_folder`; evaluators may share one."""
+    return output_folder(settings.output, f"transfer {task}", writes=WRITES, earlier=_is_evaluation)
+
+
+def _is_evaluation(folder: Path) -> bool:
+    """Whether an evaluator wrote a folder, by its settings or, without any, its results."""
+    if (folder / "config.yaml").exists():
+        return any(settings_in(s)(folder) for s in (KnnSettings, LinearSettings, SemisupSettings))
+    try:
+        return bool(results.read(folder))
+    except ValueError:
+        return False
 
 
 def backbone_of(settings: EvaluationSettings, backbone: Backbone | None = None) -> Backbone:

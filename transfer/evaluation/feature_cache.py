@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -26,6 +25,7 @@ import numpy as np
 
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import atomic_path, write_json
+from pretrain.common.locks import hold
 from pretrain.data.cache import checksum_of, load_arrays
 from pretrain.data.datasets import KEEP_BYTES, ImageDataset
 from pretrain.data.folders import stats_of
@@ -87,9 +87,7 @@ class FeatureFolder:
         """One process at a time makes the same features; a second waits and finds them made."""
         for folder in (self.folder, *{part.file.parent for part in self.parts}):
             folder.mkdir(parents=True, exist_ok=True)
-        with open(self.parts[0].file.parent / "lock", "a") as file:
-            with contextlib.suppress(OSError):  # file systems without locks: parts are written whole anyway
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with hold(self.parts[0].file.parent / "lock", wait_s=None):
             yield
 
     def check_space(self, width: int) -> None:

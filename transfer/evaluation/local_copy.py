@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -28,6 +27,7 @@ from zlib import crc32
 
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import read_jsonl, write_json
+from pretrain.common.locks import hold
 from pretrain.common.machine import launch_id
 from pretrain.common.progress import Progress
 from pretrain.data.cache import BLOCK, checksum_of
@@ -137,7 +137,7 @@ def listing(folder: Path, *, follow: bool = True) -> Listing:
         for name in names:
             path = os.path.join(root, name)
             relative = os.path.relpath(path, folder)
-            if relative in (DONE, LOCK, JOURNAL) or name.endswith(PART):
+            if relative in (DONE, JOURNAL) or relative.startswith(LOCK) or name.endswith(PART):
                 continue
             try:
                 stat = os.stat(path) if follow else os.lstat(path)
@@ -150,18 +150,12 @@ def listing(folder: Path, *, follow: bool = True) -> Listing:
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[None]:
-    """One process at a time; the system takes the lock from one that is killed."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC  # through no link, nothing cut off
-    try:
-        lock = open(target / LOCK, "r+", opener=lambda path, _: os.open(path, flags, 0o600))  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{target / LOCK}: no file of the staging's own ({error.strerror})") from error
-    with lock as file:
+    """One process at a time; the others wait."""
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("another process stages into %s; waiting", target)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            stack.enter_context(hold(target / LOCK, wait_s=None))
+        except OSError as error:
+            raise UserError(f"{target / LOCK}: no file of the staging's own ({error.strerror})") from error
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import logging
 import platform
 import time
 from collections.abc import Mapping
@@ -21,8 +21,17 @@ import torch
 from pretrain.common.files import append_jsonl, read_jsonl
 from transfer.evaluation.provenance import commit
 
+logger = logging.getLogger(__name__)
+
 FILE = "results.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "detectron2", "sal-detectron2")
+NONE = type(None)
+KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,), "str | None": (str, NONE), "int": (int,), "int | None": (int, NONE), "float": (int, float),
+    "dict[str, float]": (dict,), "dict[str, Any]": (dict,), "dict[str, str]": (dict,), "list[str]": (list,),
+}  # fmt: skip
+"""What a field of a Result may be, by its annotation; words of a Literal are those of later versions too."""
+LARGEST = 2**63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +88,27 @@ class Result:
     commit: str | None = None
 
     def __post_init__(self) -> None:
-        """Derives the hash. Raises ValueError for figures that are no percentages."""
+        """Derives the hash. Raises ValueError for figures that are no percentages, fields of another kind."""
+        for f in dataclasses.fields(self):
+            value, kinds = getattr(self, f.name), KINDS.get(str(f.type), (str,))
+            if isinstance(value, bool) or not isinstance(value, kinds) or not _plain(value):
+                raise ValueError(f"{f.name} is {value!r:.60}, which is no {f.type}")
         digest = hash_of(self.evaluated_under) if self.evaluated_under else ""
         object.__setattr__(self, "evaluated_under_hash", digest)
         for name, value in self.metrics.items():
-            if not math.isfinite(value) or not -1 <= value <= 100:
-                raise ValueError(f"{name} is {value}, which is no percentage")
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} is {value!r:.60}, which is no number")
+            if not -1 <= value <= 100:
+                raise ValueError(f"{name} is {value!r:.60}, which is no percentage")
         if self.n <= 0:
             raise ValueError("a result over no image")
+
+
+def _plain(value: Any) -> bool:
+    """Whether numbers are of a size that can be computed with, and lists hold texts."""
+    if isinstance(value, int | float):
+        return abs(value) < LARGEST
+    return not isinstance(value, list) or all(isinstance(v, str) for v in value)
 
 
 def hash_of(conditions: Mapping[str, Any]) -> str:
@@ -100,12 +122,19 @@ def append(output: str | Path, *results: Result) -> None:
 
 
 def read(path: str | Path) -> list[Result]:
-    """The results of a results.jsonl, or of the one in a folder; lines of other shapes are left out."""
+    """The results of a results.jsonl, or of the one in a folder, in its order. Lines that hold none are told,
+    left out and left where they are."""
     path = Path(path)
+    path = path / FILE if path.is_dir() else path
     known = {f.name for f in dataclasses.fields(Result)}
-    needed = {"task", "dataset", "split", "n", "metrics", "protocol", "weights"}
-    records = read_jsonl(path / FILE if path.is_dir() else path)
-    return [Result(**{k: v for k, v in r.items() if k in known}) for r in records if needed <= set(r)]
+    found = []
+    for record in read_jsonl(path, nan=False):
+        try:
+            found.append(Result(**{k: v for k, v in record.items() if k in known}))
+        except (TypeError, ValueError) as error:
+            said = str(error).removeprefix("Result.__init__() ")
+            logger.warning("%s: a line that holds no result was left out (%s)", path, said)
+    return found
 
 
 def find(output: str | Path, like: Result) -> list[Result]:

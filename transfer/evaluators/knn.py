@@ -10,7 +10,7 @@ from pretrain.common.errors import UserError
 from pretrain.common.progress import Progress
 from pretrain.data.transfer_sets import metric_of
 from transfer.checkpoints.backbone import Backbone
-from transfer.evaluation.context import Evaluation, judge_frozen, set_up
+from transfer.evaluation.context import Evaluation, judge_frozen, output_of, set_up
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.protocol import load_protocol, want
 from transfer.evaluation.results import Clock, Result
@@ -45,6 +45,11 @@ def main(argv: list[str]) -> int:
 
 def evaluate(settings: KnnSettings, backbone: Backbone | None = None) -> list[Result]:
     """The result of k-NN, written to OUTPUT; `backbone` in place of the file that the settings name."""
+    with output_of(settings, "knn"):
+        return _evaluate(settings, backbone)
+
+
+def _evaluate(settings: KnnSettings, backbone: Backbone | None) -> list[Result]:
     protocol = load_protocol(settings.protocol, "knn")
     values = protocol.settings(KnnProtocol)
     refuse_voc07(settings.dataset)

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint import FORMAT, load_checkpoint, size_of, try_to_save
 from pretrain.common.collectives import any_rank
 from pretrain.common.errors import RunFailed, UserError
-from pretrain.common.files import atomic_path
+from pretrain.common.output_folder import need_space
 from pretrain.common.process_group import barrier, is_main, rank, sent, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
 from transfer.checkpoints.backbone import Backbone
-from transfer.checkpoints.safe_load import load_file
 from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
-from transfer.evaluation.context import Evaluation, judge_frozen, set_up
+from transfer.evaluation.context import Evaluation, judge_frozen, output_of, set_up
 from transfer.evaluation.features import Extractor, image_batches
 from transfer.evaluation.pooled_features import LAST, columns
 from transfer.evaluation.protocol import load_protocol
@@ -55,6 +55,11 @@ def main(argv: list[str]) -> int:
 
 def evaluate(settings: LinearSettings, backbone: Backbone | None = None) -> list[Result]:
     """The results of a linear protocol, written to OUTPUT; `backbone` in place of the settings' file."""
+    with output_of(settings, "linear"):
+        return _evaluate(settings, backbone)
+
+
+def _evaluate(settings: LinearSettings, backbone: Backbone | None) -> list[Result]:
     protocol = load_protocol(settings.protocol, "linear")
     values = protocol.settings(LinearProtocol)
     clock = Clock()
@@ -119,6 +124,8 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
     )
     path = settings.output / CHECKPOINT
     done, history = _resume(path, heads, identity)
+    if is_main() and train is None:
+        need_space(path, 2 * size_of(heads.state()), "the heads' checkpoints")
     diverged: set[int] = set()
     bar = Progress(
         steps * values.epochs, label=f"linear probe, {len(heads)} heads", start=done,
@@ -146,7 +153,7 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
                 step += 1
                 bar.update(1)
                 if step % 50 == 0 and any_rank(stop.requested, device) and step % steps:
-                    _save(path, heads, identity, step, history)
+                    _save(path, heads, identity, step, history, must_be_saved=True)
                     _leave(stop)
             last = [{"last": float(x)} for x in loss]
             history.append(_judge(heads, classes, held, test) | {"loss": last})
@@ -157,7 +164,7 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
             bar.update(0, epoch=epoch + 1, loss=float(loss[alive].min()), **{told: best[metric]})
             stopping = any_rank(stop.requested, device) and epoch + 1 < values.epochs
             if train is None or stopping:
-                _save(path, heads, identity, step, history)
+                _save(path, heads, identity, step, history, must_be_saved=stopping)
             if stopping:
                 _leave(stop)
     return _report(evaluation, values, heads, history, device)
@@ -304,13 +311,14 @@ def _argmax(values: list[float]) -> int:
     return max(range(len(values)), key=lambda i: (values[i], -i))
 
 
-def _save(path: Path, heads: HeadGrids, identity: str, step: int, history: list[Any]) -> None:
-    """Write the heads' state. Rank 0 only; every rank holds the same."""
+def _save(
+    path: Path, heads: HeadGrids, identity: str, step: int, history: list[Any], *, must_be_saved: bool
+) -> None:
+    """Write the heads' state. Rank 0 only; every rank holds the same. A failure is logged, or raised as
+    NotSaved if it `must_be_saved`."""
     if is_main():
-        with atomic_path(path) as aside:
-            torch.save(
-                {"identity": identity, "step": step, "history": history, "heads": heads.state()}, aside
-            )
+        state = {"identity": identity, "step": step, "history": history, "heads": heads.state()}
+        try_to_save(path, state, must_be_saved=must_be_saved)
     barrier()
 
 
@@ -318,11 +326,8 @@ def _resume(path: Path, heads: HeadGrids, identity: str) -> tuple[int, list[Any]
     """Steps done and the history of an earlier run of the same evaluation, else a fresh start."""
     if not path.exists():
         return 0, []
-    try:
-        state = load_file(path).value
-    except UserError as error:
-        raise UserError(f"{path}: not readable ({error}); delete it to start this evaluation anew") from error
-    if state["identity"] != identity:
+    state = load_checkpoint(path, formats=(FORMAT, None))  # earlier versions named none here
+    if state.get("identity") != identity:
         return 0, []
     heads.load(state["heads"])
     return int(state["step"]), list(state["history"])

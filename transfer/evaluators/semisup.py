@@ -7,6 +7,7 @@ OUTPUT/checkpoint.pt, written at each epoch's end and when stopped, holds all th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import load_checkpoint, remove_leftovers, save_checkpoint
+from pretrain.checkpoint import load_checkpoint, size_of, try_to_save
 from pretrain.common.collectives import any_rank, sum_over_ranks
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import write_json
+from pretrain.common.output_folder import need_space
 from pretrain.common.process_group import barrier, is_main, process_group, rank, sent, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
@@ -29,7 +31,7 @@ from pretrain.learner import choose_dtype
 from transfer.checkpoints.backbone import RAW_PIXELS, Backbone
 from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
-from transfer.evaluation.context import Evaluation, set_up
+from transfer.evaluation.context import Evaluation, output_of, set_up
 from transfer.evaluation.features import Decoded, image_batches
 from transfer.evaluation.protocol import load_protocol, want
 from transfer.evaluation.results import Clock, Result
@@ -98,6 +100,11 @@ def main(argv: list[str]) -> int:
 
 def evaluate(settings: SemisupSettings, backbone: Backbone | None = None) -> list[Result]:
     """The results of fine-tuning, written to OUTPUT; `backbone` in place of the settings' file."""
+    with output_of(settings, "semisup"):
+        return _evaluate(settings, backbone)
+
+
+def _evaluate(settings: SemisupSettings, backbone: Backbone | None) -> list[Result]:
     clock = Clock()
     protocol = load_protocol(settings.protocol, "semisup")
     values = protocol.settings(SemisupProtocol)
@@ -134,6 +141,10 @@ def evaluate(settings: SemisupSettings, backbone: Backbone | None = None) -> lis
             raise UserError(f"{protocol}: a batch of {values.batch} is too small for {world_size()} ranks")
         run = Run(evaluation, values, subset, settings, device, dtype)
         evaluation.begin()
+        if is_main():
+            beside = 1 if (settings.output / CHECKPOINT).exists() else 2  # one is written beside another
+            weights = size_of(run.learner.state()["model"])
+            need_space(settings.output, beside * 2 * weights, "checkpoints with the optimizer's momentum")
         run.train()
         kept = {r.selection for r in written}
         new = [r for r in run.found() if r.selection not in kept]
@@ -206,7 +217,7 @@ class Run:
                         self._judge(epoch, mean, factor)
                         self.loss_sum.zero_()
                     if at_end or stopping or self.step % self.settings.save_every == 0:
-                        self._save()
+                        self._save(must_be_saved=stopping and self.step < self.total)
                     bar.update(1, **(self._shown(mean) if asked else {}))
                     if stopping and self.step < self.total:
                         stop.hand_over()
@@ -303,8 +314,6 @@ class Run:
                 epoch + 1, train_loss, self._rates(factor), math.log(len(test.classes)), self._advice(),
             )  # fmt: skip
         self.history.append({"epoch": epoch + 1, "lr_factor": factor, "train_loss": train_loss, **metrics})
-        if is_main():
-            write_json(self.output / EPOCHS, self.history)
 
     def _diverged(self, what: str, epoch: int, factor: float) -> RunFailed:
         precise = "" if self.dtype == torch.float32 else "try --precision float32, or "
@@ -351,17 +360,17 @@ class Run:
         if self.step < self.total and is_main():
             logger.info("going on from step %d of %d", self.step, self.total)
 
-    def _save(self) -> None:
-        """Write the checkpoint. All ranks must call."""
+    def _save(self, *, must_be_saved: bool) -> None:
+        """Write the checkpoint and how the epochs ended; a failure is logged, or raised as NotSaved if it
+        `must_be_saved`. All ranks must call."""
         self.learner.share_buffers()
         loss_sum = float(sum_over_ranks(self.loss_sum))
         if is_main():
-            remove_leftovers(self.output)
-            save_checkpoint(
-                self.output / CHECKPOINT,
-                {
-                    "step": self.step, "epoch": self.step // self.steps, "history": self.history,
-                    "loss_sum": loss_sum, "config": {"identity": self.identity}, **self.learner.state(),
-                },
-            )  # fmt: skip
+            state = {
+                "step": self.step, "epoch": self.step // self.steps, "history": self.history,
+                "loss_sum": loss_sum, "config": {"identity": self.identity}, **self.learner.state(),
+            }  # fmt: skip
+            try_to_save(self.output / CHECKPOINT, state, must_be_saved=must_be_saved)
+            with contextlib.suppress(OSError):  # the checkpoint has it too
+                write_json(self.output / EPOCHS, self.history)
         barrier()

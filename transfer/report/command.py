@@ -9,19 +9,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.common.cli import save_settings
+from pretrain.common.output_folder import output_folder
 from pretrain.common.progress import Progress
+from pretrain.common.terminal import console
 from transfer.options import ReportSettings, parse
 from transfer.report.evidence.collect import collect
 from transfer.report.evidence.grouping import group
 from transfer.report.pages import inventory, page, statements, tables
+from transfer.report.pages.page import Page
 from transfer.report.pages.statements import Finding
 from transfer.report.pages.tables import Table
+
+WRITES = ("config.yaml", "index.html", "report.md", "tables", "plots", "pictures")
 
 
 def main(argv: list[str]) -> None:
     """`python -m transfer report DIR... --output DIR`."""
     settings: ReportSettings = parse("report", argv)
-    output = Path(settings.output)
+    with output_folder(settings.output, "transfer report", writes=WRITES, earlier=ReportSettings) as output:
+        report = _write(settings, output)
+    show(report.alarms, report.verdict, report.findings)
+    print(f"\nreport: {(output / 'index.html').resolve()}")
+
+
+def _write(settings: ReportSettings, output: Path) -> Page:
     with Progress(3, label="report", unit="part") as bar:
         evidence = collect(settings.dirs, skip=output)
         results = group(evidence, pool=settings.pool)
@@ -31,8 +42,7 @@ def main(argv: list[str]) -> None:
         page.write(report, output)
         save_settings(settings, output / "config.yaml")
         bar.update(1)
-    show(report.alarms, report.verdict, report.findings)
-    print(f"\nreport: {(output / 'index.html').resolve()}")
+    return report
 
 
 def show_summary(folder: Path) -> None:
@@ -61,7 +71,6 @@ def show(alarms: Sequence[str], verdict: Table | None, findings: Sequence[Findin
 
 
 def _show_rich(t: Table) -> None:
-    from rich.console import Console
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -77,4 +86,4 @@ def _show_rich(t: Table) -> None:
                 for c in row
             )
         )
-    Console().print(shown)
+    console().print(shown)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pretrain.common.cli import save_settings, settings_as_dict
 from pretrain.common.errors import UserError
 from pretrain.common.files import append_jsonl, read_jsonl
+from pretrain.common.output_folder import output_folder
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.augment import View
@@ -91,9 +92,14 @@ def instances(settings: StudySettings) -> list[Instance]:
     return [*powers, hard, *newton, Instance(name="INTL", kind="intl", g=iternorm(4))]
 
 
+WRITES = ("config.yaml", "progress.json", "runs.jsonl", "study.md", "spectra.svg", "curves.svg", "knn.svg")
+
+
 def main(argv: list[str]) -> int | None:
     """`python -m transfer spectrum-study`."""
-    study(parse("spectrum-study", argv))
+    settings: StudySettings = parse("spectrum-study", argv)
+    with output_folder(settings.output, "transfer spectrum-study", writes=WRITES, earlier=StudySettings):
+        study(settings)
     return None
 
 

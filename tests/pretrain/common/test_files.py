@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 
-from pretrain.common.files import append_jsonl, atomic_path, read_jsonl, sha256_of, write_text
+from pretrain.common.errors import is_disk_full
+from pretrain.common.files import (
+    append_jsonl,
+    atomic_path,
+    file_name,
+    read_jsonl,
+    remove_leftovers,
+    sha256_of,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_last_good_file_and_nothing_beside_it(tmp_path: Path) -> None:
@@ -45,3 +58,68 @@ def test_sha256_of_known_content(tmp_path: Path) -> None:
     path = tmp_path / "abc"
     path.write_bytes(b"abc")  # the first example of FIPS 180-4's appendix
     assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["../../etc/passwd", "/abs", "a b", "..", "", "é", ".hidden", "x" * 400, "nul\0", "-rf", "a b/c"],
+)
+def test_names_from_elsewhere_are_reduced_to_plain_ones(text: str) -> None:
+    name = file_name(text)
+    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) and len(name) <= 120
+    assert file_name(name) == name
+
+
+def test_plain_names_stay_and_others_are_told_apart() -> None:
+    assert file_name("task-knn-cifar10-solo_knn-v1-a1b2c3") == "task-knn-cifar10-solo_knn-v1-a1b2c3"
+    assert len({file_name(t) for t in ("a/b", "a b", "a-b", "a\\b", "a:b")}) == 5
+
+
+def test_lines_are_read_in_their_order_and_what_is_none_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.jsonl"
+    lines = [
+        '\ufeff{"a": 1}',
+        "",
+        "[1]",
+        '{"a": NaN}',
+        "{",
+        '{"a": "\u2028"}',
+        "[" * 99_999,
+        '{"a": 2, "torn',
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert read_jsonl(path, nan=False) == [{"a": 1}, {"a": "\u2028"}]
+    told = [r.getMessage() for r in caplog.records]
+    assert told == [f"{path}: 4 lines without a JSON object left out (line 3, 4, 5 ...)"]
+    assert path.read_text(encoding="utf-8") == "\n".join(lines)
+    assert len(read_jsonl(path)) == 3  # detectron2 writes NaN for what it has no object of
+
+
+def test_leftovers_of_writers_go_and_nothing_else(tmp_path: Path) -> None:
+    ours = [".a.pt.12.tmp", ".a.pt.12.0f1e2d.tmp", ".b.pkl.9.aabbcc.pkl"]
+    theirs = [".notes.tmp", "x.12.tmp", ".a.tmp"]
+    for name in ours + theirs:
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path, of="b.pkl")
+    assert not (tmp_path / ours[2]).exists() and (tmp_path / ours[0]).exists()
+    remove_leftovers(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(theirs)
+
+
+@pytest.mark.faults
+def test_lines_that_do_not_fit_leave_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    append_jsonl(path, {"a": 1})
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, 30))
+        try:
+            append_jsonl(path, {"b": "x" * 10}, {"c": "x" * 10})
+        except OSError as error:
+            os._exit(7 if is_disk_full(error) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert path.read_text() == '{"a": 1}\n'

@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
+from pretrain.common.locks import Holder
+from pretrain.common.output_folder import LOCK
 from slurm.__main__ import main
 from slurm.commands import cancel, status
 from slurm.execution.local import kill_job
@@ -234,7 +238,8 @@ for i in $(seq 60 79); do echo "$i|RUNNING"; done; echo "9999|RUNNING"
 def test_a_lock_whose_process_was_killed_names_nobody(tmp_path: Path) -> None:
     with locked(tmp_path):
         assert holder(tmp_path) == os.getpid()
-    (tmp_path / "jobs" / "lock").write_text(f"process 1 on {os.uname().nodename}\n")
+    (tmp_path / LOCK).touch()
+    write_json(tmp_path / f"{LOCK}.by", asdict(Holder.here()))
     assert holder(tmp_path) is None
 
 
@@ -248,7 +253,7 @@ def test_steps_to_come_are_seen_and_watching_ends(tmp_path: Path, capsys: pytest
 
 
 def test_a_folder_in_use_is_refused_by_name(tmp_path: Path) -> None:
-    holder = f"in use by another suite \\(process {os.getpid()} on"
+    holder = f"is in use by process {os.getpid()} on"
     with locked(tmp_path), pytest.raises(UserError, match=holder), locked(tmp_path):
         pass
     with locked(tmp_path):

@@ -157,6 +157,20 @@ def test_how_the_weights_are_read_is_said_once_for_every_step(
         assert wrong in capsys.readouterr().err
 
 
+def test_a_hook_in_a_suites_file_is_asked_for_on_the_command_line(
+    tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_text(f"recipe: {recipe}\ntasks: [knn]\npretrain_options: --hook my.module:look\n")
+    words = ["suite", "--config", str(file), "--data-dir", str(cifar_folder), "--dry-run"]
+    words += ["--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "give --pretrain-options '--hook my.module:look' yourself" in capsys.readouterr().err
+    assert main([*words, "--pretrain-options", "--hook my.module:look"]) == 0
+    assert main([*words, "--pretrain-options", "--hook transfer.hooks:knn"]) == 0
+    capsys.readouterr()
+
+
 def test_further_options_are_quoted_as_in_a_shell(tmp_path: Path, recipe: Path) -> None:
     words = "--wandb 'two words' --epochs 2 --epochs=3"
     asked = Suite(

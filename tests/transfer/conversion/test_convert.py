@@ -106,6 +106,10 @@ def test_the_command_writes_a_proved_file_with_its_origin(resnet18: Any, tmp_pat
 def test_a_failed_proof_writes_nothing(resnet18: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     torch.save(resnet18.state_dict(), tmp_path / "plain.pth")
     honest = convert.to_detectron2
+    out = tmp_path / "intl.pkl"
+    words = ["--weights", str(tmp_path / "plain.pth"), "--output", str(out)]
+    assert run(convert.main, [*words, "--no-verify"]) == 0
+    earlier = out.read_bytes()
 
     def broken(state: Any) -> Any:
         weights = honest(state)
@@ -113,11 +117,13 @@ def test_a_failed_proof_writes_nothing(resnet18: Any, tmp_path: Path, monkeypatc
         return weights
 
     monkeypatch.setattr(convert, "to_detectron2", broken)
-    out = tmp_path / "intl.pkl"
-    out.write_bytes(b"earlier")
-    assert run(convert.main, ["--weights", str(tmp_path / "plain.pth"), "--output", str(out)]) == 2
+    assert run(convert.main, words) == 2
     assert "res4: detectron2's features differ" in capsys.readouterr().err
-    assert out.read_bytes() == b"earlier"
+    assert out.read_bytes() == earlier
+    out.write_bytes(b"theirs")
+    assert run(convert.main, words) == 2
+    assert "exists and no earlier run wrote it" in capsys.readouterr().err
+    assert out.read_bytes() == b"theirs"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["intl.pkl", "plain.pth"]
 
 

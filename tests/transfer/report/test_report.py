@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import write_json
 from pretrain.data.datasets import open_dataset
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers.report_data import record, write_lines, write_suite
@@ -25,7 +26,7 @@ from transfer.report import command
 from transfer.report.evidence.collect import collect
 from transfer.report.evidence.grouping import group
 from transfer.report.evidence.published import load_published, same_protocol
-from transfer.report.pages import tables
+from transfer.report.pages import page, tables
 from transfer.report.pages.inventory import RECIPES, judged, pretraining_of
 from transfer.report.pages.statements import differences, verdict
 from transfer.spectrum.study_pictures import write_study
@@ -527,14 +528,25 @@ def test_a_spectrum_study_is_shown(tmp_path: Path) -> None:
     assert "Avoided collapse in all seeds: INTL" in page and "λ^-1, seed 0: collapsed: rank 1" in page
 
 
+def files_below(folder: Path) -> list[str]:
+    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+
+
 def test_a_report_removes_what_an_earlier_one_left(tmp_path: Path) -> None:
     write_lines(tmp_path / "run" / "results.jsonl", [record("INTL", "knn", {"top1_k20": 84.0})])
-    (tmp_path / "out" / "tables").mkdir(parents=True)
-    (tmp_path / "out" / "tables" / "old.csv").write_text("x")
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    command.main([str(tmp_path / "run"), "--output", str(tmp_path / "out")])
-    assert not (tmp_path / "out" / "tables" / "old.csv").exists()
-    assert (tmp_path / "out" / "notes.txt").exists()
+    words, out = [str(tmp_path / "run"), "--output", str(tmp_path / "out")], tmp_path / "out"
+    command.main(words)
+    listed = json.loads((out / page.MANIFEST).read_text())
+    assert listed == sorted(f for f in files_below(out) if f != "config.yaml" and not f.startswith("."))
+    for name in ("tables/old.csv", "tables/mine.csv", "notes.txt"):
+        (out / name).write_text("x")
+    foreign = tmp_path / "run" / "results.jsonl"
+    write_json(
+        out / page.MANIFEST, [*listed, "tables/old.csv", "notes.txt", "tables/../../run/results.jsonl"]
+    )
+    command.main(words)
+    assert not (out / "tables" / "old.csv").exists()
+    assert (out / "tables" / "mine.csv").exists() and (out / "notes.txt").exists() and foreign.exists()
 
 
 def test_an_earlier_report_is_no_evidence(suite: Path, tmp_path: Path) -> None:

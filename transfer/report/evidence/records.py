@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def why_stale(line: dict[str, Any]) -> str:
     weights = line.get("weights") or {}
     path = Path(str(weights.get("path") or ""))
     recorded = weights.get("sha256")
-    if recorded and path.is_file():
+    if recorded and os.path.isfile(path):  # which no odd name makes fail
         stat = path.stat()
         if _sha256_here(path, stat.st_size, stat.st_mtime_ns) != recorded:
             return "the weights file has changed since"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _twins(records: list[Record]) -> str:
 def _presence(path: str, sha256: str) -> str:
     if not sha256 or not path or path == RAW_PIXELS:
         return "-"
-    return "unchanged" if Path(path).is_file() else "not found from here"
+    return "unchanged" if os.path.isfile(path) else "not found from here"
 
 
 def pretraining_of(path: str) -> str:
@@ -95,7 +96,7 @@ def _recipe(values: dict[str, Any]) -> str:
 def _yaml(file: Path) -> dict[str, Any]:
     try:
         values: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
-import shutil
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pretrain.common.files import atomic_path, write_text
+from pretrain.common.files import atomic_path, write_json
+from pretrain.common.output_folder import need_space
 from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.grouping import Results
 from transfer.report.evidence.labels import printable
@@ -21,6 +23,7 @@ from transfer.report.pages.statements import Finding
 from transfer.report.pages.study import read_study
 from transfer.report.pages.tables import Table
 
+MANIFEST = ".report-files.json"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -133,31 +136,39 @@ def _some(found: Table | None) -> tuple[Table, ...]:
 
 
 def write(page: Page, output: Path) -> None:
-    """Write the report; files of an earlier one that this one does not have are removed."""
-    for name, suffixes in (
-        ("tables", (".csv", ".tex")),
-        ("plots", (".svg",)),
-        ("pictures", (".png", ".jpg", ".svg")),
-    ):
-        folder = output / name
-        for file in folder.glob("*") if folder.is_dir() else ():
-            if file.suffix in suffixes:
-                file.unlink()
+    """Write the report. Of what is there, only files that an earlier report listed as its own are removed."""
+    files: dict[str, bytes] = {}
     for t in page.tables:
-        write_text(output / "tables" / f"{t.name}.csv", tables.to_csv(t))
-        write_text(output / "tables" / f"{t.name}.tex", tables.to_tex(t))
-    write_text(output / "tables" / f"{page.measurements.name}.csv", tables.to_csv(page.measurements))
+        files[f"tables/{t.name}.csv"] = tables.to_csv(t).encode()
+        files[f"tables/{t.name}.tex"] = tables.to_tex(t).encode()
+    files[f"tables/{page.measurements.name}.csv"] = tables.to_csv(page.measurements).encode()
     for section in page.sections:
-        for plot in section.plots:
-            write_text(output / "plots" / f"{plot.name}.svg", _standalone(plot))
-        for picture in section.pictures:
-            with atomic_path(output / "pictures" / picture.name) as aside:
-                aside.write_bytes(picture.data)
+        files |= {f"plots/{plot.name}.svg": _standalone(plot).encode() for plot in section.plots}
+        files |= {f"pictures/{picture.name}": picture.data for picture in section.pictures}
+    files["report.md"] = _render("report.md.j2", page).encode()
+    files["index.html"] = _render("report.html.j2", page).encode()
+    need_space(output, sum(map(len, files.values())), f"{len(files)} files")
+    earlier = _listed(output)
+    write_json(output / MANIFEST, sorted({*earlier, *files}))  # first: a kill leaves no file unlisted
+    for name, content in files.items():
+        with atomic_path(output / name) as aside:
+            aside.write_bytes(content)
+    for name in earlier - files.keys():
+        (output / name).unlink(missing_ok=True)
     for name in ("tables", "plots", "pictures"):
-        if (output / name).is_dir() and not any((output / name).iterdir()):
-            shutil.rmtree(output / name)
-    write_text(output / "report.md", _render("report.md.j2", page))
-    write_text(output / "index.html", _render("report.html.j2", page))
+        with contextlib.suppress(OSError):  # not empty, or not there
+            (output / name).rmdir()
+    write_json(output / MANIFEST, sorted(files))
+
+
+def _listed(output: Path) -> set[str]:
+    """The files that an earlier report in `output` listed as its own; none outside it."""
+    try:
+        names = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    own = re.compile(r"(tables|plots|pictures)/[A-Za-z0-9_-][A-Za-z0-9._-]*|index\.html|report\.md")
+    return {n for n in names if isinstance(n, str) and own.fullmatch(n)} if isinstance(names, list) else set()
 
 
 def _standalone(plot: Plot) -> str:

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from pretrain.common.files import file_name
 from pretrain.data.transfer_sets import metric_of
 from transfer.report.evidence.collect import Evidence, Run
 from transfer.report.evidence.grouping import Results, Task, metric_name
@@ -51,6 +52,7 @@ Series = list[tuple[str, Sequence[float], Sequence[float]]]
 
 def draw(name: str, title: str, paint: Callable[..., None], *values: Any, **options: Any) -> Plot:
     """Let `paint(axes, ...)` fill one axes and render it; ids get `name` as prefix, to share a page."""
+    name = file_name(name)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3.0), layout="constrained")
         FigureCanvasSVG(figure)

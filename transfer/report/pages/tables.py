@@ -9,6 +9,8 @@ import itertools
 import re
 import textwrap
 
+from pretrain.common.files import file_name
+
 PUBLISHED = "published"
 MISSING = "missing"
 STALE = "stale"
@@ -47,7 +49,9 @@ def table(name: str, title: str, columns: list[str | Cell], rows: list[list[Cell
     """A table whose rows all have as many cells as it has columns."""
     heads = tuple(c if isinstance(c, Cell) else Cell(text=c) for c in columns)
     assert all(len(row) == len(heads) for row in rows), name
-    return Table(name=name, title=title, columns=heads, rows=tuple(tuple(r) for r in rows), note=note)
+    return Table(
+        name=file_name(name), title=title, columns=heads, rows=tuple(tuple(r) for r in rows), note=note
+    )
 
 
 def numeric(t: Table, column: int) -> bool:

@@ -1,10 +1,12 @@
-"""Public names of a package that load their modules only when they are asked for (PEP 562)."""
+"""What the packages share: the version, and public names whose modules load only when asked for (PEP 562)."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
+
+__version__ = "0.2.0"
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

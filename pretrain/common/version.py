@@ -1,3 +1,0 @@
-"""The version of the project, of all its packages."""
-
-__version__ = "0.2.0"
