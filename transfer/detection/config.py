@@ -26,6 +26,7 @@ from transfer.detection.protocol import flat, shipped_name, spell
 NOT_THE_RUN = ("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE",
                "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
                "TEST.EXPECTED_RESULTS")  # fmt: skip
+SCENES = "boxes, masks and keypoints are judged here, not whole scenes, which need annotations of every pixel"
 # Keys without effect here, and why: refused where they are not at their default.
 REFUSED = {
     "MODEL.LOAD_PROPOSALS": "proposals come from the network alone",
@@ -34,8 +35,8 @@ REFUSED = {
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": "proposals come from the network alone",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": "proposals come from the network alone",
     "MODEL.ANCHOR_GENERATOR.ANGLES": "rotated boxes are not judged here",
-    "MODEL.PANOPTIC_FPN.": "boxes, masks and keypoints are judged here, not whole scenes",
-    "MODEL.SEM_SEG_HEAD.": "boxes, masks and keypoints are judged here, not whole scenes",
+    "MODEL.PANOPTIC_FPN.": SCENES,
+    "MODEL.SEM_SEG_HEAD.": SCENES,
     "GLOBAL.HACK": "nothing reads it",
 }
 CHOICES = {
@@ -209,6 +210,11 @@ def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
 def _refuse_without_effect(cfg: CfgNode) -> None:
     """A key that nothing reads, or a choice that this project cannot judge, would go unnoticed."""
     ours, default = flat(cfg), flat(get_cfg())
+    if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: {SCENES}; take a Mask R-CNN of "
+            "detection_configs for the same backbone, or detectron2's own tools for whole scenes"
+        )
     for key, why in REFUSED.items():
         changed = [k for k in ours if (k == key or (key[-1] == "." and k.startswith(key)))
                    and ours[k] != default.get(k)]  # fmt: skip

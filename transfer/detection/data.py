@@ -93,9 +93,9 @@ def digest_of(name: str) -> str:
     return sha256_of(file) if file else ""
 
 
-def also_trained_on(test: str, train: Sequence[str], digests: Collection[str]) -> list[str]:
-    """What is to be said where the set `test` has images of the sets `train`, or is a file of `digests`."""
-    records = [r for name in train for r in DatasetCatalog.get(name)]
+def also_trained_on(test: str, records: Sequence[Mapping[str, Any]], digests: Collection[str]) -> list[str]:
+    """What is to be said where the set `test` has images of the training `records`, or is a file of
+    `digests`."""
     share = 1.0 if digest_of(test) in digests else coco_file.share_seen(records, DatasetCatalog.get(test))
     if not share:
         return []

@@ -131,14 +131,15 @@ def _run_one(args: argparse.Namespace, cfg: CfgNode, ranks: int, on_cpu: bool) -
         for name in cfg.DATASETS.TEST if "categories" in held else ():
             data.same_categories("the training data", held["categories"], name, data.categories(name))
         categories, trained_on = held.get("categories", []), tuple(held.get("trained_on", ()))
-        seen: tuple[str, ...] = ()
+        seen: list[Any] = []
     else:
-        images = {name: len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TRAIN}
-        protocol = protocol_of(asked, original, images)
-        categories, seen = [list(c) for c in data.categories(cfg.DATASETS.TRAIN[0])], cfg.DATASETS.TRAIN
-        trained_on = tuple(filter(None, map(data.digest_of, seen)))
+        sets = {name: DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN}
+        seen = list(itertools.chain(*sets.values()))
+        protocol = protocol_of(asked, original, {name: len(records) for name, records in sets.items()})
+        categories = [list(c) for c in data.categories(cfg.DATASETS.TRAIN[0])]
+        trained_on = tuple(filter(None, map(data.digest_of, sets)))
     doubts = {name: data.also_trained_on(name, seen, trained_on) for name in cfg.DATASETS.TEST}
-    for line in itertools.chain(*doubts.values()):
+    for line in itertools.chain(*doubts.values()) if comm.is_main_process() else ():
         logger.warning(line)
     trial = Trial(
         args=args, cfg=cfg, origin=origin, protocol=protocol, also=also, categories=categories,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import pytest
 import torch
 import yacs.config
@@ -112,7 +113,8 @@ def test_keys_without_effect_are_refused_when_changed() -> None:
             "can be TrainingSampler or RepeatFactor",
         ),
         (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], "REPEAT_THRESHOLD 0"),
-        (["MODEL.META_ARCHITECTURE", "PanopticFPN"], "can be GeneralizedRCNN or RetinaNet here"),
+        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "can be GeneralizedRCNN or RetinaNet here"),
+        (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "not whole scenes.*annotations of every pixel"),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"], "can be RPN here"),
         ([*KEYPOINTS, "TEST.AUG.ENABLED", "True"], "boxes and masks of an R-CNN alone"),
         (["SOLVER.REFERENCE_WORLD_SIZE", "3"], "share SOLVER.IMS_PER_BATCH 8"),
@@ -121,6 +123,13 @@ def test_keys_without_effect_are_refused_when_changed() -> None:
 def test_what_cannot_be_judged_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_config("scenes_R18_FPN", words)
+
+
+def test_detectron2s_own_panoptic_config_is_refused_as_a_whole() -> None:
+    """Not for one of its keys, whose default would help nobody."""
+    shipped = Path(detectron2.__file__).parent / "model_zoo/configs/COCO-PanopticSegmentation"
+    with pytest.raises(UserError, match=r"MODEL.META_ARCHITECTURE PanopticFPN: .* not whole scenes"):
+        load_config(shipped / "panoptic_fpn_R_50_1x.yaml", [])
 
 
 def test_reference_world_size_scales_as_detectron2_does() -> None:
