@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +18,12 @@ from pretrain.data.datasets import ImageDataset
 from transfer.checkpoints.backbone import Backbone, backbone_of_module, load_backbone
 from transfer.conversion import convert as conversion
 from transfer.evaluation import results
-from transfer.evaluation.accuracy import percentages, places
-from transfer.evaluation.feature_scaling import mean_and_std, standardise
 from transfer.evaluation.features import extract, make_extractor
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Result
 from transfer.evaluation.transforms import ImageValues, eval_transform
 from transfer.evaluators import knn, linear, semisup
-from transfer.evaluators.epoch_order import epoch_batches, steps_of
-from transfer.evaluators.heads import HeadGrid, rate_factor
-from transfer.evaluators.linear_features import held_out_split
+from transfer.evaluators.linear_features import Labelled, held_out_split, scale
 from transfer.evaluators.linear_protocol import LinearProtocol
 from transfer.options import SETTINGS, ConvertSettings
 
@@ -90,41 +86,30 @@ def linear_probe(
     """
     loaded = load_protocol(protocol, "linear")
     values = loaded.settings(LinearProtocol)
-    if values.method != "heads" or values.augmentation or values.scaling == "l2":
+    if values.method != "heads" or values.augmentation:
         raise UserError(f"protocol {loaded}: wanted one of heads on cached features, such as cached_linear@1")
     device = device or local_device()
     labels, test_labels = (np.asarray(x, np.int64) for x in (train_labels_N, test_labels_M))
     fit, aside = held_out_split(labels, values.held_out_percent, seed)
     given = (np.asarray(train_ND)[fit], np.asarray(train_ND)[aside], np.asarray(test_MD))
-    train, held, test = (np.array(x, np.float32) for x in given)
-    if values.scaling == "standardise":
-        mean_D, std_D = mean_and_std(train)
-        for x_ND in (train, held, test):
-            standardise(x_ND, mean_D, std_D)
+    features = [np.array(x, np.float32) for x in given]  # copies, to be scaled in place
+    scale(values.scaling, *features)
+    train, held, test = (
+        Labelled(features_ND=torch.from_numpy(x).to(device), labels_N=torch.from_numpy(y).to(device))
+        for x, y in zip(features, (labels[fit], labels[aside], test_labels))
+    )
     classes = int(max(labels.max(), test_labels.max())) + 1
-    heads = HeadGrid(
-        train.shape[1], classes, rates=values.rates, decays=values.weight_decays, optimizer=values.optimizer,
-        momentum=values.momentum, init=values.init, seed=seed, device=device,
-    )  # fmt: skip
-    features_ND, y_N = torch.from_numpy(train).to(device), torch.from_numpy(labels[fit]).to(device)
-    steps = values.steps_per_epoch or steps_of(len(fit), values.batch, drop_last=values.drop_last)
-    for epoch in range(values.epochs):
-        batches = epoch_batches(len(fit), values.batch, steps=steps, seed=seed, epoch=epoch)
-        for number, rows in enumerate(batches):
-            factor = rate_factor(
-                values.schedule, step=epoch * steps + number, steps_per_epoch=steps, epochs=values.epochs,
-                milestones=values.milestones, gamma=values.gamma, final=values.final,
-            )  # fmt: skip
-            index = torch.from_numpy(rows).to(device)
-            heads.step(features_ND[index], y_N[index], factor=factor)
+    sets = {"given": torch.arange(train.features_ND.shape[1])}
+    heads = linear.heads_of(values, sets, classes, seed=seed, device=device)
 
-    def judged(part: np.ndarray, truth: np.ndarray) -> list[dict[str, float]]:
-        logits, truth_N = heads.logits(torch.from_numpy(part).to(device)), torch.from_numpy(truth).to(device)
-        return [percentages(places(own, truth_N), truth_N, classes) for own in logits.unbind(1)]
+    def batches_of(_: int, rows: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        return linear.cached(train, rows)
 
-    scores = judged(held, labels[aside]) if len(aside) else [{"top1": 0.0}]
-    best = max(range(len(scores)), key=lambda i: (scores[i]["top1"], -i))
-    return judged(test, test_labels)[best]
+    for _ in linear.train_heads(heads, values, len(fit), batches_of, seed=seed):
+        pass
+    scores = linear.judge_heads(heads, classes, held if len(aside) else None, test)
+    best = linear.first_largest([m["top1"] for m in scores["held"]]) if len(aside) else 0
+    return scores["test"][best]
 
 
 def evaluate(

@@ -15,7 +15,8 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from pretrain.common.errors import UserError
-from slurm.execution.launch import executor, job_of, log_folder
+from slurm.execution.launch import job_of, log_folder, python_command
+from slurm.execution.sbatch_header import slurm_executor
 from slurm.execution.slurm_queue import live_steps
 from slurm.state.step_files import Record
 from slurm.steps.graph import Graph, Step
@@ -134,10 +135,8 @@ def prepared(
     asked = resources[batch.kind]
     if asked.cpus_per_task == "all":
         raise UserError(f"{batch.kind}: cpus_per_task is `all`; on SLURM a number is wanted")
-    return executor(
-        "slurm", name=batch.title, resources=asked, code=code, logs=logs,
-        threads=asked.cpus_per_task, dependency=depends_on, dry=dry,
-    )  # fmt: skip
+    python = python_command(code, asked.cpus_per_task)
+    return slurm_executor(batch.title, asked, python=python, logs=logs, dependency=depends_on, dry=dry)
 
 
 def sbatch_text(batch: Batch, resources: dict[str, Resources], code: Path, root: Path) -> str:

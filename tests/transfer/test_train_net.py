@@ -29,7 +29,7 @@ from transfer import train_net
 from transfer.conversion import convert, layout, weights_file
 from transfer.conversion.availability import CONFIGS
 from transfer.conversion.weights_file import read_pickle
-from transfer.detection import scenes, train_loop
+from transfer.detection import precise_bn, scenes, train_loop
 from transfer.detection.config import load_config, shipped
 from transfer.detection.data import check, index_batches, register
 from transfer.detection.protocol import protocol_of
@@ -445,7 +445,7 @@ def _inside_a_job(argv: list[str]) -> None:
     norm = nn.BatchNorm2d(1)  # rank 0: mean 0, variance 1; rank 1: mean 4, variance 3
     norm.running_mean.fill_(4.0 * rank())
     norm.running_var.fill_(1.0 + 2.0 * rank())
-    train_loop.average_statistics(norm)
+    precise_bn.average_statistics(norm)
     # Together: mean 2; mean square ((1 + 0) + (3 + 16)) / 2 = 10, less 2² = 6
     assert norm.running_mean.item() == 2 and norm.running_var.item() == 6
     assert run(train_net.main, argv) == 0

@@ -294,6 +294,11 @@ def _check_annotations(name: str, option: str, mended: Path, *, masks: bool, key
     return notes
 
 
+def seed_of(seed: int, iteration: int, rank: int) -> int:
+    """The seed of everything random in one iteration on one rank, 32 bits."""
+    return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1)[0])
+
+
 def index_batches(
     wide_N: Sequence[bool], *, seed: int, rank: int, world_size: int, batch_per_rank: int, by_shape: bool,
     repeats_N: np.ndarray | None = None,

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, TrainerBase, create_ddp_model, hooks
@@ -30,7 +29,6 @@ from detectron2.utils.events import (
     TensorboardXWriter,
     get_event_storage,
 )
-from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import Tensor, nn
 
 from pretrain.common.collectives import sum_over_ranks
@@ -42,12 +40,12 @@ from pretrain.common.signals import StopSignals
 from pretrain.metrics import start_wandb
 from transfer.detection import config
 from transfer.detection.checkpointer import StrictCheckpointer
-from transfer.detection.data import train_loader
+from transfer.detection.data import seed_of, train_loader
+from transfer.detection.precise_bn import precise_statistics
 from transfer.detection.protocol import flat
 
 logger = logging.getLogger(__name__)
 LAST, FINAL = "model_last", "model_final"  # .pth, in OUTPUT_DIR
-PRECISE_BN_STREAM = 1_000_003  # added to the seed: PreciseBN sees images in another order than training
 
 Evaluate = Callable[[nn.Module], Mapping[str, Mapping[str, Any]]]
 """A model -> its numbers by test set and task."""
@@ -177,7 +175,7 @@ class FineTuning(TrainerBase):
     def run_step(self) -> None:
         """One update from the batch that is due. Raises RunFailed where a loss is not finite."""
         began = time.perf_counter()
-        torch.manual_seed(_seed_of(self.seed, self.iter, comm.get_rank()))
+        torch.manual_seed(seed_of(self.seed, self.iter, comm.get_rank()))
         batch = next(self.batches)
         waited = time.perf_counter() - began
         enabled = self.cfg.SOLVER.AMP.ENABLED
@@ -314,44 +312,12 @@ def _refuse_another_run(
         )
 
 
-def _seed_of(seed: int, iteration: int, rank: int) -> int:
-    return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1)[0])
-
-
 def _agree(losses: Mapping[str, Tensor], stop: bool) -> tuple[dict[str, float], bool]:
     """The mean of each loss over the ranks, and whether any rank was asked to stop. All ranks must call."""
     values = [v.detach().float() for v in losses.values()]
     vector = torch.stack([*values, torch.tensor(float(stop), device=values[0].device)])
     *means, stops = sum_over_ranks(vector).div(comm.get_world_size()).tolist()
     return dict(zip(losses, means)), stops > 0
-
-
-def precise_statistics(cfg: CfgNode, model: Any, *, seed: int) -> None:
-    """Recompute BatchNorm's running statistics over TEST.PRECISE_BN.NUM_ITER batches, alike on all ranks.
-
-    fvcore leaves every rank with its own (detectron2 issues 5398, 5409): means and mean squares are averaged.
-    All ranks must call.
-    """
-    if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(model):
-        return
-    rank, world_size = comm.get_rank(), comm.get_world_size()
-    torch.manual_seed(_seed_of(seed + PRECISE_BN_STREAM, 0, rank))
-    batches = train_loader(
-        cfg, seed=seed + PRECISE_BN_STREAM, rank=rank, world_size=world_size, num_workers=0
-    )
-    with EventStorage():  # what the model notes on these batches is no training metric
-        update_bn_stats(model, batches, cfg.TEST.PRECISE_BN.NUM_ITER)
-    average_statistics(model)
-
-
-@torch.no_grad()
-def average_statistics(model: nn.Module) -> None:
-    """Give every rank the statistics of all ranks' batches together. All ranks must call."""
-    world_size = comm.get_world_size()
-    for norm in get_bn_modules(model):
-        square = sum_over_ranks(norm.running_var + norm.running_mean**2) / world_size
-        norm.running_mean.copy_(sum_over_ranks(norm.running_mean) / world_size)
-        norm.running_var.copy_(square - norm.running_mean**2)
 
 
 def _writers(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from transfer.evaluation.features import Extractor, image_batches
 from transfer.evaluation.pooled_features import LAST, columns
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluators.epoch_order import epoch_batches, steps_of
+from transfer.evaluators.epoch_order import epoch_batches
 from transfer.evaluators.heads import HeadGrids, rate_factor
 from transfer.evaluators.linear_features import Labelled, cached_parts, held_out_part
 from transfer.evaluators.linear_protocol import LinearProtocol
@@ -113,11 +113,8 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
     train, held, test, fit = cached_parts(evaluation, extractor, values)
     classes = len(evaluation.train.classes)
     sets = {name: columns(name, extractor.widths) for name in values.features}
-    heads = HeadGrids(
-        sets, classes, rates=values.rates, decays=values.weight_decays, optimizer=values.optimizer,
-        momentum=values.momentum, init=values.init, seed=seed, device=device,
-    )  # fmt: skip
-    steps = values.steps_per_epoch or steps_of(len(fit), values.batch, drop_last=values.drop_last)
+    heads = heads_of(values, sets, classes, seed=seed, device=device)
+    steps = values.steps(len(fit))
     identity = (
         f"heads/4 {evaluation.backbone.key} {evaluation.protocol.hash} {seed} {evaluation.train.fingerprint} "
         f"{evaluation.test.fingerprint} {len(fit)} {evaluation.transform} {extractor.precision}"
@@ -131,32 +128,23 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
         steps * values.epochs, label=f"linear probe, {len(heads)} heads", start=done,
         file=settings.output / "progress.json",
     )  # fmt: skip
+
+    def features(epoch: int, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        if train is not None:
+            return cached(train, batches)
+        return _augmented(evaluation, extractor, values, fit, batches, epoch)
+
     with StopSignals() as stop, bar:
-        for epoch in range(done // steps, values.epochs):
-            batches = epoch_batches(len(fit), values.batch, steps=steps, seed=seed, epoch=epoch)
-            batches = [
-                b[rank() :: world_size()] for b in batches[done % steps if epoch == done // steps else 0 :]
-            ]
-            stream = (
-                _augmented(evaluation, extractor, values, fit, batches, epoch)
-                if train is None
-                else _cached(train, batches)
-            )
-            step = done if epoch == done // steps else epoch * steps
-            loss = torch.zeros(len(heads))
-            for x_BD, labels_B in stream:
-                factor = rate_factor(
-                    values.schedule, step=step, steps_per_epoch=steps, epochs=values.epochs,
-                    milestones=values.milestones, gamma=values.gamma, final=values.final,
-                )  # fmt: skip
-                loss = heads.step(x_BD, labels_B, factor=factor)
-                step += 1
-                bar.update(1)
-                if step % 50 == 0 and any_rank(stop.requested, device) and step % steps:
+        for step, loss in train_heads(heads, values, len(fit), features, seed=seed, done=done):
+            bar.update(1)
+            if step % steps:
+                if step % 50 == 0 and any_rank(stop.requested, device):
                     _save(path, heads, identity, step, history, must_be_saved=True)
                     _leave(stop)
+                continue
+            epoch = step // steps - 1
             last = [{"last": float(x)} for x in loss]
-            history.append(_judge(heads, classes, held, test) | {"loss": last})
+            history.append(judge_heads(heads, classes, held, test) | {"loss": last})
             told = metric if held is None else f"held-out {metric}"
             best = max(history[-1]["held" if held is not None else "test"], key=lambda m: m[metric])
             diverged = _diverged(heads, diverged, evaluation, epoch, step)
@@ -198,7 +186,45 @@ def _leave(stop: StopSignals) -> None:
     stop.hand_over()
 
 
-def _cached(train: Labelled, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+def heads_of(
+    values: LinearProtocol, sets: Mapping[str, Tensor], classes: int, *, seed: int, device: torch.device
+) -> HeadGrids:
+    """The protocol's grid of heads at its start; `sets`: by name, which columns of the features are of it."""
+    return HeadGrids(
+        sets, classes, rates=values.rates, decays=values.weight_decays, optimizer=values.optimizer,
+        momentum=values.momentum, init=values.init, seed=seed, device=device,
+    )  # fmt: skip
+
+
+def train_heads(
+    heads: HeadGrids,
+    values: LinearProtocol,
+    n: int,
+    features: Callable[[int, list[np.ndarray]], Iterator[tuple[Tensor, Tensor]]],
+    *,
+    seed: int,
+    done: int = 0,
+) -> Iterator[tuple[int, Tensor]]:
+    """Train from step `done` on: after each step how many are done, and the mean loss of each head (H).
+
+    `features(epoch, batches)` gives features B x D and labels B of this rank's part of each batch, which is
+    of positions among the `n` images trained on. All ranks must call.
+    """
+    steps = values.steps(n)
+    for epoch in range(done // steps, values.epochs):
+        batches = epoch_batches(n, values.batch, steps=steps, seed=seed, epoch=epoch)[done - epoch * steps :]
+        for x_BD, labels_B in features(epoch, [b[rank() :: world_size()] for b in batches]):
+            factor = rate_factor(
+                values.schedule, step=done, steps_per_epoch=steps, epochs=values.epochs,
+                milestones=values.milestones, gamma=values.gamma, final=values.final,
+            )  # fmt: skip
+            loss = heads.step(x_BD, labels_B, factor=factor)
+            done += 1
+            yield done, loss
+
+
+def cached(train: Labelled, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features B x D and labels B of each batch of rows."""
     for b in batches:
         index = sent(b, train.features_ND.device)
         yield train.features_ND[index], train.labels_N[index]
@@ -227,7 +253,7 @@ def _augmented(
             yield torch.zeros(0, extractor.width, device=device), labels_B
 
 
-def _judge(
+def judge_heads(
     heads: HeadGrids, classes: int, held: Labelled | None, test: Labelled
 ) -> dict[str, list[dict[str, float]]]:
     """Accuracies of every head on the held-out part and on the test images."""
@@ -261,9 +287,9 @@ def _report(
     metric = metric_of(evaluation.test.name)
     place = "held" if values.choose_on == "held-out" and "held" in history[0] else "test"
     last = len(history) - 1
-    head_last = _argmax([m[metric] for m in history[last][place]])
-    epoch_best = _argmax([max(m[metric] for m in h[place]) for h in history])
-    head_best = _argmax([m[metric] for m in history[epoch_best][place]])
+    head_last = first_largest([m[metric] for m in history[last][place]])
+    epoch_best = first_largest([max(m[metric] for m in h[place]) for h in history])
+    head_best = first_largest([m[metric] for m in history[epoch_best][place]])
 
     def line(selection: str, epoch: int, head: int) -> Result:
         rate, decay, features = heads.grid[head]
@@ -306,8 +332,8 @@ def _report(
     return found
 
 
-def _argmax(values: list[float]) -> int:
-    """The first of the largest."""
+def first_largest(values: list[float]) -> int:
+    """The index of the largest value, of equal ones the first."""
     return max(range(len(values)), key=lambda i: (values[i], -i))
 
 

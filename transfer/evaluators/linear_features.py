@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -52,6 +53,17 @@ def held_out_split(
     return np.setdiff1d(np.arange(len(labels_N)), kept), kept
 
 
+def scale(scaling: Literal["none", "standardise", "l2"], fit_ND: np.ndarray, *others: np.ndarray) -> None:
+    """Scale features in place as a protocol says; mean and standard deviation are those of `fit_ND`."""
+    if scaling == "standardise":
+        mean_D, std_D = mean_and_std(fit_ND)
+        for x_ND in (fit_ND, *others):
+            standardise(x_ND, mean_D, std_D)
+    elif scaling == "l2":
+        for x_ND in (fit_ND, *others):
+            to_unit_length(x_ND)
+
+
 def cached_parts(
     evaluation: Evaluation, extractor: Extractor, values: LinearProtocol
 ) -> tuple[Labelled | None, Labelled | None, Labelled, np.ndarray]:
@@ -82,12 +94,6 @@ def cached_parts(
     row_N[every.positions_N] = np.arange(len(every.positions_N))
     fit, aside = fit[row_N[fit] >= 0], aside[row_N[aside] >= 0]
     fit_ND, aside_ND = every.x_ND[row_N[fit]], every.x_ND[row_N[aside]]  # copies, unlike the cached file
-    if values.scaling == "standardise":
-        mean_D, std_D = mean_and_std(fit_ND)
-        for x_ND in (fit_ND, aside_ND, test_ND):
-            standardise(x_ND, mean_D, std_D)
-    elif values.scaling == "l2":
-        for x_ND in (fit_ND, aside_ND, test_ND):
-            to_unit_length(x_ND)
+    scale(values.scaling, fit_ND, aside_ND, test_ND)
     held = labelled(aside_ND, train.labels_N[aside]) if len(aside) else None
     return labelled(fit_ND, train.labels_N[fit]), held, labelled(test_ND, test_labels_N), fit

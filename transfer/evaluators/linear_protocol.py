@@ -9,6 +9,7 @@ from typing import Literal
 from transfer.evaluation.pooled_features import LAST, WINDOWS, stages_of
 from transfer.evaluation.protocol import want
 from transfer.evaluation.transforms import ImageValues
+from transfer.evaluators.epoch_order import steps_of
 from transfer.evaluators.heads import Optimizer, Schedule, check_steps
 
 
@@ -104,6 +105,10 @@ class LinearProtocol(ImageValues):
     def stages(self) -> tuple[str, ...]:
         """What of the backbone is looked at, see `pooled_features`."""
         return WINDOWS if self.pooling == "6x6" else stages_of(self.features)
+
+    def steps(self, n: int) -> int:
+        """Steps of an epoch over `n` training images."""
+        return self.steps_per_epoch or steps_of(n, self.batch, drop_last=self.drop_last)
 
     @property
     def grid_size(self) -> int:

@@ -84,7 +84,7 @@ def test_every_key_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # The rest is read where a run reads it: this project's own modules, named as they name it.
     ours = "\n".join(
         (Path(config.__file__).parent / f"{name}.py").read_text()
-        for name in ("config", "data", "evaluation", "run", "train_loop", "protocol")
+        for name in ("config", "data", "evaluation", "run", "train_loop", "precise_bn", "protocol")
     )
     unread = {key for key in flat(get_cfg()) if key not in reads.keys and f"cfg.{key}" not in ours}
     refused = {k for k in unread for r in config.REFUSED if k == r or (r[-1] == "." and k.startswith(r))}
