@@ -59,7 +59,7 @@ class LossLog:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and `tensorboard/`; what was logged after `start` by a run cut off goes."""
+    """Appends to `metrics.jsonl` and `tensorboard/`; later lines than step `start` are dropped."""
 
     def __init__(self, output: Path, *, start: int, wandb: str | None, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -73,7 +73,7 @@ class MetricsWriter:
         self._wandb = start_wandb(wandb, output, start, config) if wandb else None
 
     def write(self, record: Mapping[str, float]) -> None:
-        """One line; numbers that are not finite are left out of it."""
+        """One line; numbers that are not finite are left out."""
         finite = {k: v for k, v in record.items() if math.isfinite(v)}
         append_jsonl(self._file, finite)
         for key, value in finite.items():

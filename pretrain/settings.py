@@ -32,12 +32,12 @@ class Settings:
     data_dir: str
     """Folder with the data set."""
     output: str
-    """Folder for checkpoint, backbone, logs and the settings used; an unfinished run in it goes on."""
+    """Folder for checkpoint, backbone, logs and the settings used; an unfinished run in it is resumed."""
     dataset: str = "imagenet"
     """imagenet, imagenet100, imagefolder (train/<class>/, val/<class>/), webdataset (train-*.tar, val-*.tar
     of KEY.jpg and KEY.cls), cifar10, cifar100, fashion_mnist, or another of docs/datasets.md."""
     seed: int = 0
-    """Of initialisation, order and augmentation."""
+    """Seed of initialisation, order of images and augmentation."""
 
     arch: str = "resnet50"
     """Any timm ResNet with a plain stem: resnet18, 34, 50, 101, 152, wide_resnet50_2 ..."""
@@ -61,9 +61,9 @@ class Settings:
     power: float | None = None
     """Train with g = λ^-power (0.5: hard whitening) and without penalty in place of INTL, to compare."""
     ema: bool = False
-    """Let view 0 be embedded by a momentum encoder."""
+    """Embed view 0 with an EMA target encoder."""
     ema_momentum: float = 0.996
-    """Its momentum at the start, rising to 1 by a cosine."""
+    """Momentum of the EMA at the start; rises to 1 by a cosine."""
 
     epochs: int = 100
     """Passes over the data; 0 writes the random control: same initialisation, BN statistics estimated."""
@@ -80,9 +80,9 @@ class Settings:
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 1e-5
-    """Weight decay."""
+    """Weight decay, but of biases and BN parameters only with --decay-1d."""
     decay_1d: bool = False
-    """Let biases and BN parameters decay too."""
+    """Apply weight decay to biases and BN parameters too."""
 
     view_sizes: list[int] = dataclasses.field(default_factory=lambda: [224, 224])
     """Side in px of each view; as many views as sizes, view 0 the target."""
@@ -91,7 +91,7 @@ class Settings:
     max_scales: list[float] = dataclasses.field(default_factory=lambda: [1.0])
     """Largest share of the image's area in a crop, one for each view or one for all."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Of the resized crop, with antialiasing."""
+    """Interpolation of the resized crop, antialiased."""
     jitter: list[float] = dataclasses.field(default_factory=lambda: [0.4, 0.4, 0.2, 0.1])
     """Strengths of brightness, contrast, saturation and hue."""
     jitter_p: list[float] = dataclasses.field(default_factory=lambda: [0.8])
@@ -116,7 +116,7 @@ class Settings:
     """Decode a large JPEG at 1/2, 1/4 or 1/8 of its size where each crop keeps twice its view's side."""
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of backbone and projector; auto: bfloat16 where the device has it natively. The loss has float32."""
+    """Precision of backbone and projector; auto: bfloat16 where the device has it. The loss is in float32."""
     compile: bool = False
     """torch.compile the encoder: faster after minutes of compiling, needs a C++ compiler."""
     augment_on: Literal["auto", "workers", "device"] = "auto"
@@ -124,7 +124,7 @@ class Settings:
     workers: int | None = None
     """Data loading processes of each rank; 0 loads in the training process; default: by cores."""
     max_broken_images: int = 50
-    """Unreadable image files that are skipped with a warning before the run stops: in all, over all ranks."""
+    """Corrupt image files that are skipped with a warning, over all ranks, before the run stops."""
 
     log_every: int = 50
     """Steps between two lines of metrics.jsonl, with a diagnosis of the embedding's spectrum."""
@@ -133,7 +133,7 @@ class Settings:
     keep_every_epochs: int | None = None
     """Keep a copy of the checkpoint every so many epochs."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """What to do when the embedding collapses; looked at every log_every steps from the end of warm-up on."""
+    """What to do when the embedding collapses; checked every log_every steps after the warm-up."""
     hook: str | None = None
     """MODULE:FUNCTION called with (backbone, settings) every hook_every_epochs; its numbers are logged.
     transfer.hooks:knn: k-NN accuracy on the data set's own test images."""

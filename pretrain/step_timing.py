@@ -25,7 +25,7 @@ from pretrain.train import Plan, loss_of, on_device, views_of
 
 LOADER = ("--augment-on", "--workers", "--jpeg-draft")
 WORTH = 1.05
-"""Times as fast: what is less is chance."""
+"""Times as fast; smaller speed-ups are noise."""
 WARM_UP = 3
 PARTS = ("data wait", "transfer and augment", "forward", "loss", "backward", "optimizer")
 
@@ -90,7 +90,7 @@ def alternatives(settings: Settings, device: torch.device) -> dict[str, Settings
 def speedups(seconds: dict[str, float], tried: dict[str, dict[str, float]]) -> dict[str, float]:
     """How many times as fast a step is with each option, the best first.
 
-    What concerns the loader can save no more than the step now waits for it: beyond that is chance.
+    Loader options save at most the current data wait; more than that is noise.
     """
     total = sum(seconds.values())
     waits = seconds["data wait"] + seconds["transfer and augment"]

@@ -1,4 +1,4 @@
-"""The training loop; it leaves checkpoint.pt, backbone.safetensors and metrics.jsonl."""
+"""The training loop; writes checkpoint.pt, backbone.safetensors and metrics.jsonl."""
 
 from __future__ import annotations
 

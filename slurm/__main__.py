@@ -7,9 +7,9 @@ import sys
 from transfer.program import Program
 
 COMMANDS = {
-    "suite": ("slurm.commands.suite", "pretrain or take weights, judge, report: on SLURM or here"),
-    "status": ("slurm.commands.status", "how every job of a suite stands"),
-    "cancel": ("slurm.commands.cancel", "stop a suite's jobs; submit again to go on"),
+    "suite": ("slurm.commands.suite", "pretrain or take checkpoints, evaluate, report; locally or on SLURM"),
+    "status": ("slurm.commands.status", "show the state of every job of a suite"),
+    "cancel": ("slurm.commands.cancel", "stop a suite's jobs; the same suite command resumes them"),
     "logs": ("slurm.commands.logs", "print the log of one step"),
     "demo": ("slurm.commands.demo", "the whole suite, small, on this machine"),
 }

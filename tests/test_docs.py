@@ -64,7 +64,7 @@ overwritten in place.
 
 They are reported in top-1 (`voc07` in mAP), the sets below in the metric of their row: it is the headline of
 the report, and held-out heads, C and best epochs are chosen by it. Mean per class is the mean over classes of
-the share of their images that is judged right, `mean_per_class` in results.
+the share of their images that is classified right, `mean_per_class` in results.
 
 The sets below are read by torchvision's own classes and never downloaded. DIR is torchvision's root or the
 set's own folder, under any name (with `--stage-to` that: all of DIR is copied). Images are evaluated in

@@ -33,12 +33,12 @@ BATCH = 128  # images a forward pass
 def knn(backbone: nn.Module, settings: Settings) -> dict[str, float]:
     """knn_top1 and knn_top5 in percent: weighted 20-NN as in solo_knn@2 on the run's own data set.
 
-    Training images are the bank, test images the queries, both as the finished weights will be judged on
+    Training images are the bank, test images the queries, both as the finished weights will be evaluated on
     them: no augmentation, and `image_size`, mean and standard deviation of the settings. Of more than
     MOST_BANK or MOST_QUERIES images so many are taken, evenly spaced, the same at every call. Features come
     from a copy, so the backbone stays as it is; random states are put back.
 
-    Only one rank may call. An image that cannot be read is left out; where nothing can be judged (no test
+    Only one rank may call. An image that cannot be read is left out; where nothing can be evaluated (no test
     images, features that are not finite, no memory left) or the run was told to stop, a warning is all: to
     look on must not end the run.
     """

@@ -75,7 +75,7 @@ class WeightsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings(WeightsOptions):
-    """Say what a checkpoint file holds and whether its backbone loads. Nothing in it is run."""
+    """Show what a checkpoint file holds and whether its backbone loads. No code in it is run."""
 
     file: Path
     """Checkpoint of any format that `python -m transfer formats` lists."""
@@ -92,7 +92,7 @@ class EvaluationSettings(WeightsOptions):
     """What every evaluator takes."""
 
     weights: str
-    """Checkpoint file in any known format; raw-pixels: judge the pixels themselves (knn and linear)."""
+    """Checkpoint file in any known format; raw-pixels: evaluate the pixels themselves (knn and linear)."""
     protocol: str
     """Protocol NAME@VERSION (python -m transfer protocols lists them), or a YAML file of your own."""
     dataset: str
@@ -112,11 +112,11 @@ class EvaluationSettings(WeightsOptions):
     """Mean of the images' normalisation, three numbers; default: as the weights' file records, else CIFAR's
     for another project's file with a CIFAR stem, else ImageNet's."""
     std: list[float] | None = None
-    """Standard deviation of the same; default: likewise, or the protocol's in place of ImageNet's."""
+    """Standard deviation of the same; default: as for --mean, or the protocol's instead of ImageNet's."""
     cache_dir: Path | None = None
     """Folder of cached features, to be shared between evaluators; default OUTPUT/features."""
     stage_to: Path | None = None
-    """Copy the data set to this node-local folder first, once a node, checked."""
+    """First copy the data set to this node-local folder, once per node, and verify the copy."""
     batch_size: int = 256
     """Images a forward pass when features are extracted."""
     workers: int | None = None
@@ -126,10 +126,10 @@ class EvaluationSettings(WeightsOptions):
     else bfloat16 where the device computes it natively and the features of a first batch agree with float32
     within 5 % of their spread."""
     random_init: bool = False
-    """Judge a backbone that was never trained (BatchNorm without statistics), which is refused otherwise."""
+    """Evaluate a backbone that was never trained (no BatchNorm statistics); refused otherwise."""
     max_broken_images: int = 0
     """Images that may be unreadable, of training and test part together: they are left out, and a result's n
-    is the number judged. With more, all of them are listed and nothing is lost."""
+    is the number evaluated. With more, all of them are listed and the cached features are kept."""
     force: bool = False
     """Evaluate again although OUTPUT holds the result."""
 
@@ -174,7 +174,7 @@ class LinearSettings(EvaluationSettings):
     """Train linear heads on the frozen backbone and report their accuracy."""
 
     seed: int = 0
-    """Of the heads' first values, the held-out part, the order of images and the augmentation."""
+    """Seed of the heads' initialisation, the held-out part, the order of images and the augmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,9 +189,9 @@ class SemisupSettings(EvaluationSettings):
     """File of image names, one a line, that makes up the share; on imagenet SimCLR's list, checked, or
     "download" to fetch it. Default for other data sets: a class-balanced draw."""
     subset_seed: int = 0
-    """Of the class-balanced draw; stays the same over --seed, as published lists do."""
+    """Seed of the class-balanced draw; independent of --seed, as published lists are."""
     seed: int = 0
-    """Of the head's first values, the order of images and the augmentation."""
+    """Seed of the head's initialisation, the order of images and the augmentation."""
     cache_dir: Path | None = None
     """Folder that "--lists download" fetches into; default OUTPUT/features."""
     batch_size: int = 256
@@ -216,7 +216,7 @@ class SemisupSettings(EvaluationSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertSettings(WeightsOptions):
-    """Turn a checkpoint into detectron2 weights and prove both compute the same; or the way back."""
+    """Convert a checkpoint to detectron2 weights, proved to compute the same; --reverse converts back."""
 
     weights: Path
     """Checkpoint file, in any format that `python -m transfer formats` lists (a detectron2 file with
@@ -246,7 +246,7 @@ class ExportSettings(WeightsOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """Which spectral transformations avoid collapse: train, judge, draw."""
+    """Train with several spectral transformations and see which avoid collapse."""
 
     data_dir: str
     """Folder of the data set."""
@@ -297,9 +297,9 @@ class ReportSettings:
     title: str = "Transfer results"
     """Heading of the report."""
     pool: bool = False
-    """Take the same label in several DIRs for seeds of one method, instead of setting them side by side."""
+    """Treat the same label in several DIRs as seeds of one method instead of as separate methods."""
     pictures: int = 6
-    """At most so many pictures of each folder of pictures."""
+    """Show at most this many pictures of each folder."""
 
     def __post_init__(self) -> None:
         if not self.dirs:

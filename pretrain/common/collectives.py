@@ -1,4 +1,9 @@
-"""Collectives, with and without gradient; each answers with one process too."""
+"""Collectives, with and without gradient; each works with one process too.
+
+Those with gradient: backward gives the gradient of the SUM of all ranks' losses with respect to this rank's
+tensor. Where every rank computes the same global loss that is world_size times its gradient, and DDP, which
+averages parameter gradients over ranks, turns it into exactly the loss's own.
+"""
 
 from __future__ import annotations
 

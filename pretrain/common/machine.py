@@ -1,4 +1,4 @@
-"""What of this machine the process may use."""
+"""The cores that this process may use, and the launch it belongs to."""
 
 from __future__ import annotations
 

@@ -74,8 +74,3 @@ def barrier() -> None:
     """Wait for every rank. All ranks must call."""
     if is_on():
         dist.barrier()
-
-
-# Collectives with gradient. Convention: backward gives the gradient of the SUM of all ranks' losses with
-# respect to this rank's tensor. Where every rank computes the same global loss that is world_size times its
-# gradient, and DDP, which averages parameter gradients over ranks, turns it into exactly the loss's own.

@@ -71,7 +71,7 @@ class ImageDataset:
             data = self.shards.read(i)
         except OSError as error:
             raise BrokenImage(f"{path}: cannot be read ({error})") from error
-        return OpenImage(io.BytesIO(data), path, "write the shard anew without it")
+        return OpenImage(io.BytesIO(data), path, "rewrite the shard without it")
 
     def image(self, i: int) -> Image.Image:
         """Image `i` as 8-bit RGB. Raises BrokenImage naming the file."""

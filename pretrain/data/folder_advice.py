@@ -104,8 +104,8 @@ def one_level_too_high(folder: Path, classes: Sequence[str], files: Sequence[str
     if len(inner) < 2:
         return None
     return (
-        f"{folder}: its only folder, {classes[0]}/, would be the single class, which everything is judged "
-        f"right in; it holds {len(inner)} folders ({', '.join(sorted(inner)[:3])} ...). If those are the "
+        f"{folder}: its only folder, {classes[0]}/, would be the only class, so that every answer is right; "
+        f"it holds {len(inner)} folders ({', '.join(sorted(inner)[:3])} ...). If those are the "
         f"classes, move them up: mv {folder / classes[0]}/* {folder}/ && rmdir {folder / classes[0]}"
     )
 

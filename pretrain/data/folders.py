@@ -214,7 +214,7 @@ def _walk(top: Path, name: str, *, deep: bool = True) -> _Part:
                 if error.errno != errno.ELOOP and suffix in IMAGE_SUFFIXES:
                     part.found.append((relative, -1, -1))  # named as unreadable when its turn comes
                 else:
-                    part.passed_over["links to nothing"] += 1
+                    part.passed_over["broken links"] += 1
                 continue
             if S_ISDIR(stat.st_mode):
                 if deep:

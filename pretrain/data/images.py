@@ -67,7 +67,7 @@ class OpenImage:
 
     def _broken(self, error: Exception, file: object = None) -> BrokenImage:
         if isinstance(error, FileNotFoundError):
-            return BrokenImage(f"{self._name}: the file is gone since the folder was read")
+            return BrokenImage(f"{self._name}: the file was removed after the folder was listed")
         reason = str(error) or type(error).__name__
         for named in (repr(str(self._name)), str(self._name), repr(file)):  # the message begins with the name
             reason = reason.replace(named, "")
@@ -77,7 +77,7 @@ class OpenImage:
 
 def open_file(path: str | Path) -> OpenImage:
     """Open an image file. Raises BrokenImage naming it."""
-    return OpenImage(path, path, "replace the file or take it out of the folder")
+    return OpenImage(path, path, "replace or remove the file")
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -97,11 +97,7 @@ def find_shards(root: Path, prefixes: Sequence[str]) -> list[Path]:
             return sorted(found)
     wanted = " or ".join(f"{prefix}-*.tar" for prefix in prefixes)
     packed = sorted(p.name for p in root.glob("*") if p.name.endswith((".tar.gz", ".tgz", ".tar.zst")))
-    hint = (
-        f"; {packed[0]} is compressed, which leaves no way to read one image of it: unpack it"
-        if packed
-        else ""
-    )
+    hint = f"; {packed[0]} is compressed, so that single images cannot be read: unpack it" if packed else ""
     raise UserError(f"{root}: holds no shard {wanted}{hint}")
 
 

@@ -1,8 +1,8 @@
 """The transfer sets: their files and labels, split as torchvision has them.
 
-torchvision.datasets reads each set's lists and knows its classes. Chosen here is what it leaves open: on
-which of its splits to train and judge, a split where it has none, and the metric the set is reported in. Mean
-per-class accuracy for Flowers, Pets, Aircraft and Caltech-101, top-1 for Food, SUN397 and DTD, is what
+torchvision.datasets reads each set's lists and knows its classes. Chosen here is what it leaves open: which
+of its splits to train and to evaluate on, a split where it has none, and the metric the set is reported in.
+Mean per-class accuracy for Flowers, Pets, Aircraft and Caltech-101, top-1 for Food, SUN397 and DTD, is what
 Kornblith, Shlens and Le have (https://arxiv.org/abs/1805.08974, table 1), and after them SimCLR and BYOL.
 """
 
@@ -50,7 +50,7 @@ class TransferSet:
     metric: Metric = "top1"
     source: str
     hint: str = ""
-    """Where to have what torchvision does not fetch."""
+    """Where to get what torchvision does not fetch."""
 
     @property
     def layout(self) -> str:

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int | None:
     if finished:
         print(f"done before it could be cancelled: {', '.join(finished)}")
     if elsewhere:
-        print(f"left alone, on {', '.join(elsewhere)}: call this there as well")
+        print(f"left running on {', '.join(elsewhere)}: cancel there as well")
     elif not going:
         print("nothing was queued or running")
     if driver is not None:

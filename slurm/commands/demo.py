@@ -28,7 +28,7 @@ from slurm.steps.tasks import Images, Target
 
 DESCRIPTION = """The whole suite, small, on this machine, ending with a report.
 
-INTL is pretrained and judged beside its untrained control and raw pixels by k-NN and linear probe, then
+INTL is pretrained and evaluated beside its untrained control and raw pixels by k-NN and linear probe, then
 converted, and Mask R-CNN is trained from it and from random initialisation, on the same budget.
 """
 TEXTS = ("--pretrain-options", "--scenes-options", "--detection-options")

@@ -22,13 +22,13 @@ from slurm.steps.resources import Resources, load_profile
 from slurm.steps.suite import Suite, suite_graph
 
 SUBMIT_LOCK_WAIT_S = 120
-DESCRIPTION = """Pretrain by a recipe, or take checkpoints; judge them; report. On SLURM or on this machine.
+DESCRIPTION = """Pretrain by a recipe or take checkpoints, evaluate them, report: on SLURM or on this machine.
 
 pretrain ─▶ k-NN, linear, semi-supervised (x seeds) ─▶ report
     └─────▶ conversion ─▶ detection (x seeds) ───────────┘
 """
 GROUPS = {
-    "output": "what to judge", "branch": "how to read --weights", "tasks": "how to judge it",
+    "output": "what to evaluate", "branch": "how to read --weights", "tasks": "how to evaluate it",
     "dataset": "data", "knn_protocol": "protocols, and further options of the steps",
     "cluster": "where it runs", "dry_run": "this call",
 }  # fmt: skip

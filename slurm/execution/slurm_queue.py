@@ -1,4 +1,4 @@
-"""What SLURM says about job ids: PENDING, RUNNING ... or nothing for what is over."""
+"""The states of SLURM jobs by id: PENDING, RUNNING ...; jobs that have ended have none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def live_jobs(job_ids: Iterable[str]) -> dict[str, str]:
         return {}
     if shutil.which("squeue") is None:
         raise UserError(
-            "jobs of this suite are on SLURM, but there is no squeue here: call this on the cluster"
+            "jobs of this suite are on SLURM, but there is no squeue here: run this on the cluster"
         )
     listed = _squeue("--jobs", ",".join(sorted({i.partition("_")[0] for i in wanted})))
     if listed is None:  # an id that SLURM has forgotten fails the whole query on some versions: ask for all

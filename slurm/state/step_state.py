@@ -1,4 +1,4 @@
-"""One word for a step's state, and what to say about it."""
+"""The state of a step in one word, with details for the table."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def look(record: Record, live: str | None, now: float | None = None) -> View:
         detail = ", ".join(x for x in (f"on {process.host}", _progress(record.progress)) if x)
         return view(RUNNING, detail, now - started if started else None)
     if state.get("state") == "running":
-        return view(FAILED, "ended without a word: killed, out of memory, or the machine went down", seconds)
+        return view(FAILED, "ended without a message: killed, out of memory, or machine down", seconds)
     if state.get("starts"):
         return view(CANCELLED, "goes on when submitted again", seconds)
     if state or sent.get("job_id"):

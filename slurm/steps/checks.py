@@ -66,7 +66,7 @@ def _images(asked: Suite) -> list[str]:
 
 
 def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
-    """What is to be judged by the option that names it, and what cannot be loaded."""
+    """What is to be evaluated by the option that names it, and what cannot be loaded."""
     from pretrain.model import build_backbone
     from transfer.checkpoints.backbone import Backbone, load_backbone
     from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
@@ -81,8 +81,8 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
             backbones[f"--weights {path}"] = loaded
             if never_trained(loaded) and set(asked.tasks or []).intersection(CLASSIFICATION):
                 problems.append(
-                    f"--weights {path}: {NEVER_TRAINED}, which knn, linear and semisup refuse; judge it by "
-                    "these commands, with --random-init true"
+                    f"--weights {path}: {NEVER_TRAINED}, which knn, linear and semisup refuse; run these "
+                    "commands with --random-init true to evaluate it"
                 )
     settings = asked.pretraining
     if settings:
@@ -197,7 +197,7 @@ def _cluster(graph: Graph, resources: dict[str, Resources]) -> list[str]:
     """Partition, account and qos are known to SLURM, and the job's size fits the partition."""
     if not has_slurm():
         return [
-            "--cluster slurm: there is no sbatch here; call this on a login node, or take --cluster local"
+            "--cluster slurm: there is no sbatch here; run this on a login node, or take --cluster local"
         ]
     problems: list[str] = []
     partitions = _lines("sinfo", "--noheader", "--format", "%R")

@@ -33,13 +33,13 @@ class Suite(WeightsOptions):
     recipe: str | None = None
     """Pretrain by this recipe, a name or a YAML file; or give --weights."""
     weights: list[str] | None = None
-    """Checkpoint files to judge, in any known format, all read alike: --weights A.pth B.pth."""
+    """Checkpoint files to evaluate, in any known format, all read alike: --weights A.pth B.pth."""
     branch: Literal["online", "ema"] = "online"
-    """Which of two networks to judge: of a checkpoint, or of a recipe that trains with --ema."""
+    """Which of two networks to evaluate, of a checkpoint or of a recipe that trains with --ema."""
     control: bool = False
-    """With --recipe: judge the same initialisation, untrained, as well."""
+    """With --recipe: also evaluate the same initialisation, untrained."""
     tasks: list[str] | None = None
-    """What to judge by: knn, linear, semisup1, semisup10, and for detection coco_c4_2x, other names in
+    """How to evaluate: knn, linear, semisup1, semisup10, and for detection coco_c4_2x, other names in
     detection_configs/ or a YAML file."""
     seeds: int = 1
     """Runs of every task that has randomness, with seeds 0, 1 ...; k-NN has none and runs once."""

@@ -16,7 +16,7 @@ from transfer.options import WeightsOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A backbone to judge: a file, or `raw-pixels`."""
+    """A backbone to evaluate: a file, or `raw-pixels`."""
 
     name: str
     """Its folder's name: intl, control, raw-pixels."""

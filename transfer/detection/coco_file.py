@@ -1,4 +1,4 @@
-"""A COCO annotation file enters; what is wrong with it, or a copy that is read as it was meant, leaves.
+"""Check a COCO annotation file, and mend a copy of one that would be misread.
 
 pycocotools and the evaluators built on it take some things for granted without a word: an annotation with id
 0 counts as missed when it is found, one without `area` as small, one without `iscrowd` or with an image id
@@ -140,7 +140,7 @@ def _need_objects(file: Path, annotations: list[dict[str, Any]], *, masks: bool,
             f"of {len(annotations)}, {len(annotations) - len(single)} are crowds and {len(single)} have an "
             "empty box or a polygon of fewer than three points"
         )  # fmt: skip
-        raise UserError(f"{file}: no object to train on or to judge by: {why}")
+        raise UserError(f"{file}: no object to train on or to evaluate with: {why}")
     if masks and (lacking := [a for a in annotations if not a.get("segmentation")]):
         raise UserError(
             _named(

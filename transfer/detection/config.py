@@ -34,7 +34,7 @@ REFUSED = {
     "DATASETS.PROPOSAL_FILES_TEST": "proposals come from the network alone",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN": "proposals come from the network alone",
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST": "proposals come from the network alone",
-    "MODEL.ANCHOR_GENERATOR.ANGLES": "rotated boxes are not judged here",
+    "MODEL.ANCHOR_GENERATOR.ANGLES": "rotated boxes are not evaluated here",
     "MODEL.PANOPTIC_FPN.": SCENES,
     "MODEL.SEM_SEG_HEAD.": SCENES,
     "GLOBAL.HACK": "nothing reads it",
@@ -45,7 +45,7 @@ CHOICES = {
     "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
 }
-"""What detectron2 knows more of than this project can train and judge."""
+"""The values that this project can train and evaluate; detectron2 has others."""
 
 
 def load_config(
@@ -208,7 +208,7 @@ def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
 
 
 def _refuse_without_effect(cfg: CfgNode) -> None:
-    """A key that nothing reads, or a choice that this project cannot judge, would go unnoticed."""
+    """A key that nothing reads, or a choice that this project cannot evaluate, would go unnoticed."""
     ours, default = flat(cfg), flat(get_cfg())
     if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
         raise UserError(

@@ -73,7 +73,7 @@ def check(
     images whose size is not that of the annotations or that detectron2 would read wrongly.
     """
     if not cfg.DATASETS.TEST:
-        raise UserError("DATASETS.TEST is empty: name at least one set to judge by")
+        raise UserError("DATASETS.TEST is empty: name at least one set to evaluate on")
     if train and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name at least one set to train on")
     names = list(dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]))
@@ -119,8 +119,8 @@ def same_categories(
             one, other = (f"{c[1]!r} (id {c[0]})" if c else "none" for c in (a, b))
             raise UserError(
                 f"category {number + 1} is {one} in {first} and {other} in {second}: a detector trained on "
-                "the one would be judged by wrong names on the other; give both the same categories, with "
-                "ids in the same order"
+                "the one would be evaluated under wrong names on the other; give both the same categories, "
+                "with ids in the same order"
             )
 
 
@@ -161,7 +161,7 @@ def _check_one(name: str, cfg: CfgNode, option: str, mended: Path) -> str:
     kind, keypoints = metadata.get("evaluator_type", "none"), cfg.MODEL.KEYPOINT_ON
     if kind not in JUDGED:
         raise UserError(
-            f"data set {name!r}: sets of kind {kind} are not judged here, only {', '.join(JUDGED)}"
+            f"data set {name!r}: sets of kind {kind} are not evaluated here, only {', '.join(JUDGED)}"
         )
     package = NEEDS_PACKAGE.get(kind)
     if package and importlib.util.find_spec(package) is None:
@@ -190,7 +190,7 @@ def _check_one(name: str, cfg: CfgNode, option: str, mended: Path) -> str:
     _check_images(name, records)
     objects = [a for r in records for a in r.get("annotations", ())]
     if not any(not a.get("iscrowd") for a in objects):
-        raise UserError(f"data set {name!r} holds no object to train on or to judge by")
+        raise UserError(f"data set {name!r} holds no object to train on or to evaluate with")
     if keypoints:
         _check_keypoints(name, cfg, objects)
     # crowds, COCO's only run-length masks, are left out of training

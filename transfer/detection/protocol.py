@@ -1,4 +1,4 @@
-"""What a detector was trained and judged by, compared with the config of that name as it ships.
+"""The protocol of a detection run: its config compared with the shipped config of the same name.
 
 A result may stand beside others of a protocol's name only where nothing that can change the number differs.
 `protocol_of` says what does, in words, and gives such a run a hash of its own.
@@ -76,7 +76,7 @@ def protocol_of(
 def judged(
     protocol: Mapping[str, Any], dataset: str, images: int, also: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The protocol of one result: what is peculiar to the test set and to how it was judged added."""
+    """The protocol of one result: what is peculiar to the test set and to how it was evaluated added."""
     part = [_fewer(dataset, images)] if _is_part(dataset, images) else []
     return with_differences(protocol, [*also, *part])
 

@@ -56,7 +56,7 @@ class Trial:
     protocol: dict[str, Any]
     """What the detector is trained by; for --eval-only, what it was trained by."""
     also: tuple[str, ...] = ()
-    """What --eval-only judges by otherwise than the detector's own config has it."""
+    """How --eval-only's settings differ from those of the detector's own config."""
     categories: list[list[Any]]
     """(id, name) of what the classifier's outputs stand for; empty where not known."""
     config_hash: str = ""
@@ -152,7 +152,7 @@ def _run_one(args: argparse.Namespace, cfg: CfgNode, ranks: int, on_cpu: bool) -
 
 
 def _last_model(output: Path) -> str:
-    """The file that `--eval-only --resume` judges, as detectron2 chooses it."""
+    """The file that `--eval-only --resume` evaluates, as detectron2 chooses it."""
     try:
         return str(output / (output / "last_checkpoint").read_text().strip())
     except OSError as error:
@@ -328,8 +328,8 @@ def _is_finished(cfg: CfgNode, config_hash: str, origin: Mapping[str, Any]) -> b
 
 
 def _log_to(file: Path | None) -> None:
-    """detectron2's own messages go to log.txt, its errors to the screen: what it only warns of and matters
-    (weights, data) is an error of ours. Warnings of torch about calls inside detectron2 are left out."""
+    """detectron2's messages go to log.txt, its errors to the screen; its important warnings (weights, data)
+    are errors of ours. torch's warnings about calls inside detectron2 are left out."""
     warnings.filterwarnings("ignore", module=r"torch|detectron2")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     for name in ("detectron2", "fvcore"):

@@ -1,4 +1,4 @@
-"""The detection training loop; it leaves the model, a checkpoint and metrics.json.
+"""The detection training loop; writes model, checkpoints and metrics.json.
 
 One loop, as detectron2's plain_train_net: forward, backward, step; then, when due, PreciseBN, evaluation and
 a checkpoint. Everything random in iteration i follows from (seed, i, rank), so that a checkpoint needs no

@@ -78,7 +78,7 @@ def backbone_of(settings: EvaluationSettings, backbone: Backbone | None = None) 
         backbone = load_backbone(settings.weights, settings)
         if never_trained(backbone) and not settings.random_init:
             raise UserError(
-                f"{settings.weights}: {NEVER_TRAINED}; give the trained file, or judge it as the random "
+                f"{settings.weights}: {NEVER_TRAINED}; give the trained file, or evaluate it as the random "
                 "network that it is with --random-init true"
             )
     for note in backbone.notes:
@@ -245,7 +245,7 @@ def set_up(
 ) -> Evaluation:
     """Open the data and the weights, unless `parts` or `backbone` is given, and settle the transform.
 
-    Raises UserError for what cannot be judged.
+    Raises UserError for what cannot be evaluated.
     """
     backbone = backbone_of(settings, backbone)  # before the data, whose listing may take minutes
     train, test = parts or open_pair(settings)
@@ -286,7 +286,7 @@ def judge_frozen(
         settled.begin()
         found = judge(settled, extractor)
         if extractor.digest() != before:
-            raise RuntimeError("the frozen backbone changed while it was judged: no result is written")
+            raise RuntimeError("the frozen backbone changed while it was evaluated: no result is written")
         settled.write(found)
         barrier()
     return found

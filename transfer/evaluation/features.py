@@ -214,7 +214,7 @@ def refuse_broken(messages: Sequence[str], most: int) -> None:
         raise UserError(
             f"{len(messages)} image{'s' if len(messages) > 1 else ''} cannot be read and --max-broken-images "
             f"is {most}: {names}{more}; repair or remove them (the features of all others are kept), or "
-            "allow for them by that option: results then say how many were judged"
+            "allow for them by that option: results then say how many were evaluated"
         )
 
 

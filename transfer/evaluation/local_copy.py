@@ -132,7 +132,7 @@ def listing(folder: Path, *, follow: bool = True) -> Listing:
         here = os.stat(root)
         known = above.pop(root, frozenset())
         if (here.st_dev, here.st_ino) in known:
-            raise UserError(f"{root}: a link back to a folder above it; take it away")
+            raise UserError(f"{root}: a link back to a folder above it; remove it")
         above |= {os.path.join(root, n): known | {(here.st_dev, here.st_ino)} for n in folders}
         for name in names:
             path = os.path.join(root, name)
@@ -142,7 +142,7 @@ def listing(folder: Path, *, follow: bool = True) -> Listing:
             try:
                 stat = os.stat(path) if follow else os.lstat(path)
             except OSError as error:
-                raise UserError(f"{path}: a link to nothing; repair it or take it away") from error
+                raise UserError(f"{path}: a broken link; repair or remove it") from error
             if S_ISREG(stat.st_mode) or not follow:
                 found[relative] = (stat.st_size, stat.st_mtime_ns // 10**9)
     return Listing(files=found)

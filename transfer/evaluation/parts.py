@@ -1,4 +1,4 @@
-"""Whether a classifier of one part of a data set may be judged on the other."""
+"""Whether a classifier of one part of a data set may be evaluated on the other."""
 
 from __future__ import annotations
 

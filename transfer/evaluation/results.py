@@ -43,7 +43,7 @@ class Result:
     split: str
     """test, and in brackets which split of several, and what is missing of the set."""
     n: int
-    """Images judged, each counted once."""
+    """Images evaluated, each counted once."""
     metrics: dict[str, float]
     """In percent: knn top1_k20, top5_k20 … (and mean_per_class_k20 … where the data set is reported in it);
     linear and semisup top1, top5, mean_per_class or mAP; detection, segmentation and keypoints COCO's or

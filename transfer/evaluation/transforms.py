@@ -83,7 +83,7 @@ class EvalTransform:
 
 @functools.cache
 def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Of a channel each, in grey levels; made once, for a GPU would be waited for."""
+    """In grey levels, one value a channel; cached to avoid a host-device synchronisation."""
     return torch.tensor(values, device=device)[:, None, None] * 255
 
 
@@ -105,12 +105,12 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageValues:
-    """What a protocol of any task says of the images it judges, and of the arithmetic."""
+    """What a protocol of any task says of the images it evaluates, and of the arithmetic."""
 
     resize: int | None = 256
     """Shorter side before the crop, px; None, with fit: squash: as it is."""
     crop: int = 224
-    """Side of the images judged, px."""
+    """Side of the images evaluated, px."""
     fit: Literal["crop", "squash"] = "crop"
     """crop: the middle of the resized image; squash: all of it, whatever its shape."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"

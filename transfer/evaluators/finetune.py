@@ -101,7 +101,7 @@ class FineTuning:
             return self.model(images).float()
 
     def share_buffers(self) -> None:
-        """Give every rank rank 0's BatchNorm statistics, which are saved and judged. All ranks call."""
+        """Give every rank rank 0's BatchNorm statistics, which are saved and evaluated. All ranks call."""
         if is_on():
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
@@ -119,8 +119,8 @@ class FineTuning:
 def joined(place_N: Tensor, device: torch.device) -> Tensor:
     """Places of all images from ranks that each know some (and have -1 elsewhere). All ranks must call.
 
-    Raises AssertionError unless every image was judged exactly once.
+    Raises AssertionError unless every image was evaluated exactly once.
     """
     known = sum_over_ranks((place_N >= 0).to(device, torch.int64)).cpu()
-    assert bool((known == 1).all()), "an image was judged twice or not at all"
+    assert bool((known == 1).all()), "an image was evaluated twice or not at all"
     return sum_over_ranks(place_N.clamp_min(0).to(device)).cpu()

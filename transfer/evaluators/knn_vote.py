@@ -43,8 +43,8 @@ def knn_evaluate(
     among equally near bank images the lower index is the nearer, among equal votes the smaller label wins.
     Float32 or more, see `nearest`; nothing that is given is changed. A class without a vote has no place:
     with k below 5, top-5 is among fewer classes. Queries are shared out over ranks, each holding the bank
-    (a memory-mapped file will do), and all ranks must call; with `over_ranks` False the caller alone judges
-    every query. Raises ValueError for k beyond the bank, sizes that do not match, and features that are not
+    (a memory-mapped file will do), and all ranks must call; with `over_ranks` False the caller takes every
+    query alone. Raises ValueError for k beyond the bank, sizes that do not match, and features that are not
     finite. mean_per_class is the mean of top-1 over the classes that have queries.
     """
     ks = [ks] if isinstance(ks, int) else ks

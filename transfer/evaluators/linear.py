@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "linear.pt"
 Judge = Callable[[Evaluation, Extractor, LinearProtocol], list[Result]]
-LOGITS_BYTES = 1 << 28  # of one block of images when heads are judged
+LOGITS_BYTES = 1 << 28  # of one block of images when heads are evaluated
 
 
 def main(argv: list[str]) -> int:
@@ -102,11 +102,11 @@ def _check(evaluation: Evaluation, values: LinearProtocol) -> None:
         )
     if evaluation.backbone.model is None and (values.augmentation or values.features != LAST):
         what = "augments images for a backbone" if values.augmentation else "looks into a backbone"
-        raise UserError(f"{protocol} {what}; judge raw-pixels with cached_linear@1")
+        raise UserError(f"{protocol} {what}; evaluate raw-pixels with cached_linear@1")
 
 
 def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtocol) -> list[Result]:
-    """Train the grid and judge it after each epoch; the results to report. All ranks must call."""
+    """Train the grid and evaluate it after each epoch; the results to report. All ranks must call."""
     settings, device = evaluation.settings, extractor.device
     seed = evaluation.seed or 0
     metric = metric_of(evaluation.test.name)

@@ -65,7 +65,7 @@ class LinearProtocol(ImageValues):
     samples: int = 5
     """svm: draws for each number of shots."""
     train_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Of the crops that heads are trained on; `interpolation` is of the images judged."""
+    """Of the crops that heads are trained on; `interpolation` is of the images evaluated."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers out of range, and for a grid without a place to choose on."""

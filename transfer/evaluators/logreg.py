@@ -137,7 +137,7 @@ def sweep(
 
 
 def run_logreg(evaluation: Evaluation, extractor: Extractor, values: LinearProtocol) -> list[Result]:
-    """Choose C on the held-out part by the data set's metric, refit on all training images, judge on test.
+    """Choose C on the held-out part by the data set's metric, refit on all training images, evaluate on test.
 
     All ranks must call; rank 0 alone fits.
     """

@@ -1,8 +1,8 @@
 """`transfer semisup`: fine-tuning with a share of the labels.
 
 Backbone and head are trained together, on 1 %, 10 % or all of the labels, with a learning rate each and
-cropped, flipped images drawn from (seed, epoch, image index); the test images are judged after every epoch.
-OUTPUT/checkpoint.pt, written at each epoch's end and when stopped, holds all that is needed to go on.
+cropped, flipped images drawn from (seed, epoch, image index), and evaluated on the test images after every
+epoch. OUTPUT/checkpoint.pt, written at each epoch's end and when stopped, holds all that is needed to resume.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class SemisupProtocol(ImageValues):
     head_init: Literal["normal", "uniform"] = "normal"
     """normal: N(0, 0.01), bias 0; uniform: nn.Linear's own."""
     sync_bn: bool = False
-    """BatchNorm statistics over all ranks; else each rank's own, those of rank 0 are judged."""
+    """BatchNorm statistics over all ranks; else each rank's own, those of rank 0 are evaluated."""
     precision: Literal["auto", "float32"] = "float32"
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ def _evaluate(settings: SemisupSettings, backbone: Backbone | None) -> list[Resu
             f"{settings.label_percent}; finetune@1 has some for every share"
         )
     if settings.weights == RAW_PIXELS:
-        raise UserError("raw-pixels cannot be fine-tuned; knn and linear judge them")
+        raise UserError("raw-pixels cannot be fine-tuned; knn and linear evaluate them")
     refuse_voc07(settings.dataset)
     evaluation = set_up(
         settings, protocol, values, clock, task="semisup", seed=settings.seed,

@@ -190,7 +190,7 @@ def fetch_list(percent: int, folder: Path, url: str = URL) -> Path:
                 check_published(read_list(aside), percent, path)
         except (urllib.error.URLError, TimeoutError, OSError) as error:
             raise UserError(
-                f"{address} is not to be had ({error}); fetch it where there is a network and give the file "
+                f"{address} could not be fetched ({error}); fetch it where there is a network, and give it "
                 f"as --lists {percent}percent.txt"
             ) from error
     return path

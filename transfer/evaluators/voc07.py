@@ -27,7 +27,7 @@ def refuse_voc07(dataset: str) -> None:
     if dataset == NAME:
         raise UserError(
             f"--dataset {NAME}: its images show several classes each, which only `python -m transfer linear` "
-            "with --protocol voc07_svm@2 or voc07_svm_low_shot@2 can judge"
+            "with --protocol voc07_svm@2 or voc07_svm_low_shot@2 can evaluate"
         )
 
 

@@ -156,7 +156,7 @@ def _run(
     queries: tuple[Tensor, np.ndarray],
     on_step: Callable[[float], None],
 ) -> dict[str, Any]:
-    """Train one encoder and judge it; one line of runs.jsonl."""
+    """Train one encoder and evaluate it; one line of runs.jsonl."""
     began = time.monotonic()
     torch.manual_seed(seed)
     encoder = _encoder(settings.features)

@@ -69,7 +69,7 @@ def test_what_is_no_data_is_left_out_and_counted(root: Path, caplog: pytest.LogC
         "without an extension",
         "1 .txt",
         "1 no files",
-        "1 links to nothing",
+        "1 broken links",
         "1 links back",
     ):
         assert told in caplog.text, told

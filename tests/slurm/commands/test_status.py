@@ -193,7 +193,7 @@ def test_no_other_process_is_cancelled(tmp_path: Path, capsys: pytest.CaptureFix
             process.send(signal.SIGKILL)
             kill_job(process)
         assert main(["cancel", str(tmp_path)]) == 0
-        assert "left alone, on elsewhere: call this there as well" in capsys.readouterr().out
+        assert "left running on elsewhere: cancel there as well" in capsys.readouterr().out
         assert main(["status", str(tmp_path)]) == 1
         told = capsys.readouterr().out
         assert "c  running" in told and "on elsewhere" in told and told.count("failed") == 4

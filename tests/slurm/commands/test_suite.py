@@ -275,7 +275,7 @@ def test_a_dry_run_for_a_cluster_needs_no_slurm_on_this_machine(
     assert main([*words, "--dry-run", "--knn-protocol", "nope@1"]) == 2
     assert capsys.readouterr().out.count("check failed") == 1
     assert main(words) == 2
-    assert "there is no sbatch here; call this on a login node" in capsys.readouterr().err
+    assert "there is no sbatch here; run this on a login node" in capsys.readouterr().err
     assert not out.exists()
 
 

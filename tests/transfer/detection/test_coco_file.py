@@ -229,7 +229,7 @@ def test_data_sets_that_need_more_are_named(tmp_path: Path) -> None:
             ["DATASETS.TEST", "('cityscapes_fine_instance_seg_val',)"],
             "package cityscapesscripts: pip install",
         ),
-        (["DATASETS.TEST", "('ade20k_sem_seg_val',)"], "sets of kind sem_seg are not judged here"),
+        (["DATASETS.TEST", "('ade20k_sem_seg_val',)"], "sets of kind sem_seg are not evaluated here"),
         (["DATASETS.TEST", "('voc_2007_test',)"], "has boxes only: add MODEL.MASK_ON False"),
     ):
         cfg = load_config("small_R18_FPN", words)

@@ -139,7 +139,7 @@ def test_judging_block_by_block_is_judging_at_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(HeadGrids, "logits", noted)
     monkeypatch.setattr(transfer.evaluators.linear, "LOGITS_BYTES", 4 * 4 * 2 * 16)  # 16 images
-    found = linear._judge(heads, 4, None, part)
+    found = linear.judge_heads(heads, 4, None, part)
     assert asked == [16, 16, 16, 2] and list(found) == ["test"]
     assert found["test"][0] == accuracy(logits(heads, part.features_ND)[:, 0], part.labels_N)
     assert found["test"][1]["top1"] == 26.0  # all equal: the smallest label, which 13 of 50 images have

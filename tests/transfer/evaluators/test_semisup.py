@@ -176,7 +176,7 @@ def test_places_and_percentages_by_hand() -> None:
 
 def test_an_image_that_was_not_judged_is_noticed() -> None:
     place = torch.tensor([0, -1, 2])
-    with pytest.raises(AssertionError, match="judged twice or not at all"):
+    with pytest.raises(AssertionError, match="evaluated twice or not at all"):
         joined(place, torch.device("cpu"))
     assert joined(torch.tensor([0, 1, 2]), torch.device("cpu")).tolist() == [0, 1, 2]
 

@@ -185,7 +185,7 @@ def test_a_list_is_fetched_once_and_checked(published: tuple[ImageDataset, Path]
             path.write_text(good)
             fetched = fetch_list(10, tmp_path / "cache", url)
             assert read_list(fetched) == good.split()
-            with pytest.raises(UserError, match="not to be had"):
+            with pytest.raises(UserError, match="could not be fetched"):
                 fetch_list(1, tmp_path / "cache", url)
         finally:
             server.shutdown()

@@ -84,9 +84,9 @@ def test_methods_under_different_conditions_are_compared_with_the_difference_nam
     results = read(tmp_path, under("INTL", 84.0), under("random control", 80.0, precision="bfloat16"))
     assert len(results.tasks) == 1
     _, (finding,) = differences(results)
-    assert "judged under precision float32 against precision bfloat16" in finding.sentence
+    assert "evaluated under precision float32 against precision bfloat16" in finding.sentence
     _, (alike,) = differences(read(tmp_path / "b", under("INTL", 84.0), under("random control", 80.0)))
-    assert "judged under" not in alike.sentence
+    assert "evaluated under" not in alike.sentence
 
 
 def test_what_deviates_from_its_protocol_has_a_column_of_its_own(tmp_path: Path) -> None:

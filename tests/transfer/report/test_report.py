@@ -263,7 +263,7 @@ def test_another_image_size_is_told_beside_the_difference(tmp_path: Path) -> Non
         ]
         write_lines(out / "results.jsonl", lines)
         _, (finding,) = differences(group(collect([out])))
-        assert ("judged under image size 48 against image size 32" in finding.sentence) == said
+        assert ("evaluated under image size 48 against image size 32" in finding.sentence) == said
 
 
 def test_results_of_two_protocols_are_never_in_one_column(tmp_path: Path) -> None:

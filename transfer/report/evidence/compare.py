@@ -17,12 +17,12 @@ LEAST_P = 1e-300
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One trained and judged model."""
+    """One trained and evaluated model."""
 
     value: float
     """Percent."""
     images: int
-    """Images judged."""
+    """Images evaluated."""
     seed: int | None
     """Seed of the evaluation's training; None where the evaluation has no randomness."""
     weights: str
@@ -41,7 +41,7 @@ class Summary:
 
     trials: tuple[Trial, ...]
     proportion: bool
-    """Whether the metric is a share of images judged right (top-1), so that a binomial error exists."""
+    """Whether the metric is a share of images classified right (top-1), so that a binomial error exists."""
 
     @property
     def means(self) -> list[float]:
@@ -161,9 +161,9 @@ def compare(a: Summary, b: Summary, names: tuple[str, str] = ("the first", "the 
 
     Two kinds of noise meet. Over replicates: Welch's variance s_a²/n_a + s_b²/n_b with the degrees of freedom
     of Welch and Satterthwaite (Welch 1947, https://doi.org/10.1093/biomet/34.1-2.28), or that of the paired
-    differences where one checkpoint a side was judged with the same evaluation seeds. Of the test images, for
-    a top-1: the binomial variance, as if both sides judged images of their own (they judge the same ones,
-    which makes the true one smaller). `margin` adds them.
+    differences where one checkpoint a side was evaluated with the same evaluation seeds. Of the test images,
+    for a top-1: the binomial variance, as if each side had test images of its own (they share them, which
+    makes the true one smaller). `margin` adds them.
     """
     points = a.mean - b.mean
     complete = a.complete and b.complete
@@ -238,7 +238,7 @@ def _spell(p: float) -> str:
 
 
 def _pairs(a: Summary, b: Summary) -> list[float]:
-    """a − b by evaluation seed, where each side is one checkpoint judged once with each of the same seeds."""
+    """a − b by evaluation seed, where each side is one checkpoint evaluated once with the same seeds."""
     first, second = ({t.seed: t.value for t in s.trials if t.seed is not None} for s in (a, b))
     whole = len(first) == len(a.trials) and len(second) == len(b.trials)
     single = all(len({t.weights for t in s.trials}) == 1 for s in (a, b))

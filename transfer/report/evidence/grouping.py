@@ -44,7 +44,7 @@ class Task:
     altered: str = ""
     """How it differs from the protocol that is shipped under this name."""
     conditions: tuple[str, ...] = ()
-    """What else parts it from the same task here: conditions that one method was judged under several of."""
+    """What else sets it apart from the same task here: conditions of which one method has several."""
     ambiguous: bool = False
     """Whether another protocol here has this name, but other content."""
 

@@ -16,7 +16,7 @@ def named(records: Sequence[Record]) -> list[Record]:
 
     A label given in one command names the same weights where another gave none. Without any, the file's name
     is the label, with as much of its folder as tells it from other files; labels that were given alike are
-    seeds of one method. The momentum network of a file whose online one was judged too is "LABEL (ema)".
+    seeds of one method. The momentum network of a file whose online one was evaluated too is "LABEL (ema)".
     """
     records = _told_apart(_named_alike(list(records)))
     branches: dict[tuple[str, str], set[str]] = defaultdict(set)

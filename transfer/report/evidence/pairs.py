@@ -37,7 +37,7 @@ def _summaries(results: Results, task: Task) -> dict[str, Summary]:
 
 
 def _with_reasons(results: Results, task: Task, pair: tuple[str, str], d: Difference) -> Difference:
-    """What else a reader must know of the two: that they are one, or were judged under other conditions."""
+    """What else a reader must know of the two: same weights, or evaluated under different conditions."""
     first, second = (results.records(m, task, results.selections(m, task)[0]) for m in pair)
     told = []
     if {r.identity for r in first} == {r.identity for r in second} != {("", "")}:
@@ -45,5 +45,5 @@ def _with_reasons(results: Results, task: Task, pair: tuple[str, str], d: Differ
     ours, theirs = first[0], second[0]  # one method has the same conditions throughout a task
     for key in sorted(ours.conditions.keys() & theirs.conditions.keys()):
         if ours.conditions[key] != theirs.conditions[key]:
-            told.append(f"judged under {condition(ours, key)} against {condition(theirs, key)}")
+            told.append(f"evaluated under {condition(ours, key)} against {condition(theirs, key)}")
     return dataclasses.replace(d, reason="; ".join([d.reason, *told]))

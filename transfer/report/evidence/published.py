@@ -32,9 +32,9 @@ class Published:
     """Standard deviation where the source gives one."""
     trials: int | None
     selection: str
-    """best: the epoch that is best on the images judged; empty where the source does not say."""
+    """best: the epoch that is best on the images evaluated; empty where the source does not say."""
     n: int
-    """Images judged."""
+    """Images evaluated."""
     source: str
     """URL."""
 
@@ -58,7 +58,7 @@ def load_published(path: Path = FILE) -> tuple[Published, ...]:
         if not entry.source.startswith("https://") or not entry.metrics:
             raise ValueError(f"{path}: {entry.name} needs metrics and the URL of its source")
         if entry.n <= 0:
-            raise ValueError(f"{path}: {entry.name} needs n, the number of images judged")
+            raise ValueError(f"{path}: {entry.name} needs n, the number of images evaluated")
         entries.append(entry)
     return tuple(entries)
 

@@ -35,7 +35,7 @@ class Record:
     stale: str = ""
     """Why the result no longer describes what is on the disk; empty when it does or nobody can tell."""
     altered: str = ""
-    """In which way it was not judged by the protocol that its name stands for."""
+    """In which way it was not evaluated by the protocol that its name stands for."""
 
     def __getitem__(self, key: str) -> Any:
         return self.values.get(key)

@@ -88,7 +88,7 @@ def _why(error: str, state: str, step: dict[str, Any]) -> str:
     if error.strip():
         return error.strip().splitlines()[-1]
     waits = ", ".join(step.get("depends_on") or [])
-    return "see its log" if state else f"comes after {waits}" if waits else "its turn has not come"
+    return "see its log" if state else f"comes after {waits}" if waits else "not started yet"
 
 
 def run_gaps(folder: Path, name: str, files: frozenset[str]) -> list[Gap]:

@@ -44,7 +44,7 @@ def judged(evidence: Evidence) -> Table | None:
         "results",
     ]  # fmt: skip
     body = [[*row, cell(counts[key])] for key, row in rows.items()]
-    return table("judged", "What was judged", columns, body, _twins(evidence.records))
+    return table("judged", "What was evaluated", columns, body, _twins(evidence.records))
 
 
 def _twins(records: list[Record]) -> str:

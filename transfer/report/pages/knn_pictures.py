@@ -44,7 +44,7 @@ def neighbour_pictures(results: Results) -> tuple[list[Shown], list[str]]:
 
 
 def _picture(method: str, record: Record, name: str) -> Shown:
-    """Raises UserError where images or features are not to be had from here."""
+    """Raises UserError where images or features cannot be read from here."""
     config = _config(record.folder)
     settings: dict[str, Any] = record["settings"] or {}
     if int(settings.get("bank") or 0) > MOST_IMAGES:

@@ -79,7 +79,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
     sections = [
         Section(slug="differences", title="Differences", tables=_some(difference_table)),
         Section(slug="missing", title="Missing, failed and stale", tables=_some(missing)),
-        Section(slug="judged", title="What was judged", tables=_some(weights)),
+        Section(slug="judged", title="What was evaluated", tables=_some(weights)),
         Section(
             slug="tasks", title="Tasks",
             text=" ".join([TASKS_TEXT, *results.notes]),

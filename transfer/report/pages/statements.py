@@ -27,7 +27,7 @@ def spread_text(summary: Summary) -> str:
 
 
 def when(record: Record) -> str:
-    """The epoch or iteration that was judged."""
+    """The epoch or iteration that was evaluated."""
     if record["epoch"] is not None:
         return f"epoch {record['epoch']}"
     return "" if record["iteration"] is None else f"iteration {record['iteration']}"
@@ -113,7 +113,7 @@ def task_table(results: Results, task: Task) -> Table:
     """All metrics of one task under one protocol, published figures of that protocol below ours."""
     metrics = results.metrics(task)
     columns: list[str | Cell] = ["weights", "chosen", *(metric_name(m) for m in metrics)]
-    columns += ["n", "over", "seeds", "judged at", "source"]
+    columns += ["n", "over", "seeds", "evaluated at", "source"]
     rows = []
     for method in results.methods:
         for selection in results.selections(method, task):
@@ -148,7 +148,7 @@ def task_table(results: Results, task: Task) -> Table:
         ]
         rows.append([cell(p.name, note=p.note, kind=PUBLISHED), cell(p.selection or "-"), *values, *tail])
     note = f"Protocol {task.protocol}" + (f", hash {task.protocol_hash[:12]}" if task.protocol_hash else "")
-    note += (f", {task.images:,} images judged, each once." if task.images else ".") + (
+    note += (f", {task.images:,} images evaluated, each once." if task.images else ".") + (
         "" if published else f" {NONE_KNOWN}"
     )
     return table(f"task-{task.slug}", f"{task.title}: {task.setting}", columns, rows, note)
@@ -225,5 +225,5 @@ DIFFERENCES_NOTE = (
     "over several pretrainings a side, each counted once by the mean of its evaluation seeds. With one "
     "checkpoint a side the verdict is about these checkpoints and names the noise that was measured; another "
     "pretraining may differ more. Of a top-1, the binomial error of the test images is always a part of the "
-    "noise, as if each side judged images of its own."
+    "noise, as if each side evaluated images of its own."
 )
