@@ -86,7 +86,7 @@ def test_a_link_to_nothing_is_named_when_its_turn_comes(root: Path) -> None:
     (root / "train" / "dog" / "3.png").symlink_to("elsewhere.png")
     data = open_dataset("imagefolder", root, "train")
     assert len(data) == 7
-    with pytest.raises(BrokenImage, match=r"dog/3\.png: the file is gone"):
+    with pytest.raises(BrokenImage, match=r"dog/3\.png: the file was removed"):
         data.image(6)
 
 
