@@ -196,9 +196,7 @@ def _place(root: Path) -> list[str]:
 def _cluster(graph: Graph, resources: dict[str, Resources]) -> list[str]:
     """Partition, account and qos are known to SLURM, and the job's size fits the partition."""
     if not has_slurm():
-        return [
-            "--cluster slurm: there is no sbatch here; run this on a login node, or take --cluster local"
-        ]
+        return ["--cluster slurm: there is no sbatch here; run this on a login node, or take --cluster local"]
     problems: list[str] = []
     partitions = _lines("sinfo", "--noheader", "--format", "%R")
     if partitions is None:

@@ -26,7 +26,7 @@ from transfer.detection.protocol import flat, shipped_name, spell
 NOT_THE_RUN = ("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE",
                "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
                "TEST.EXPECTED_RESULTS")  # fmt: skip
-SCENES = "boxes, masks and keypoints are judged here, not whole scenes, which need annotations of every pixel"
+SCENES = "boxes, masks and keypoints are evaluated, not whole scenes, which need annotations of every pixel"
 # Keys without effect here, and why: refused where they are not at their default.
 REFUSED = {
     "MODEL.LOAD_PROPOSALS": "proposals come from the network alone",
