@@ -110,7 +110,7 @@ def parse_settings(
     it. ValueErrors of `cls.__post_init__` become UserErrors.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _SettingsParser(prog=prog, allow_abbrev=False)
+    parser = _SettingsParser(prog=prog, allow_abbrev=False, print_config="--print-config")
     known = sorted(p.stem for p in presets.glob("*.yaml")) if presets else []
     parser.add_argument(config_flag, action="config")
     parser.add_class_arguments(cls)

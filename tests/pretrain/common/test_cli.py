@@ -45,6 +45,16 @@ def test_files_then_options_and_back(tmp_path: Path) -> None:
         parse_small("--config", "missing.yaml")
 
 
+def test_the_settings_are_printed_as_a_file_that_repeats_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_small("--side-px", "7", "--print-config")
+    assert ended.value.code == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse_small("--config", str(tmp_path / "printed.yaml")) == Small(side_px=7)
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
