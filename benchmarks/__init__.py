@@ -17,6 +17,7 @@ BENCHMARKS = (
     "augment",
     "loader",
     "step",
+    "small_maps",
     "knn",
     "linear",
     "coco_ap",

@@ -19,7 +19,7 @@ from benchmarks.harness import Comparison, Step, Table, interleave
 from benchmarks.images import photographs, small_labelled
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.features import Extractor, extract, make_extractor
 from transfer.evaluation.transforms import EvalTransform

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.harness import Comparison, interleave
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators.heads import HeadGrid

@@ -13,7 +13,7 @@ from benchmarks.loss import plain_loss
 from pretrain.common.process_group import local_device
 from pretrain.learner import Learner, choose_dtype
 from pretrain.loss import intl_loss
-from pretrain.model import Encoder, build_backbone, build_projector, target_encoder_of
+from pretrain.network.model import Encoder, build_backbone, build_projector, target_encoder_of
 from pretrain.optim import build_optimizer
 
 TITLE = "One INTL step with a momentum encoder: forward, loss, backward, optimizer, average"

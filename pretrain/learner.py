@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.process_group import world_size
-from pretrain.common.sync_batchnorm import convert_sync_batchnorm
-from pretrain.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
+from pretrain.network.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
+from pretrain.network.small_maps import multiply_small_maps
+from pretrain.network.sync_batchnorm import convert_sync_batchnorm
 from pretrain.optim import Stepper, build_optimizer, parallel
 from pretrain.settings import Settings
 
@@ -41,7 +42,7 @@ class Learner:
             backbone.num_features, hidden=settings.projector_hidden, output=settings.projector_output,
             layers=settings.projector_layers,
         )  # fmt: skip
-        encoder = Encoder(backbone, projector).to(device)
+        encoder = multiply_small_maps(Encoder(backbone, projector)).to(device)
         encoder.to(memory_format=torch.channels_last)
         if world_size() > 1 and sync_bn:
             encoder = cast(Encoder, convert_sync_batchnorm(encoder, device))

@@ -42,7 +42,7 @@ from pretrain.diagnostics import collapse, diagnose
 from pretrain.learner import Learner, choose_dtype
 from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
 from pretrain.metrics import LossLog, MetricsWriter
-from pretrain.model import SHALLOW, build_backbone
+from pretrain.network.model import SHALLOW, build_backbone
 from pretrain.optim import ema_momentum_at, lr_at
 from pretrain.settings import FREE_TO_CHANGE, Settings
 from pretrain.spectral import power

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pretrain.common.errors import UserError
 from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import ImageDataset, open_dataset
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from pretrain.settings import Settings
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.features import Decoded, Extractor, image_batches, make_extractor

@@ -67,7 +67,7 @@ def _images(asked: Suite) -> list[str]:
 
 def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
     """What is to be evaluated by the option that names it, and what cannot be loaded."""
-    from pretrain.model import build_backbone
+    from pretrain.network.model import build_backbone
     from transfer.checkpoints.backbone import Backbone, load_backbone
     from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
 

@@ -16,7 +16,7 @@ import yaml
 from pretrain.__main__ import main as pretrain
 from pretrain.checkpoint import save_backbone
 from pretrain.common.output_folder import LOCK
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from tests.helpers.killed_commands import after_kills
 from tests.helpers.report_data import write_suite
 from transfer.__main__ import main as transfer

@@ -15,7 +15,7 @@ from torch import nn
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import append_jsonl, sha256_of
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from tests.helpers import checkpoint_zoo as zoo
 from transfer import export as exporting
 from transfer.__main__ import main

@@ -14,8 +14,8 @@ import torch
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
 from pretrain.common.signals import StopSignals
-from pretrain.common.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
+from pretrain.network.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
 from pretrain.train import load_hook, train
 from slurm.steps import tasks
 from slurm.steps.tasks import Images

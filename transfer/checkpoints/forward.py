@@ -244,7 +244,7 @@ def check(reading: Reading) -> None:
 
 def build(reading: Reading, forward: Forward) -> nn.Module:
     """The network with the reading's tensors, loaded strictly, in eval mode."""
-    from pretrain.model import build_backbone
+    from pretrain.network.model import build_backbone
 
     assert reading.arch is not None
     check(reading)

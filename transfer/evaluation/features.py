@@ -29,6 +29,7 @@ from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.images import BrokenImage
 from pretrain.data.workers import load
+from pretrain.network.small_maps import multiply_small_maps
 from transfer.checkpoints.backbone import Backbone, digest_of
 from transfer.evaluation.feature_cache import FORMAT, Broken, FeatureFolder, mapped
 from transfer.evaluation.pooled_features import LAST, Stages, widths_of
@@ -68,7 +69,9 @@ class Extractor:
             self.widths = widths_of(model, stages, transform.size)
             model = model if stages == LAST else Stages(model, stages)
             module = _folded(model) if self.dtype == torch.bfloat16 else copy.deepcopy(model).eval()
-            self.module = module.to(device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.module = multiply_small_maps(module).to(
+                device, self.dtype, memory_format=torch.channels_last
+            )  # type: ignore[call-overload]
             self.module.requires_grad_(False)
 
     @torch.no_grad()

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from pretrain.common.collectives import sum_over_ranks
 from pretrain.common.errors import UserError
 from pretrain.common.process_group import is_on, world_size
-from pretrain.common.sync_batchnorm import convert_sync_batchnorm
+from pretrain.network.small_maps import multiply_small_maps
+from pretrain.network.sync_batchnorm import convert_sync_batchnorm
 from pretrain.optim import Stepper, parallel
 
 
@@ -61,7 +62,7 @@ class FineTuning:
         features = int(backbone.num_features)  # type: ignore[arg-type]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = Classifier(backbone, features, classes)
+            model = multiply_small_maps(Classifier(backbone, features, classes))
             if head_init == "normal":
                 nn.init.normal_(model.head.weight, std=0.01)
                 nn.init.zeros_(model.head.bias)

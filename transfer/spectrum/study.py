@@ -33,7 +33,7 @@ from pretrain.data.augment import View
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.data.loader import StepBatches, Views, batches, epoch_order
 from pretrain.loss import intl_loss, loss_floor, spectral_loss
-from pretrain.model import Encoder, build_projector
+from pretrain.network.model import Encoder, build_projector
 from pretrain.optim import build_optimizer, lr_at
 from pretrain.spectral import (
     IterNorm,

@@ -22,7 +22,7 @@ from sklearn.metrics import balanced_accuracy_score
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import CLASS_COUNTS, DATASETS, ImageDataset, open_dataset
 from pretrain.data.transfer_sets import SETS, class_wise, metric_of
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from tests.helpers.ranks import run_on_ranks
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import accuracy, percentages, places

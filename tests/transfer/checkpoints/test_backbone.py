@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import transfer.checkpoints.backbone
 from pretrain.common.errors import UserError
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from tests.helpers import checkpoint_zoo as zoo
 from transfer.checkpoints.architecture import ARCHS, SAME_SHAPES, arch_shapes
 from transfer.checkpoints.backbone import load_backbone

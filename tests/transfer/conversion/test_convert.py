@@ -13,7 +13,7 @@ from torch import nn
 
 from pretrain.common.cli import run
 from pretrain.common.errors import UserError
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from transfer.conversion import convert, layout
 from transfer.conversion.proof import prove, prove_state
 from transfer.conversion.weights_file import read_pickle

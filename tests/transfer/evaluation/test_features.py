@@ -20,7 +20,7 @@ import transfer.evaluation.features
 from pretrain.common.errors import UserError
 from pretrain.common.signals import Stopped
 from pretrain.data.datasets import open_dataset
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import feature_cache, results
 from transfer.evaluation.features import Extractor, extract, extract_all, make_extractor

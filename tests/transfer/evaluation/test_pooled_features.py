@@ -11,7 +11,7 @@ import yaml
 import transfer.evaluators.linear
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import open_dataset
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import accuracy

@@ -205,7 +205,7 @@ def test_what_is_not_the_protocols_own_stands_in_the_result(
 def test_a_backbone_that_was_never_trained_wants_a_word(
     cifar_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pretrain.model import build_backbone
+    from pretrain.network.model import build_backbone
 
     torch.save(build_backbone("resnet18", stem="cifar").state_dict(), tmp_path / "new.pth")
     words = ["--weights", str(tmp_path / "new.pth"), "--dataset", "cifar10", "--data-dir", str(cifar_folder)]

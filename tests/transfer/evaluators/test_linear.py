@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.signals import Stopped, StopSignals
 from pretrain.data.datasets import ImageDataset
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import accuracy
 from transfer.evaluation.augment import drawn_box

@@ -16,7 +16,7 @@ import yaml
 import transfer.evaluation.feature_cache
 from pretrain.common.process_group import rank
 from pretrain.data.datasets import ImageDataset, open_dataset
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from tests.helpers.ranks import finish_ranks, fork_ranks, kill_ranks, run_on_ranks
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import results

@@ -20,7 +20,7 @@ from pretrain.common.collectives import sum_over_ranks
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.process_group import rank
 from pretrain.common.signals import Stopped
-from pretrain.model import build_backbone
+from pretrain.network.model import build_backbone
 from tests.helpers.ranks import run_on_ranks
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import percentages, places

@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 from pretrain.common.errors import UserError
-from pretrain.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
+from pretrain.network.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
 from pretrain.optim import ema_momentum_at
 
 

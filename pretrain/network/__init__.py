@@ -1,0 +1,1 @@
+"""Networks: the backbone, projector and target encoder, and two layers that torch lacks."""
