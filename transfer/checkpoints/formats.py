@@ -13,6 +13,7 @@ import sys
 
 from pretrain.common.cli import Parser
 from pretrain.common.terminal import console
+from transfer.checkpoints.other_files import IN_PYTHON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,6 +346,7 @@ def markdown() -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Recognised and refused:", "", *(f"- {name}: {why}" for name, why in REFUSED.items())]
+    lines += ["", f"{IN_PYTHON[0].upper()}{IN_PYTHON[1:]}."]
     return "\n".join(lines)
 
 

@@ -198,6 +198,7 @@ def _assumed(reading: Reading, asked: WeightsOptions, recorded: bool, basic: boo
         parts.append("last stage of stride 2, no dilation (--last-stride)")
     if asked.channels is None and not recorded:
         parts.append("RGB (--channels)")
+    parts += ["epsilon 1e-5 of BatchNorm"] if parts else []
     return f"assumed, as the file cannot tell: {', '.join(parts)}" if parts else ""
 
 

@@ -149,22 +149,20 @@ def local_path(weights: str) -> str:
 
 def record_of(weights: str) -> dict[str, Any] | None:
     """What `convert` recorded in a .pkl, or a run of this project in its .pth; None for other files."""
-    path = local_path(weights)
-    if path.endswith(".pkl"):
-        return read_pickle(path).get("origin")
-    return _read(path).get("run", {}).get("origin")
+    content = _read(local_path(weights))
+    return content.get("origin") or content.get("run", {}).get("origin")
 
 
 def run_of(weights: str) -> dict[str, Any]:
     """The record of the run that trained a detector: settings, protocol, seed; empty for other files."""
-    path = local_path(weights)
-    return {} if path.endswith(".pkl") else _read(path).get("run", {})
+    return _read(local_path(weights)).get("run", {})
 
 
 def _read(path: str) -> dict[str, Any]:
-    """The content of a .pth file of detectron2. Raises UserError, with what to do, for any other file."""
+    """The content of a .pkl or .pth file of detectron2. Raises UserError, with what to do, for another."""
+    pickled, content = path.endswith(".pkl"), None
     try:
-        content = load_file(path).value
+        content = read_pickle(path) if pickled else load_file(path).value
         names = content.get("model", content).keys()
         if any(str(name).startswith(DETECTOR + BACKBONE) for name in names):
             return content
@@ -174,13 +172,16 @@ def _read(path: str) -> dict[str, Any]:
     try:
         found = load_backbone(path)
     except UserError as why:
+        if pickled and content is not None:
+            return content  # with Detectron's own names, which detectron2 translates
         raise UserError(
             f"MODEL.WEIGHTS {path}: no detector or backbone of detectron2 ({error}), nor anything that "
             f"`python -m transfer convert` can take as it is: {why}"
         ) from None
+    new = f"{Path(path).stem}{'_detectron2' if pickled else ''}.pkl"
     note = next((f" ({n})" for n in found.notes if "--branch" in n), "")
     raise UserError(
         f"MODEL.WEIGHTS {path} is a {found.format} checkpoint of a {found.arch}, not yet in detectron2's "
-        f"layout: run `python -m transfer convert --weights {path} --output {Path(path).stem}.pkl` first"
-        f"{note}, then give MODEL.WEIGHTS {Path(path).stem}.pkl"
+        f"layout: run `python -m transfer convert --weights {path} --output {new}` first{note}, then give "
+        f"MODEL.WEIGHTS {new}"
     )

@@ -139,7 +139,14 @@ def test_the_stride_that_the_file_names_is_taken(tmp_path: Path):
 def test_what_nobody_said_is_noted(tmp_path: Path):
     path = save(zoo.backbone(arch="resnet50"), tmp_path)
     [note] = [n for n in find(load_file(path), path, WeightsOptions()).notes if n.startswith("assumed")]
-    for words in ("resnetaa50, resnetblur50", "--stride-in-1x1", "--last-stride", "--channels"):
+    for words in (
+        "resnetaa50, resnetblur50",
+        "--stride-in-1x1",
+        "--last-stride",
+        "--channels",
+        "dilation",
+        "epsilon",
+    ):
         assert words in note
     said = WeightsOptions(arch="resnet50", stride_in_1x1=False, last_stride=2, channels="rgb")
     assert not any(n.startswith("assumed") for n in find(load_file(path), path, said).notes)

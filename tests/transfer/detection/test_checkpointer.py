@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_a_detector_of_other_categories_starts_all_but_its_predictors(tmp_path: 
 
 
 @pytest.mark.parametrize("writer", ["MoCo v1, v2; PCL", "DINO", "torchvision or timm", "only a teacher",
-                                    "under backbone.resnet.", "none"])  # fmt: skip
+                                    "under backbone.resnet.", "none", "arrays in a .pkl"])  # fmt: skip
 def test_a_raw_checkpoint_is_to_be_converted_first(backbone: Any, tmp_path: Path, writer: str) -> None:
     """The command that the answer names works, and gives a file that loads."""
     state = backbone.state_dict()
@@ -83,8 +84,12 @@ def test_a_raw_checkpoint_is_to_be_converted_first(backbone: Any, tmp_path: Path
         "under backbone.resnet.": lambda a, b: zoo.pre("backbone.resnet.", a) | zoo.head("neck."),
         "none": lambda a, b: {"model": zoo.pre("trunk.", {k: v for k, v in a.items() if "bn1" not in k})},
     }
-    file = tmp_path / "raw.pth"
-    torch.save(known[writer](state, state), file)
+    file = tmp_path / ("raw.pkl" if writer == "arrays in a .pkl" else "raw.pth")
+    if file.suffix == ".pkl":
+        file.write_bytes(pickle.dumps({k: v.numpy() for k, v in state.items()}))
+        writer = "torchvision or timm"
+    else:
+        torch.save(known[writer](state, state), file)
     with pytest.raises(UserError) as told:
         record_of(str(file))
     said = str(told.value)
@@ -92,7 +97,8 @@ def test_a_raw_checkpoint_is_to_be_converted_first(backbone: Any, tmp_path: Path
     if writer == "none":
         assert "nor anything that `python -m transfer convert` can take" in said and "missing: bn1" in said
         return
-    words = ["--weights", str(file), "--output", str(tmp_path / "raw.pkl")]
+    new = "raw_detectron2.pkl" if file.suffix == ".pkl" else "raw.pkl"
+    words = ["--weights", str(file), "--output", str(tmp_path / new)]
     if writer == "only a teacher":
         assert said.endswith("take it with --branch ema")
         words += ["--branch", "ema"]
@@ -101,11 +107,11 @@ def test_a_raw_checkpoint_is_to_be_converted_first(backbone: Any, tmp_path: Path
         words += ["--prefix", "backbone.resnet.", "--drop", "neck."]
     else:
         assert f"is a {writer} checkpoint of a resnet18, not yet in detectron2's layout" in said
-        assert f"run `python -m transfer convert --weights {file} --output raw.pkl` first" in said
+        assert f"run `python -m transfer convert --weights {file} --output {new}` first" in said
         assert ("DINO's own evaluation uses the teacher: --branch ema" in said) == (writer == "DINO")
     assert main(["convert", *words, "--no-verify"]) == 0
     model = detector()
-    StrictCheckpointer(model).load(str(tmp_path / "raw.pkl"))
+    StrictCheckpointer(model).load(str(tmp_path / new))
     assert torch.equal(model.backbone.bottom_up.res5[1].conv2.weight, backbone.layer4[1].conv2.weight)
 
 
