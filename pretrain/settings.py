@@ -24,6 +24,9 @@ FREE_TO_CHANGE = frozenset({
 })  # fmt: skip
 """Settings that a continued run may change: all others shape the result."""
 
+ADDED_SINCE = {"threads": None}
+"""What a checkpoint that does not name these settings was made with."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -116,7 +119,10 @@ class Settings:
     """Decode a large JPEG at 1/2, 1/4 or 1/8 of its size where each crop keeps twice its view's side."""
 
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of backbone and projector; auto: bfloat16 where the device has it. The loss is in float32."""
+    """Of backbone and projector; auto: bfloat16 where the device has it natively, on a CPU only if it is
+    faster than float32, which is timed in the first seconds. The loss has float32."""
+    threads: int | Literal["auto"] | None = None
+    """Threads of the model on a CPU; auto: one or all, timed in the first seconds; default: torch's."""
     compile: bool = False
     """torch.compile the encoder: faster after minutes of compiling, needs a C++ compiler."""
     augment_on: Literal["auto", "workers", "device"] = "auto"
@@ -150,6 +156,8 @@ class Settings:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"{_option(name)} must be at least {least}, got {getattr(self, name)}")
+        if isinstance(self.threads, int) and self.threads < 1:
+            raise UserError(f"--threads must be at least 1, or auto, got {self.threads}")
         if len(self.view_sizes) < 2:
             raise UserError(f"--view-sizes must name at least 2 views, got {self.view_sizes}")
         if min(self.view_sizes) < 8:

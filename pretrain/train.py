@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import resource
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from pretrain import tuning
 from pretrain.checkpoint import CheckpointWriter, load_checkpoint, save_backbone, size_of
 from pretrain.common.cli import save_settings, settings_as_dict
 from pretrain.common.collectives import any_rank, gather_rows
@@ -44,7 +45,7 @@ from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
 from pretrain.metrics import LossLog, MetricsWriter
 from pretrain.network.model import SHALLOW, build_backbone
 from pretrain.optim import ema_momentum_at, lr_at
-from pretrain.settings import FREE_TO_CHANGE, Settings
+from pretrain.settings import ADDED_SINCE, FREE_TO_CHANGE, Settings
 from pretrain.spectral import power
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     output = Path(settings.output)
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb needs the wandb package: pip install 'intl-bench[wandb]'")
-    dtype = choose_dtype(settings.precision, device)
+    choose_dtype(settings.precision, device)  # refuses what the device cannot
     with torch.device("meta"):
         build_backbone(settings.arch, stem=settings.stem)  # an unknown name is told before the listing
     images = open_dataset(settings.dataset, settings.data_dir, "train", labelled=False)
@@ -128,10 +129,18 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     start, saved, unlogged, broken = 0, None, [], []
     if (output / "checkpoint.pt").exists():
         saved = load_checkpoint(output / "checkpoint.pt")
+        settings = tuning.taken_over(settings, saved["config"])
         start = _check_same_run(saved, settings, output)
         if start >= plan.steps and (output / "backbone.safetensors").exists():
             logger.info("%s is finished: %d of %d steps; nothing to do", output, start, plan.steps)
             return
+    if saved is None and plan.steps > 0:
+        settings = tuning.chosen(
+            settings, device, lambda: _timed_batches(settings, images, device),
+            lambda embeddings: loss_of(settings, embeddings).total,
+        )  # fmt: skip
+    tuning.use_threads(settings)
+    dtype = choose_dtype(settings.precision, device)
     learner = Learner.build(settings, device, dtype, sync_bn=plan.steps > 0)
     if saved is not None:
         learner.restore(saved)
@@ -200,12 +209,7 @@ def _loop(
     hook: Hook | None,
 ) -> None:
     output, total = Path(settings.output), plan.steps
-    workers = default_workers(device) if settings.workers is None else settings.workers
-    finish_here, where = colour_place(settings.augment_on, workers, device)
-    views = Views(
-        images, views_of(settings), seed=settings.seed, mean=settings.mean, std=settings.std,
-        finish_here=finish_here, jpeg_draft=settings.jpeg_draft,
-    )  # fmt: skip
+    views, workers, where = _loading(settings, images, device)
     steps = StepBatches(
         len(images), batch_global=settings.batch_global, rank=rank(), world=world_size(),
         seed=settings.seed, start=start, stop=total,
@@ -278,6 +282,28 @@ def _loop(
                 barrier()
                 stop.hand_over()
         writer.wait(must_be_saved=True)
+
+
+def _loading(settings: Settings, images: ImageDataset, device: torch.device) -> tuple[Views, int, str]:
+    """The views, the number of workers that make them, and where colour and blur run, in words."""
+    workers = default_workers(device) if settings.workers is None else settings.workers
+    finish_here, where = colour_place(settings.augment_on, workers, device)
+    views = Views(
+        images, views_of(settings), seed=settings.seed, mean=settings.mean, std=settings.std,
+        finish_here=finish_here, jpeg_draft=settings.jpeg_draft,
+    )  # fmt: skip
+    return views, workers, where
+
+
+def _timed_batches(settings: Settings, images: ImageDataset, device: torch.device) -> Iterator[list[Tensor]]:
+    """The views of one small batch after the other, loaded as the run's are."""
+    views, workers, _ = _loading(settings, images, device)
+    size = min(tuning.IMAGES, settings.batch_global)
+    steps = StepBatches(
+        len(images), batch_global=size, rank=0, world=1, seed=settings.seed, start=0, stop=10_000
+    )
+    for batch in batches(views, steps, workers=workers):
+        yield on_device(batch, views, device)
 
 
 def _metrics_writer(settings: Settings, start: int) -> MetricsWriter:
@@ -413,10 +439,10 @@ def _state(
 
 def _check_same_run(saved: Mapping[str, Any], settings: Settings, output: Path) -> int:
     """The step reached. Raises UserError when the checkpoint is of a run with other settings."""
-    now = settings_as_dict(settings)
-    other = [k for k, v in now.items() if k not in FREE_TO_CHANGE and saved["config"].get(k) != v]
+    now, before = settings_as_dict(settings), {**ADDED_SINCE, **saved["config"]}
+    other = [k for k, v in now.items() if k not in FREE_TO_CHANGE and before.get(k) != v]
     if other:
-        said = "; ".join(f"{k}: {saved['config'].get(k)} there, {now[k]} now" for k in other)
+        said = "; ".join(f"{k}: {before.get(k)} there, {now[k]} now" for k in other)
         raise UserError(f"{output} holds a run with other settings ({said}); choose another --output")
     return int(saved["step"])
 

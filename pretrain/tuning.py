@@ -1,0 +1,110 @@
+"""Settings that leave precision or threads to the machine: the fastest there, timed on a few batches.
+
+What is chosen is written into the run's config.yaml and checkpoint and is not timed again when the run goes
+on: sums of another precision, or shared among other threads, differ in their last bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.common.process_group import world_size
+from pretrain.learner import Learner, choose_dtype
+from pretrain.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+LEFT_TO_THE_MACHINE = ("precision", "threads")
+IMAGES = 64  # of a timed step
+STEPS_S = 1.5  # of timed steps for each choice, at least two of them
+LIMIT_S = 45.0  # no further choice is looked at after so long
+ENOUGH = 0.9
+"""One thread is taken where it has this share of the speed of all: where another process wants a core, one
+thread shares it, and several wait at every barrier for the one that was put off."""
+
+Batches = Callable[[], Iterator[list[Tensor]]]
+Loss = Callable[[list[Tensor]], Tensor]
+
+
+def taken_over(settings: Settings, saved: Mapping[str, Any]) -> Settings:
+    """The settings with what the run, whose saved configuration this is, chose when it began."""
+    left = {k: saved[k] for k in LEFT_TO_THE_MACHINE if getattr(settings, k) == "auto" and k in saved}
+    return dataclasses.replace(settings, **left)
+
+
+def chosen(settings: Settings, device: torch.device, batches: Batches, loss: Loss) -> Settings:
+    """The settings without "auto" for precision and threads: on a CPU the fastest choice.
+
+    `batches` starts loading views of `IMAGES` images as the run does; `loss` is the run's, of their
+    embeddings. On a GPU, and where several ranks share a step, nothing is timed: bfloat16 where the device
+    has it, as many threads as torch has.
+    """
+    native = str(choose_dtype("auto", device)).removeprefix("torch.")
+    every: dict[str, list[Any]] = {
+        "precision": list(dict.fromkeys([native, "float32"])),
+        "threads": list(dict.fromkeys([torch.get_num_threads(), 1])),
+    }
+    asked = {k: v for k, v in every.items() if getattr(settings, k) == "auto"}
+    if device.type != "cpu" or world_size() > 1:
+        asked = {k: v[:1] for k, v in asked.items()} | ({"threads": [None]} if "threads" in asked else {})
+    trials = [
+        dataclasses.replace(settings, **dict(zip(asked, v))) for v in itertools.product(*asked.values())
+    ]
+    return trials[0] if len(trials) == 1 else _fastest(trials, batches(), loss)
+
+
+def _fastest(trials: list[Settings], loader: Iterator[list[Tensor]], loss: Loss) -> Settings:
+    began, before = time.monotonic(), torch.get_num_threads()
+    costs: list[float] = []
+    told = []
+    try:
+        for trial in trials:
+            if costs and time.monotonic() - began > LIMIT_S:
+                break
+            seconds = seconds_of_a_step(trial, loader, loss)
+            costs.append(seconds * (ENOUGH if trial.threads == 1 else 1.0))
+            told.append(f"{_words(trial)} {1 / seconds:.2f}")
+    finally:
+        torch.set_num_threads(before)
+    best = trials[costs.index(min(costs))]
+    logger.info("timed, in steps of %d images a second: %s; taking %s", IMAGES, "; ".join(told), _words(best))
+    return best
+
+
+def seconds_of_a_step(settings: Settings, loader: Iterator[list[Tensor]], loss: Loss) -> float:
+    """Mean seconds of a step of a fresh network, loading included, after one step that does not count."""
+    device = torch.device("cpu")
+    use_threads(settings)
+    dtype = choose_dtype(settings.precision, device)
+    learner = Learner.build(settings, device, dtype)
+    learner.start(compiled=False)
+
+    def step() -> None:
+        learner.stepper.backward(loss(learner.embed(next(loader))))
+        learner.stepper.update(0.0)
+
+    step()
+    began, count = time.monotonic(), 0
+    while count < 2 or time.monotonic() - began < STEPS_S:
+        step()
+        count += 1
+    return (time.monotonic() - began) / count
+
+
+def use_threads(settings: Settings) -> None:
+    """Give the model as many threads as the settings say; where they say nothing it keeps those it has."""
+    if isinstance(settings.threads, int):
+        torch.set_num_threads(settings.threads)
+
+
+def _words(settings: Settings) -> str:
+    threads = settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()
+    return f"{settings.precision}, {threads} thread{'s' if threads > 1 else ''}"
