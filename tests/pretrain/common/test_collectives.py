@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.common import collectives, process_group, sync_batchnorm
+from pretrain.common import collectives, process_group
 from pretrain.loss import intl_loss, spectral_loss
+from pretrain.network import sync_batchnorm
 from pretrain.spectral import power
 from tests.helpers.ranks import run_on_ranks
 
