@@ -25,8 +25,9 @@ MODULES = {
 }  # fmt: skip
 LOADED_LATE = {"train-net": "transfer.detection.run"}
 SHARE = {"suite": 0.3}
-"""Of the undisturbed run's time, in which kills fall (else all of it): a suite's jobs go on meanwhile."""
+"""Of the undisturbed run's time, in which kills fall, else 0.6: a suite's jobs go on meanwhile."""
 MOST_RUNS = 100
+TOLD = "folders with kills:"
 
 
 def after_kills(command: str, words: list[str], folder: Path, kills: int = 20) -> tuple[Path, list[Path]]:
@@ -38,7 +39,8 @@ def after_kills(command: str, words: list[str], folder: Path, kills: int = 20) -
         [*script, *words], cwd=root, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
-    cuts = [folder / f"cut{i}" for i in range(int(done.stdout.split()[-1]))]
+    count = next(line.split()[-1] for line in done.stdout.splitlines() if line.startswith(TOLD))
+    cuts = [folder / f"cut{i}" for i in range(int(count))]
     assert not [p for cut in cuts for p in cut.rglob(".*.tmp")]
     return folder / "whole", cuts
 
@@ -85,7 +87,7 @@ def main(command: str, folder: Path, kills: int, seed: int, words: list[str]) ->
 
     began = time.monotonic()
     assert finished(go("whole")) == 0
-    most_s = SHARE.get(command, 1.0) * (time.monotonic() - began)
+    most_s = SHARE.get(command, 0.6) * (time.monotonic() - began)
     rng, cut, hit = random.Random(seed), 0, 0
     for _ in range(MOST_RUNS):
         code = code_unless_killed(go(f"cut{cut}"), rng.uniform(0, most_s))
@@ -98,7 +100,7 @@ def main(command: str, folder: Path, kills: int, seed: int, words: list[str]) ->
         else:
             cut += 1
     assert hit == kills, f"only {hit} of {MOST_RUNS} runs were under way when they were to be killed"
-    print(cut + 1, flush=True)
+    print(TOLD, cut + 1, flush=True)
     return finished(go(f"cut{cut}"))
 
 

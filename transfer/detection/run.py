@@ -93,9 +93,8 @@ def _start_one(args: argparse.Namespace) -> None:
         _run_one(args, cfg, ranks, on_cpu)
         return
     writes = JUDGED if args.eval_only else (*JUDGED, *TRAINED)
-    with output_folder(
-        cfg.OUTPUT_DIR, "transfer train-net", writes=writes, earlier=_wrote, main=args.machine_rank == 0
-    ):
+    main = None if args.machine_rank == 0 else False  # of detectron2's machines, or of a job's ranks
+    with output_folder(cfg.OUTPUT_DIR, "transfer train-net", writes=writes, earlier=_wrote, main=main):
         _run_one(args, cfg, ranks, on_cpu)
 
 

@@ -30,7 +30,8 @@ def commit() -> str | None:
 
 def _git(*words: str) -> str:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    # Without optional locks: git may be killed with us, and would leave the checkout locked.
     return subprocess.run(
-        ["git", "-C", str(ROOT), *words],
+        ["git", "--no-optional-locks", "-C", str(ROOT), *words],
         capture_output=True, text=True, check=True, timeout=20, env=environment,
     ).stdout.strip()  # fmt: skip
