@@ -139,7 +139,7 @@ def _run_one(args: argparse.Namespace, cfg: CfgNode, ranks: int, on_cpu: bool) -
         trained_on = tuple(filter(None, map(data.digest_of, sets)))
     doubts = {name: data.also_trained_on(name, seen, trained_on) for name in cfg.DATASETS.TEST}
     for line in itertools.chain(*doubts.values()) if comm.is_main_process() else ():
-        logger.warning(line)
+        logger.warning("%s: figures on them say what was learnt by heart", line)
     trial = Trial(
         args=args, cfg=cfg, origin=origin, protocol=protocol, also=also, categories=categories,
         config_hash=config_hash, trained_on=trained_on, warnings=doubts,
