@@ -8,7 +8,6 @@ did. Otherwise the command is refused, with the names of those files. Other file
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.common.errors import UserError
+from pretrain.common.errors import UserError, is_disk_full
 from pretrain.common.files import remove_leftovers, write_json
 from pretrain.common.locks import Held, hold
 
@@ -211,6 +210,5 @@ def _said_in_one_line(path: Path) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         said = error.strerror if isinstance(error, OSError) else str(error)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        todo = "free some space" if full else "choose another folder"
+        todo = "free some space" if is_disk_full(error) else "choose another folder"
         raise UserError(f"output {str(path)!r}: cannot be written to ({said}); {todo}") from error

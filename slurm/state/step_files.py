@@ -17,17 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.common.files import read_jsonl, write_json
+from pretrain.common.files import read_json, read_jsonl, write_json
 from slurm.steps.graph import Graph, Step
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`, or an empty one when there is no such file or it is torn."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 class Record:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import sha256_of
+from pretrain.common.terminal import printable
 from transfer.checkpoints.forward import Forward, build, forward_of
 from transfer.checkpoints.other_files import what_instead
-from transfer.checkpoints.reading import OWN_FORMAT, Reading, choose, printable, read_all
+from transfer.checkpoints.reading import OWN_FORMAT, Reading, choose, read_all
 from transfer.checkpoints.safe_load import RawFile, load_file
 from transfer.checkpoints.search import containers
 from transfer.options import WeightsOptions

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from pretrain.common.errors import UserError
-from pretrain.common.terminal import console
+from pretrain.common.terminal import console, printable
 from transfer.checkpoints.backbone import Found, find
 from transfer.checkpoints.forward import check
 from transfer.checkpoints.inert_values import Placeholder
-from transfer.checkpoints.reading import BRANCHES, Reading, choose, faults_of, printable, read_all
+from transfer.checkpoints.reading import BRANCHES, Reading, choose, faults_of, read_all
 from transfer.checkpoints.safe_load import RawFile, load_file
 from transfer.checkpoints.sanity import doubts_of
 from transfer.checkpoints.search import unwrap

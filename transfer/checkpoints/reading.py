@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.errors import UserError
+from pretrain.common.terminal import printable
 from transfer.checkpoints.formats import CMC, FOREIGN, FOUND, OWN_BACKBONE, OWN_BACKBONE_EMA, OWN_RUN, Format
 from transfer.checkpoints.own_layout import read_layout
 from transfer.checkpoints.safe_load import RawFile
@@ -391,8 +392,3 @@ def faults_of(reading: Reading, limit: int = 8) -> list[str]:
             more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
             lines.append(f"{kind}: {', '.join(keys[:limit])}{more}")
     return [printable(line) for line in lines]
-
-
-def printable(text: str) -> str:
-    """Without control characters: a key from a stranger's file must not steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)

@@ -9,12 +9,10 @@ and meta.json, which has its checksum and the images that could not be read.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +21,10 @@ from zlib import crc32
 
 import numpy as np
 
-from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.errors import RunFailed, is_disk_full
 from pretrain.common.files import atomic_path, write_json
 from pretrain.common.locks import hold
+from pretrain.common.output_folder import need_space
 from pretrain.data.cache import checksum_of, load_arrays
 from pretrain.data.datasets import KEEP_BYTES, ImageDataset
 from pretrain.data.folders import stats_of
@@ -35,7 +34,6 @@ logger = logging.getLogger(__name__)
 PART = 4096  # images, on average
 FORMAT = 2
 HEADER = 128  # bytes of an .npy header of two dimensions
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 PART_ARRAYS = ("features", "broken", "messages")
 
 Broken = dict[int, str]
@@ -93,13 +91,7 @@ class FeatureFolder:
     def check_space(self, width: int) -> None:
         """Raises UserError where the disk has no room for what is missing: parts, then the whole."""
         missing = sum(part.stop - part.start for part in self.parts if not part.file.exists())
-        needed = 4 * width * (missing + self.meta["n"])
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise UserError(
-                f"{self.folder}: the features need {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-                "make room or name another --cache-dir"
-            )
+        need_space(self.folder, 4 * width * (missing + self.meta["n"]), "features, in --cache-dir")
 
     def broken(self, data: ImageDataset) -> Broken | None:
         """The unreadable images of finished features; None where there are none, or they are damaged.
@@ -190,7 +182,7 @@ class FeatureFolder:
         try:
             yield
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            if not is_disk_full(error):
                 raise
             raise RunFailed(
                 f"{self.folder.parent}: the disk is full; the finished parts are kept: free some space and "

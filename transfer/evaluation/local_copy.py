@@ -10,7 +10,6 @@ every run compares the copy's bytes with it (once for all ranks of a node) and c
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -25,7 +24,7 @@ from stat import S_ISDIR, S_ISREG, S_IWGRP, S_IWOTH
 from typing import Any
 from zlib import crc32
 
-from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.errors import RunFailed, UserError, is_disk_full
 from pretrain.common.files import read_jsonl, write_json
 from pretrain.common.locks import hold
 from pretrain.common.machine import launch_id
@@ -215,7 +214,7 @@ def _copy(source: Path, target: Path, wanted: Listing, missing: list[str]) -> No
                 journal.write(json.dumps(record) + "\n")
                 bar.update(1)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise UserError(
                 f"--stage-to {target.parent}: the disk is full; free some or name another"
             ) from error

@@ -277,8 +277,8 @@ def test_where_images_are_decoded_every_epoch_all_must_be_readable(
 
 def test_a_disk_that_is_too_small_is_told_before(backbone, images, tmp_path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: usage._replace(free=10**6))
-    with pytest.raises(UserError, match=r"the features need 0\.00 GB and 0\.00 GB are free; make room"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**6))
+    with pytest.raises(UserError, match=r"0\.00 GB will be written \(features, in --cache-dir\)"):
         extract(Extractor(None, TRANSFORM, CPU, "float32"), backbone, images, cache=tmp_path)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
+from pretrain.common.files import read_json
+from pretrain.common.output_folder import read_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ def job_times(jobs: Path) -> list[StepTime]:
     """Finished steps of a suite in the graph's order, its report left out."""
     times = []
     for step, folder in _steps(jobs):
-        seconds = _read_json(folder / "done.json").get("seconds")
+        seconds = read_json(folder / "done.json").get("seconds")
         if isinstance(seconds, (int, float)):
-            ranks = _read_json(folder / "state.json").get("ranks") or 1
+            ranks = read_json(folder / "state.json").get("ranks") or 1
             output = Path(str(step.get("output"))).resolve()
             kind = str(step.get("kind") or "")
             times.append(
@@ -57,7 +57,7 @@ def job_times(jobs: Path) -> list[StepTime]:
 
 def _steps(jobs: Path) -> list[tuple[dict[str, Any], Path]]:
     """Every jobs/<step>/step.json but the report's, with its folder."""
-    steps = [(_read_json(path), path.parent) for path in jobs.glob("*/step.json")]
+    steps = [(read_json(path), path.parent) for path in jobs.glob("*/step.json")]
     steps = [(step, folder) for step, folder in steps if step.get("name") and step.get("kind") != "report"]
     return sorted(steps, key=lambda item: (item[0].get("order", 0), item[1].name))
 
@@ -70,8 +70,8 @@ def job_gaps(jobs: Path, accounted: set[Path]) -> list[Gap]:
         if (folder / "done.json").is_file():
             continue
         failures = sorted(folder.glob("failure-*.json"), key=lambda p: p.stat().st_mtime)
-        error = _read_json(failures[-1]).get("error", "") if failures else ""
-        noted = _read_json(folder / "state.json")
+        error = read_json(failures[-1]).get("error", "") if failures else ""
+        noted = read_json(folder / "state.json")
         never = noted.get("state") in ("skipped", "stopped") and not noted.get("starts")
         state = "" if never else str(noted.get("state") or "")
         gaps.append(
@@ -93,7 +93,7 @@ def _why(error: str, state: str, step: dict[str, Any]) -> str:
 
 def run_gaps(folder: Path, name: str, files: frozenset[str]) -> list[Gap]:
     """A run that wrote its configuration or progress, but no result."""
-    progress = _read_json(folder / "progress.json") if "progress.json" in files else {}
+    progress = read_json(folder / "progress.json") if "progress.json" in files else {}
     done, total = progress.get("done"), progress.get("total")
     cut_off = isinstance(done, int) and isinstance(total, int) and done < total
     expected = "config.yaml" in files and _is_evaluation(folder)
@@ -111,16 +111,5 @@ def run_gaps(folder: Path, name: str, files: frozenset[str]) -> list[Gap]:
 
 def _is_evaluation(folder: Path) -> bool:
     """Whether the folder's configuration is of a command that appends to results.jsonl."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(config, dict) and ({"protocol", "weights"} <= set(config) or "SOLVER" in config)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    config = read_config(folder)
+    return {"protocol", "weights"} <= set(config) or "SOLVER" in config

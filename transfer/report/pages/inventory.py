@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 import pretrain
+from pretrain.common.output_folder import read_config
 from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.grouping import Results
 from transfer.report.evidence.records import RAW_PIXELS, Record, weights_name
@@ -65,7 +66,7 @@ def _presence(path: str, sha256: str) -> str:
 
 def pretraining_of(path: str) -> str:
     """How weights of this project came about, from the configuration beside them; empty for others."""
-    values = _yaml(Path(path).parent / "config.yaml") if path else {}
+    values = read_config(Path(path).parent) if path else {}
     if not {"epochs", "dataset", "batch_global", "seed"} <= set(values):
         return ""
     parts = [_recipe(values), f"{values['dataset']}", f"{values['epochs']} epochs"]
@@ -79,7 +80,7 @@ def pretraining_of(path: str) -> str:
 
 def _recipe(values: dict[str, Any]) -> str:
     """The recipe that was run, told by its values: all of them, or all but a few."""
-    known = {file.stem: _yaml(file) for file in sorted(RECIPES.glob("*.yaml"))}
+    known = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(RECIPES.glob("*.yaml"))}
     differing = {
         name: [key for key, value in recipe.items() if values.get(key) != value]
         for name, recipe in known.items()
@@ -91,14 +92,6 @@ def _recipe(values: dict[str, Any]) -> str:
     if len(keys) > MAX_CHANGES:
         return ""
     return f"recipe {name}" + (f" with another {', '.join(keys)}" if keys else "")
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    try:
-        values: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def alarms(evidence: Evidence) -> tuple[str, ...]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image, ImageDraw
 
 from pretrain.common.errors import UserError
+from pretrain.common.output_folder import read_config
 from pretrain.data.cache import checksum_of
 from pretrain.data.datasets import ImageDataset, open_dataset
 from transfer.evaluation.feature_cache import FORMAT, mapped
@@ -45,7 +45,9 @@ def neighbour_pictures(results: Results) -> tuple[list[Shown], list[str]]:
 
 def _picture(method: str, record: Record, name: str) -> Shown:
     """Raises UserError where images or features cannot be read from here."""
-    config = _config(record.folder)
+    config = read_config(record.folder)
+    if not config.get("data_dir"):
+        raise UserError(f"{record.folder / 'config.yaml'} does not say where the images are")
     settings: dict[str, Any] = record["settings"] or {}
     if int(settings.get("bank") or 0) > MOST_IMAGES:
         raise UserError(f"more than {MOST_IMAGES:,} training images")
@@ -72,16 +74,6 @@ def _picture(method: str, record: Record, name: str) -> Shown:
         name=name, caption=caption, data=encode(sheet, "PNG"), mime="image/png", width=sheet.width,
         height=sheet.height,
     )  # fmt: skip
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        config = None
-    if not isinstance(config, dict) or not config.get("data_dir"):
-        raise UserError(f"{folder / 'config.yaml'} does not say where the images are")
-    return config
 
 
 def _features(cache: Path, record: Record, data: ImageDataset) -> np.ndarray:
