@@ -10,7 +10,7 @@ from torch import nn
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.loader import epoch_order
 
-STATISTICS_IMAGES = 8192
+STATISTICS_IMAGES, BATCH = 8192, 256
 
 
 @torch.no_grad()
@@ -23,7 +23,6 @@ def estimate_bn(
     std: list[float],
     seed: int,
     device: torch.device,
-    batch: int = 256,
 ) -> None:
     """Set all BN statistics of `backbone` to their means over batches of up to 8192 training images.
 
@@ -38,8 +37,8 @@ def estimate_bn(
     backbone.train()
     mean_3, std_3 = (torch.tensor(v, device=device)[:, None, None] for v in (mean, std))
     order = epoch_order(len(images), seed, 0)[:STATISTICS_IMAGES]
-    for first in range(0, len(order) - min(batch, len(order)) + 1, batch):
-        pixels = np.stack([_evaluation_view(images, int(i), size) for i in order[first : first + batch]])
+    for first in range(0, len(order) - min(BATCH, len(order)) + 1, BATCH):
+        pixels = np.stack([_evaluation_view(images, int(i), size) for i in order[first : first + BATCH]])
         x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div_(255)
         backbone(((x - mean_3) / std_3).contiguous(memory_format=torch.channels_last))
     for norm, momentum in zip(norms, momenta):

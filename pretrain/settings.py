@@ -228,10 +228,10 @@ GROUPS = {
 """The first option of each group of --help, and the group's title."""
 
 
-def parse_recipe(argv: Sequence[str], *, prog: str = "python -m pretrain", description: str = "") -> Settings:
+def parse_recipe(argv: Sequence[str], *, description: str = "") -> Settings:
     """The settings of a run from its recipe and options."""
     settings = parse_settings(
-        Settings, argv, prog=prog, description=description, config_flag="--recipe", presets=RECIPES,
+        Settings, argv, prog="python -m pretrain", description=description, config_flag="--recipe", presets=RECIPES,
         groups=GROUPS,
     )  # fmt: skip
     asked = any(word == "--hook" or word.startswith("--hook=") for word in argv)

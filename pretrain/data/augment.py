@@ -276,12 +276,12 @@ def shift_hue(x: Tensor, turns_N: Tensor) -> Tensor:
     return out
 
 
-def gaussian_blur(x: Tensor, sigma_N: Tensor, kernel: int = BLUR_KERNEL) -> Tensor:
+def gaussian_blur(x: Tensor, sigma_N: Tensor) -> Tensor:
     """N x 3 x H x W blurred with a standard deviation per image in px, reflected at the borders.
 
     On a CPU by OpenCV, which is many times faster there and equal to 1e-6.
     """
-    half = min(kernel // 2, x.shape[-2] - 1, x.shape[-1] - 1)
+    half = min(BLUR_KERNEL // 2, x.shape[-2] - 1, x.shape[-1] - 1)
     return (_blur_by_opencv if x.device.type == "cpu" else _blur_by_convolution)(x, sigma_N, half)
 
 

@@ -37,6 +37,7 @@ NO_DATA = frozenset({"__macosx", "@eadir", "thumbs.db", "desktop.ini", "$recycle
 FORMAT = 1
 LARGE = 100_000  # images
 SAMPLE = 2_000  # files of a large set that are looked at although its list is known
+MOST_KINDS = 8  # of files passed over, in a message
 THREADS = 8  # on a shared disk a look at a file is waiting
 SETTLED_NS = 2 * 10**9  # a folder that changed this shortly before it was read may change again unnoticed
 COLUMNS = ("names", "labels", "sizes", "times", "folders", "folder_times")
@@ -237,6 +238,6 @@ def tell_passed_over(folder: Path, passed_over: Counter[str]) -> None:
         )  # fmt: skip
 
 
-def spell_counts(counts: Counter[str], most: int = 8) -> str:
+def spell_counts(counts: Counter[str]) -> str:
     """ "3 .gif, 2 without an extension" """
-    return ", ".join(f"{n:,} {kind}" for kind, n in counts.most_common(most))
+    return ", ".join(f"{n:,} {kind}" for kind, n in counts.most_common(MOST_KINDS))

@@ -58,9 +58,7 @@ def address(env: Any) -> str:
 
 
 @contextlib.contextmanager
-def joined(
-    env: Any, rendezvous: Path, backend: str | None = None, *, timeout_min: float = 30
-) -> Iterator[None]:
+def joined(env: Any, rendezvous: Path, *, timeout_min: float = 30) -> Iterator[None]:
     """One process group of all the job's tasks for as long as the block lasts; nothing to do for one task.
 
     `rendezvous` is the file, unique to this attempt of the job, in which rank 0 says where it listens. A rank
@@ -81,7 +79,7 @@ def joined(
     store = _listen(env, rendezvous) if env.global_rank == 0 else _connect(env, rendezvous)
     try:
         dist.init_process_group(
-            backend or ("nccl" if device.type == "cuda" else "gloo"),
+            "nccl" if device.type == "cuda" else "gloo",
             store=store,
             rank=env.global_rank,
             world_size=env.num_tasks,

@@ -32,9 +32,9 @@ class View:
     log: Path | None = None
 
 
-def look(record: Record, live: str | None, now: float | None = None) -> View:
+def look(record: Record, live: str | None) -> View:
     """What to tell about a step; `live` is what the machine or SLURM says: RUNNING, PENDING, or None."""
-    now = now or time.time()
+    now = time.time()
     sent, state, done, failure = record.submitted, record.state, record.done, record.failure
     job_id = str(sent.get("job_id", ""))
     logs = record.logs(int(failure.get("rank", 0)))

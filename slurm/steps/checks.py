@@ -197,28 +197,20 @@ def _cluster(graph: Graph, resources: dict[str, Resources]) -> list[str]:
     """Partition, account and qos are known to SLURM, and the job's size fits the partition."""
     if not has_slurm():
         return ["--cluster slurm: there is no sbatch here; run this on a login node, or take --cluster local"]
-    problems: list[str] = []
-    partitions = _lines("sinfo", "--noheader", "--format", "%R")
-    if partitions is None:
+    known = {
+        "partition": _lines("sinfo", "--noheader", "--format", "%R"),
+        "account": _lines("sacctmgr", "--noheader", "--parsable2", "show", "account", "format=account"),
+        "qos": _lines("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=name"),
+    }
+    if known["partition"] is None:
         return ["sinfo does not answer: is the cluster up?"]
-    used = [resources[s.kind] for s in graph]
-    for name in sorted({r.partition for r in used if r.partition}):
-        for part in name.split(","):
-            if part not in partitions:
-                known = ", ".join(sorted(set(partitions)))
-                problems.append(f"partition {part} is not known to the cluster; known: {known}")
-    accounts = _lines("sacctmgr", "--noheader", "--parsable2", "show", "account", "format=account")
-    for name in sorted({r.account for r in used if r.account}):
-        if accounts is not None and name not in accounts:
-            problems.append(
-                f"account {name} is not known to the cluster; known: {', '.join(sorted(set(accounts)))}"
-            )
-    levels = _lines("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=name")
-    for name in sorted({r.qos for r in used if r.qos}):
-        if levels is not None and name not in levels:
-            problems.append(
-                f"qos {name} is not known to the cluster; known: {', '.join(sorted(set(levels)))}"
-            )
+    problems: list[str] = []
+    for what, names in known.items():
+        asked = {getattr(resources[s.kind], what) or "" for s in graph}
+        for name in sorted({part for words in asked for part in words.split(",") if part}):
+            if names is not None and name not in names:
+                there = ", ".join(sorted(set(names)))
+                problems.append(f"{what} {name} is not known to the cluster; known: {there}")
     return problems
 
 

@@ -115,12 +115,12 @@ def digest_of(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def backbone_of_module(module: nn.Module, *, name: str | None = None) -> Backbone:
+def backbone_of_module(module: nn.Module) -> Backbone:
     """A module of the user's own, N x 3 x H x W -> N x D, as a backbone; it is put into eval mode.
 
     Its weights go by a SHA-256 of their names and values.
     """
-    name = name or type(module).__name__
+    name = type(module).__name__
     weights = {"path": name, "sha256": digest_of(module), "format": "module", "branch": "online"}
     return Backbone(model=module.eval(), arch=name, weights=weights)
 

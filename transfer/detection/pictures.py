@@ -34,11 +34,11 @@ def show(cfg: CfgNode, folder: Path) -> None:
 
 
 @torch.no_grad()
-def draw(cfg: CfgNode, model: nn.Module, folder: Path, *, count: int = SHOWN) -> list[str]:
-    """Ground truth (left) and predictions scored at least LEAST_SCORE (right) on the first `count` test
+def draw(cfg: CfgNode, model: nn.Module, folder: Path) -> list[str]:
+    """Ground truth (left) and predictions scored at least LEAST_SCORE (right) on the first SHOWN test
     images that hold objects; the best three are drawn where none scores as much. Returns the file names."""
     name = cfg.DATASETS.TEST[0]
-    records = [r for r in DatasetCatalog.get(name) if r.get("annotations")][:count]
+    records = [r for r in DatasetCatalog.get(name) if r.get("annotations")][:SHOWN]
     metadata = MetadataCatalog.get(name)
     mapper = DatasetMapper(cfg, is_train=False)
     was_training = model.training

@@ -167,7 +167,6 @@ def extract(
     indices: np.ndarray | None = None,
     batch_size: int = 256,
     workers: int | None = None,
-    progress: Path | None = None,
 ) -> np.ndarray:
     """Features of `data` (or of its images `indices`) in order, N x D float32, memory-mapped read-only.
 
@@ -176,9 +175,8 @@ def extract(
     finished parts kept.
     """
     (found,) = extract_all(
-        extractor, backbone, [(data, indices)], cache=cache, batch_size=batch_size, workers=workers,
-        progress=progress,
-    )  # fmt: skip
+        extractor, backbone, [(data, indices)], cache=cache, batch_size=batch_size, workers=workers
+    )
     return found.x_ND
 
 

@@ -45,9 +45,9 @@ class Published:
 
 
 @functools.cache
-def load_published(path: Path = FILE) -> tuple[Published, ...]:
+def load_published() -> tuple[Published, ...]:
     """All entries, in the file's order. Raises ValueError for an entry without a source URL or a figure."""
-    document: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    document: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     entries = []
     for raw in document["results"]:
         source = document["sources"].get(raw["source"], raw["source"])
@@ -56,9 +56,9 @@ def load_published(path: Path = FILE) -> tuple[Published, ...]:
             "n": document["images"].get(raw["dataset"], 0), **raw, "source": source,
         })  # fmt: skip
         if not entry.source.startswith("https://") or not entry.metrics:
-            raise ValueError(f"{path}: {entry.name} needs metrics and the URL of its source")
+            raise ValueError(f"{FILE}: {entry.name} needs metrics and the URL of its source")
         if entry.n <= 0:
-            raise ValueError(f"{path}: {entry.name} needs n, the number of images evaluated")
+            raise ValueError(f"{FILE}: {entry.name} needs n, the number of images evaluated")
         entries.append(entry)
     return tuple(entries)
 
