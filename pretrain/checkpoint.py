@@ -1,4 +1,4 @@
-"""The state of a run enters and leaves: files that any kill, at any moment, leaves whole."""
+"""A run's checkpoints and backbone files, each written whole or not at all, whenever the run is killed."""
 
 from __future__ import annotations
 

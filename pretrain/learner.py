@@ -1,4 +1,4 @@
-"""What learns and is saved as one: encoder, target encoder and optimizer."""
+"""The learner: encoder, EMA target encoder and optimizer, saved as one."""
 
 from __future__ import annotations
 

@@ -231,8 +231,8 @@ GROUPS = {
 def parse_recipe(argv: Sequence[str], *, description: str = "") -> Settings:
     """The settings of a run from its recipe and options."""
     settings = parse_settings(
-        Settings, argv, prog="python -m pretrain", description=description, config_flag="--recipe", presets=RECIPES,
-        groups=GROUPS,
+        Settings, argv, prog="python -m pretrain", description=description, config_flag="--recipe",
+        presets=RECIPES, groups=GROUPS,
     )  # fmt: skip
     asked = any(word == "--hook" or word.startswith("--hook=") for word in argv)
     if not asked:

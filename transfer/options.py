@@ -1,5 +1,5 @@
-"""The settings of every command of transfer, apart from the commands, which load PyTorch for seconds:
---help and a wrong option are answered before."""
+"""The settings of every command of transfer. They load without PyTorch, which takes seconds: --help and a
+wrong option are answered at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The look and feel of every command: options into frozen settings, errors into one line and an exit code."""
+"""The command line: options into frozen settings, errors into one line and an exit code."""
 
 from __future__ import annotations
 

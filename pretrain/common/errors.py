@@ -1,4 +1,4 @@
-"""The two errors whose message is all that a user needs to see, and one line for what the world does."""
+"""The two errors whose message is all a user needs to see; one line for a full disk or a killed process."""
 
 from __future__ import annotations
 

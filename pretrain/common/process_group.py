@@ -1,4 +1,4 @@
-"""Process groups: every helper answers with one process too.
+"""Process groups; every helper works with a single process too.
 
 Ranks come from the environment that torchrun, a job of this project or a test sets (RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR, MASTER_PORT); NCCL on GPUs, gloo on CPUs.

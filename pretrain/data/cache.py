@@ -1,4 +1,4 @@
-"""Arrays that took long to find out, kept in the user's cache folder and checked when they are read back."""
+"""Arrays that are slow to compute, kept in the user's cache folder and checked when they are read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files, opened first and decoded when it is known how large they are wanted.
+"""Image files: opened for their size, then decoded to 8-bit RGB, large JPEGs at a reduced size.
 
 Conversions: every image becomes 8-bit RGB as `PIL.Image.convert("RGB")` makes it (an alpha channel is
 dropped, CMYK and palettes are converted, EXIF rotation is not applied, as in the published pipelines); 16-bit

@@ -1,4 +1,4 @@
-"""Worker processes that load data: how batches come over, what ends them, what is said when one dies."""
+"""Data-loading worker processes: how batches are passed on, how workers end, the error when one dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The timm ResNet, the projector, and the target encoder that follows them (EMA).
+"""The timm ResNet, the projector, and the EMA target encoder.
 
 Letters of shapes: N images, D embedding features.
 """

@@ -1,4 +1,4 @@
-"""A copy of the project's code that later edits cannot reach, and a note of the environment.
+"""A snapshot of the project's code for queued jobs, and a record of the environment.
 
 A job may wait for days. It runs the code as it was when it was submitted: OUT/code/<hash of the content>.
 """

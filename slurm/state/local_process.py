@@ -1,4 +1,4 @@
-"""A process of this machine, told from any other that has its number: here, elsewhere, before or later."""
+"""A process known by host, pid and start time, so that another of the same pid is not taken for it."""
 
 from __future__ import annotations
 

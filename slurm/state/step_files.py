@@ -1,4 +1,4 @@
-"""What is known on disk about one step: its command, its submissions, how it goes, how it ended.
+"""The files of one step in the suite's folder: command, submission, state, failures, result.
 
 OUT/jobs/<step>/step.json       the command and its key, there from the start
 OUT/jobs/<step>/submitted.json  where and under which id it was handed in last

@@ -1,4 +1,4 @@
-"""Whether detectron2 is there, and which configs: what can be said without importing it."""
+"""Whether detectron2 is installed, and the configs by name; importing this imports no detectron2."""
 
 from __future__ import annotations
 

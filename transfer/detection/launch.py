@@ -1,4 +1,4 @@
-"""Run a function on several processes; one that fails is told by its own error.
+"""Run a function on several ranks; one that fails reports its own error.
 
 Three ways: inside a process group that is already there (a job's ranks), inside the one that torchrun's
 environment announces, or in processes spawned here. A signal to the spawning process reaches them all.

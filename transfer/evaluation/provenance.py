@@ -1,4 +1,4 @@
-"""The commit that this project's files are of."""
+"""The git commit of this project's code."""
 
 from __future__ import annotations
 

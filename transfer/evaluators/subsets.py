@@ -1,4 +1,4 @@
-"""Which training images a share of the labels allows.
+"""The labelled training images of a 1 % or 10 % evaluation.
 
 On ImageNet the 1 % and 10 % are the lists of SimCLR, file names in imagenet_subsets/ of
 https://github.com/google-research/simclr, which every published figure uses. On other data sets a list of

@@ -1,4 +1,4 @@
-"""What can be said about each pair of methods of a task, and which of them lead."""
+"""Every pair of methods of a task compared, and which methods lead."""
 
 from __future__ import annotations
 

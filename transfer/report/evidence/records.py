@@ -1,4 +1,4 @@
-"""Records: lines of results.jsonl that know their name and whether they still hold."""
+"""A line of results.jsonl with its row's name, and whether it is stale or altered."""
 
 from __future__ import annotations
 
