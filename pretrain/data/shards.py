@@ -153,7 +153,7 @@ def _places(paths: Sequence[Path], suffixes: frozenset[str]) -> list[Place]:
             places += [(label, name, number, offset, size) for label, name, offset, size in found]
             bar.update(1)
     if not places:
-        raise UserError(f"{paths[0].parent}: {len(paths)} shards without a sample")
+        raise UserError(f"{paths[0].parent}: no sample in {len(paths)} shards")
     return sorted(places)
 
 

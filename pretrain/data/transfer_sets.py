@@ -219,7 +219,7 @@ def _find(known: TransferSet, root: Path) -> Path:
     if len(missing[base]) == len(known.needs):
         raise UserError(f"{root}: holds no {known.title}; wanted {root}/{known.layout} ({how})")
     raise UserError(
-        f"{base}: {known.title} without {', '.join(missing[base])}; wanted {', '.join(known.needs)} ({how})"
+        f"{base}: {known.title} lacks {', '.join(missing[base])}; wanted {', '.join(known.needs)} ({how})"
     )
 
 

@@ -34,7 +34,7 @@ def build_backbone(
         raise UserError(f"unknown stem {stem!r}; choose one of: {', '.join(STEMS)}")
     if not timm.is_model(arch):
         near = difflib.get_close_matches(arch, timm.list_models("*resnet*"), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; resnet18 and resnet50 are two"
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; take for example resnet18 or resnet50"
         raise UserError(f"timm has no architecture {arch!r}{hint}")
     if zero_init_last is None:
         zero_init_last = arch not in SHALLOW
@@ -44,7 +44,7 @@ def build_backbone(
         model = None
     if not isinstance(model, ResNet) or not isinstance(model.conv1, nn.Conv2d):
         raise UserError(
-            f"{arch} is no ResNet with a plain stem; resnet18, resnet50, wide_resnet50_2 are some"
+            f"{arch} is not a timm ResNet with a plain stem; take for example resnet18 or resnet50"
         )
     if stem == "cifar":
         width = model.conv1.out_channels

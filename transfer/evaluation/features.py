@@ -215,7 +215,7 @@ def refuse_broken(messages: Sequence[str], most: int) -> None:
         raise UserError(
             f"{len(messages)} image{'s' if len(messages) > 1 else ''} cannot be read and --max-broken-images "
             f"is {most}: {names}{more}; repair or remove them (the features of all others are kept), or "
-            "allow for them by that option: results then say how many were evaluated"
+            "allow them with that option: results then state how many were evaluated"
         )
 
 

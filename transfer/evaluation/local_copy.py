@@ -109,7 +109,7 @@ def _check_owner(target: Path) -> None:
     ours = S_ISDIR(stat.st_mode) and stat.st_uid == os.geteuid()
     if not ours or stat.st_mode & (S_IWGRP | S_IWOTH):
         why = "other users may write in it: chmod go-w" if ours else "another user's, or no folder"
-        raise UserError(f"--stage-to: {target} is not yours alone ({why}); or name a folder of your own")
+        raise UserError(f"--stage-to: {target} can be changed by others ({why}); or name another folder")
 
 
 def _mark(target: Path) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _locked(target: Path) -> Iterator[None]:
         try:
             stack.enter_context(hold(target / LOCK, wait_s=None))
         except OSError as error:
-            raise UserError(f"{target / LOCK}: no file of the staging's own ({error.strerror})") from error
+            raise UserError(f"{target / LOCK}: cannot be used as the lock file ({error.strerror})") from error
         yield
 
 
@@ -197,7 +197,7 @@ def _copy(source: Path, target: Path, wanted: Listing, missing: list[str]) -> No
     if size > disk.free - spare:
         raise UserError(
             f"--stage-to {target.parent}: {size / 1e9:.1f} GB to copy and {disk.free / 1e9:.1f} GB free, of "
-            f"which {spare / 1e9:.1f} are to stay so; name a larger disk or leave --stage-to out"
+            f"which {spare / 1e9:.1f} are kept free; name a larger disk or leave --stage-to out"
         )
     for folder in {os.path.dirname(name) for name in missing}:
         (target / folder).mkdir(parents=True, exist_ok=True)

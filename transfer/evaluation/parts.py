@@ -19,8 +19,8 @@ def check_pair(train: ImageDataset, test: ImageDataset) -> None:
     """Raises UserError where the two parts do not have the same classes, or one class only."""
     if len(test.classes) < 2:
         raise UserError(
-            f"{test.root}: one class only ({', '.join(test.classes)}), about which every answer is right; "
-            "wanted two or more in train and val, a folder each"
+            f"{test.root}: one class only ({', '.join(test.classes)}), so that every answer is right; "
+            "wanted two or more class folders in train and val"
         )
     if train.classes != test.classes:
         lost = sorted(set(train.classes) - set(test.classes))
@@ -46,8 +46,8 @@ def check_pair(train: ImageDataset, test: ImageDataset) -> None:
     empty = np.setdiff1d(np.arange(len(test.classes)), test.labels_N)
     if empty.size:
         raise UserError(
-            f"{test.root}: no image of class {test.classes[int(empty[0])]!r}; figures over the other classes "
-            "could not be compared"
+            f"{test.root}: no image of class {test.classes[int(empty[0])]!r}; results over the "
+            "other classes would not be comparable"
         )
 
 
@@ -74,8 +74,8 @@ def doubts_about(train: ImageDataset, test: ImageDataset) -> list[str]:
     twice = also_trained_on(train, test)
     if twice == 1:
         raise UserError(
-            f"{test.root}: its images are training images too, those of {train.root}; wanted images that no "
-            "classifier has seen"
+            f"{test.root}: its images are training images too, those of {train.root}; wanted images that "
+            "the classifier was not trained on"
         )
     if twice > FEW:
         found.append(f"{100 * twice:.0f} % of the test images looked at are training images too")

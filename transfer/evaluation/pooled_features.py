@@ -82,7 +82,7 @@ def widths_of(backbone: nn.Module, stages: Sequence[str], size: int) -> dict[str
     if not hasattr(backbone, "feature_info"):
         if tuple(stages) != LAST:
             raise UserError(
-                "this protocol looks into the layers of a ResNet of timm's; the network given is none"
+                "this protocol reads layers of a timm ResNet; the network given is not one"
             )
         return {LAST[0]: backbone(image).shape[1]}
     if tuple(stages) == WINDOWS:

@@ -120,7 +120,7 @@ def load_protocol(name: str, task: str | None = None) -> Protocol:
     if shipped.is_file() and _read(shipped).hash != protocol.hash:
         raise UserError(
             f"{path}: {protocol} is a protocol of this project with other values; give yours a name of its "
-            f"own, such as mine_{protocol.name}@1.yaml, so that nobody takes its results for the other's"
+            f"own, such as mine_{protocol.name}@1.yaml, so that its results are told apart"
         )
     if task is not None and protocol.task != task:
         known = [str(p) for p in all_protocols() if p.task == task]
@@ -138,12 +138,12 @@ def _read(path: Path) -> Protocol:
         raise UserError(f"{path}: not YAML: {error}") from error
     wanted = {"task", "title", "source", "values"}
     if not isinstance(content, dict) or set(content) - {"differs"} != wanted:
-        raise UserError(f"{path}: wanted the entries {', '.join(sorted(wanted))} and, if need be, differs")
+        raise UserError(f"{path}: wanted the entries {', '.join(sorted(wanted))} and optionally differs")
     if not isinstance(content["values"], dict):
         raise UserError(f"{path}: values: wanted entries KEY: VALUE")
     for key in content.keys() - {"task", "values"}:
         if not isinstance(content[key], str):
-            raise UserError(f"{path}: {key}: {content[key]!r}: wanted a text (in quotes, if it has a colon)")
+            raise UserError(f"{path}: {key}: {content[key]!r}: wanted text (in quotes if it has a colon)")
     if content["task"] not in TASKS:
         raise UserError(f"{path}: task {content['task']!r}; wanted one of {', '.join(TASKS)}")
     return Protocol(name=stem, version=int(version), **content)

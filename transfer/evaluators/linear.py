@@ -101,7 +101,7 @@ def _check(evaluation: Evaluation, values: LinearProtocol) -> None:
             "class, or a protocol of one head, which holds out none"
         )
     if evaluation.backbone.model is None and (values.augmentation or values.features != LAST):
-        what = "augments images for a backbone" if values.augmentation else "looks into a backbone"
+        what = "augments images for a backbone" if values.augmentation else "reads layers of a backbone"
         raise UserError(f"{protocol} {what}; evaluate raw-pixels with cached_linear@1")
 
 

@@ -175,7 +175,7 @@ def evaluate_voc(
         return [_result(settled, values, found, train.classes, extractor.device)]
 
     if evaluation.backbone.model is None and values.pooling != "average":
-        raise UserError(f"{protocol} looks into a backbone; evaluate raw-pixels with svm_pooled@1")
+        raise UserError(f"{protocol} reads layers of a backbone; evaluate raw-pixels with svm_pooled@1")
     return judge_frozen(evaluation, judge, values.stages)
 
 

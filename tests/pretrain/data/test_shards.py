@@ -154,7 +154,7 @@ def _wrong() -> Iterator[tuple[str, dict[str, bytes], str]]:
     yield "a long number", {**GOOD, "b.cls": b"1" * 5000}, r"b\.cls: wanted a class"
     yield "negative", {**GOOD, "b.cls": b"-1"}, r"b\.cls: wanted a class"
     yield "two images", {**GOOD, "a.jpg": b""}, r"sample a has two images, a\.png and a\.jpg"
-    yield "nothing", {"readme": b""}, r"1 shards without a sample"
+    yield "nothing", {"readme": b""}, r"no sample in 1 shards"
 
 
 @pytest.mark.parametrize(("members", "said"), [w[1:] for w in _wrong()], ids=[w[0] for w in _wrong()])

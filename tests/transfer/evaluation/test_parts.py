@@ -85,7 +85,7 @@ def test_the_counts_of_a_known_set_show_a_swap(name: str) -> None:
 
 def test_one_class_is_refused(parts: tuple[ImageDataset, ImageDataset]) -> None:
     one = [replace(p, classes=["a"], labels_N=np.zeros(len(p), np.int64)) for p in parts]
-    with pytest.raises(UserError, match=r"one class only \(a\), about which every answer is right"):
+    with pytest.raises(UserError, match=r"one class only \(a\), so that every answer is right"):
         check_pair(*one)
 
 

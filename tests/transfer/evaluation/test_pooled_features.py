@@ -217,5 +217,5 @@ def test_pixels_have_no_stages(cifar_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine@1.yaml"
     path.write_text(yaml.safe_dump({"task": "linear", "title": "t", "source": "s", "values": values}))
     words = ["--weights", "raw-pixels", "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
-    with pytest.raises(UserError, match="looks into a backbone"):
+    with pytest.raises(UserError, match="reads layers of a backbone"):
         linear.main([*words, "--protocol", str(path), "--output", str(tmp_path / "out")])
