@@ -81,9 +81,7 @@ def widths_of(backbone: nn.Module, stages: Sequence[str], size: int) -> dict[str
     image = next(backbone.parameters()).new_zeros(1, 3, size, size)
     if not hasattr(backbone, "feature_info"):
         if tuple(stages) != LAST:
-            raise UserError(
-                "this protocol reads layers of a timm ResNet; the network given is not one"
-            )
+            raise UserError("this protocol reads layers of a timm ResNet; the network given is not one")
         return {LAST[0]: backbone(image).shape[1]}
     if tuple(stages) == WINDOWS:
         return {WINDOWS[0]: Stages(copy.deepcopy(backbone).eval(), stages)(image).shape[1]}

@@ -164,7 +164,7 @@ def test_the_hash_follows_the_values_alone(tmp_path: Path) -> None:
     [
         (TEXT.replace("ks:", "kss:"), "unknown value 'kss'"),
         (TEXT.replace("[3]", "three"), "ks: 'three': wanted a list of whole numbers"),
-        (TEXT.replace("source: s", "source: [s]"), "wanted a text"),
+        (TEXT.replace("source: s", "source: [s]"), "wanted text"),
         (TEXT.replace("  ks: [3]\n", ""), "ks missing"),
         (TEXT.replace("source: s\n", ""), "wanted the entries"),
         (TEXT.replace("task: knn", "task: guess"), "task 'guess'"),
