@@ -32,7 +32,7 @@ class Program:
         lines = [f"  {name:{width}s}{text}" for name, (_, text) in self.commands.items()]
         return "\n".join([
             f"usage: python -m {self.name} COMMAND [options]", "",
-            f"{self.description} COMMAND --help lists its options.", "",
+            wrapped(f"{self.description} COMMAND --help lists its options."), "",
             "commands:", *lines, "", wrapped(EXIT_CODES),
         ])  # fmt: skip
 

@@ -208,7 +208,7 @@ def test_an_unreadable_image_is_named_with_its_shard(tmp_path: Path) -> None:
     for i, name in enumerate(("a", "d")):
         with pytest.raises(
             BrokenImage,
-            match=rf"train-0\.tar/{name}\.png: not a readable image \([^<']+[^ ]\); write the shard anew",
+            match=rf"train-0\.tar/{name}\.png: not a readable image \([^<']+[^ ]\); rewrite the shard",
         ):
             data.image(i)
     assert data.image(2).size == (48, 48)

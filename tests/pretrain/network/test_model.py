@@ -55,8 +55,8 @@ def test_seed_fixes_the_backbone_whatever_comes_after_it() -> None:
     ("arch", "said"),
     [
         ("resnet19", "resnet18"),
-        ("vit_small_patch16_224", "no ResNet"),
-        ("resnet50d", "no ResNet"),
+        ("vit_small_patch16_224", "not a timm ResNet"),
+        ("resnet50d", "not a timm ResNet"),
         ("", "timm"),
     ],
 )
