@@ -125,12 +125,12 @@ def test_how_the_weights_are_read_is_said_once_for_every_step(
     asked = Suite(
         output="out", weights=["odd.pth"], dataset="cifar10", data_dir=str(cifar_folder),
         tasks=["knn", "linear", "semisup1", "small_R18_FPN"], weights_format="mine.yaml", last_stride=1,
-        channels="bgr", stem="imagenet-nopool", arch="resnet18", stride_in_1x1=False,
+        channels="bgr", stem="imagenet", arch="resnet18", stride_in_1x1=False,
     )  # fmt: skip
     graph = suite_graph(tmp_path / "out", asked, load_profile("local", []))
     layout = str(tmp_path / "mine.yaml")
     all_words = [
-        "--branch", "online", "--arch", "resnet18", "--stem", "imagenet-nopool", "--stride-in-1x1", "false",
+        "--branch", "online", "--arch", "resnet18", "--stem", "imagenet", "--stride-in-1x1", "false",
         "--last-stride", "1", "--channels", "bgr", "--weights-format", layout,
     ]  # fmt: skip
     for name in ("knn/odd", "linear/odd/seed0", "semisup1/odd/seed0", "convert/odd"):
@@ -140,7 +140,7 @@ def test_how_the_weights_are_read_is_said_once_for_every_step(
     assert not importlib.import_module(step.module).main(list(step.argv))
     (result, *_) = read_jsonl(step.makes[0])
     assert result["weights"]["read_with"] == (
-        "--stem imagenet-nopool --stride-in-1x1 false --last-stride 1 --channels bgr "
+        "--stem imagenet --stride-in-1x1 false --last-stride 1 --channels bgr "
         f"--weights-format {layout} (sha256 {sha256_of(layout)[:12]})"
     )
     first = graph.keys["knn/odd"]
