@@ -54,7 +54,7 @@ def _tell_not_saved(error: NotSaved) -> None:
 
 
 def _why_not_written(error: Exception, folder: Path, state: Mapping[str, Any]) -> str:
-    """torch's writer says no more than that writing failed: whether there was room, the disk knows."""
+    """The reason in words. torch's writer hides errno, so free space is compared with the state's size."""
     said = (str(error) or type(error).__name__).splitlines()[0]
     if is_disk_full(error):
         return "the disk is full"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pretrain import tuning
 from pretrain.checkpoint import CheckpointWriter, load_checkpoint, save_backbone, size_of
 from pretrain.common.cli import save_settings, settings_as_dict
-from pretrain.common.collectives import any_rank, gather_rows
+from pretrain.common.collectives import ASK_RANKS_EVERY, any_rank, gather_rows
 from pretrain.common.errors import RunFailed, UserError, is_disk_full
 from pretrain.common.files import atomic_path, read_jsonl
 from pretrain.common.output_folder import need_space
@@ -49,8 +49,6 @@ from pretrain.settings import ADDED_SINCE, FREE_TO_CHANGE, Settings
 from pretrain.spectral import power
 
 logger = logging.getLogger(__name__)
-
-ASK_RANKS_EVERY = {"cpu": 1, "cuda": 10}  # steps between two questions to all ranks: was one told to stop?
 
 LOGS_BYTES = 10**7
 

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.common.process_group import is_on, local_device, rank, world_size
 
+ASK_RANKS_EVERY = {"cpu": 1, "cuda": 10}
+"""By type of device: steps between two questions to all ranks, such as whether one was told to stop."""
+
 
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over all ranks, without gradient, as a new tensor. All ranks must call."""

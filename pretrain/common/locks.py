@@ -157,7 +157,7 @@ def read_note(path: Path) -> Holder | None:
 
 def process_start(pid: int) -> str:
     """What tells process `pid` from a later one of that number: boot id and start. "" where it is unknown,
-    and for one that has ended and waits to be buried."""
+    and for a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

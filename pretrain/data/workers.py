@@ -99,11 +99,11 @@ def set_up_worker(_: int) -> None:
     for number in (signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_heed_parent, daemon=True).start()
+    threading.Thread(target=_follow_parent, daemon=True).start()
     cv2.setNumThreads(0)  # the workers are the threads
 
 
-def _heed_parent() -> None:
+def _follow_parent() -> None:
     """End this worker when the process it works for terminates it or is gone.
 
     Otherwise it would wait for ever where an error kept the loader from closing in order, or where that

@@ -41,7 +41,7 @@ class LocalProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Whether that very process runs on this machine now, and does not just wait to be buried."""
+        """Whether that very process runs on this machine now, and is not a zombie."""
         return self.is_here and bool(self.started) and process_start(self.pid) == self.started
 
     def send(self, number: int) -> None:

@@ -218,8 +218,7 @@ class FineTuning(TrainerBase):
         """Hand over when any rank was told to stop; `Checkpoints` has saved."""
         if self.stopping and self.iter + 1 < self.max_iter:
             barrier()
-            self.stop.received = self.stop.received or StopSignals.SIGNALS[0]  # another rank's signal
-            self.stop.hand_over()
+            self.stop.hand_over_together()
 
 
 class Checkpoints(HookBase):

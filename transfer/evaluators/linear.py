@@ -140,7 +140,7 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
             if step % steps:
                 if step % 50 == 0 and any_rank(stop.requested, device):
                     _save(path, heads, identity, step, history, must_be_saved=True)
-                    _leave(stop)
+                    stop.hand_over_together()
                 continue
             epoch = step // steps - 1
             last = [{"last": float(x)} for x in loss]
@@ -154,7 +154,7 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
             if train is None or stopping:
                 _save(path, heads, identity, step, history, must_be_saved=stopping)
             if stopping:
-                _leave(stop)
+                stop.hand_over_together()
     return _report(evaluation, values, heads, history, device)
 
 
@@ -177,13 +177,6 @@ def _diverged(heads: HeadGrids, known: set[int], evaluation: Evaluation, epoch: 
             len(lost), len(heads), epoch + 1, rates,
         )  # fmt: skip
     return lost
-
-
-def _leave(stop: StopSignals) -> None:
-    """Hand over on the ranks that got the signal; the others stop with them."""
-    if stop.received is None:
-        stop.received = int(StopSignals.SIGNALS[0])
-    stop.hand_over()
 
 
 def heads_of(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import load_checkpoint, size_of, try_to_save
-from pretrain.common.collectives import any_rank, sum_over_ranks
+from pretrain.common.collectives import ASK_RANKS_EVERY, any_rank, sum_over_ranks
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import write_json
 from pretrain.common.output_folder import need_space
@@ -47,7 +47,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
 EPOCHS = "epochs.json"
-ASK_EVERY = {"cpu": 1, "cuda": 10}  # steps between two questions to all ranks: told to stop, loss finite?
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +188,7 @@ class Run:
 
     def train(self) -> None:
         """All epochs that are left, each with its look at the test images. All ranks must call."""
-        ask = ASK_EVERY[self.device.type]
+        ask = ASK_RANKS_EVERY[self.device.type]
         progress = Progress(
             self.total, label=f"fine-tuning on {self.settings.label_percent} %", start=self.step,
             file=self.output / "progress.json",
