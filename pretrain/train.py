@@ -28,7 +28,7 @@ from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.control import estimate_bn
 from pretrain.data.augment import View, finish
-from pretrain.data.corrupt_images import Skipped
+from pretrain.data.corrupt_images import CorruptImages
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.data.images import BrokenImage
 from pretrain.data.loader import (
@@ -220,7 +220,7 @@ def _loop(
     )  # fmt: skip
     losses, shown = LossLog(unlogged), {}
     writer = CheckpointWriter(output / "checkpoint.pt")
-    skipped = Skipped(settings.max_broken_images, broken)
+    skipped = CorruptImages(settings.max_broken_images, broken)
     logger.info(
         "training %s on %s: %d steps, %s, %d loader workers, colour and blur %s (--augment-on %s)",
         settings.arch, device, total, learner.dtype, workers, where, settings.augment_on,

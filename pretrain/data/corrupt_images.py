@@ -11,7 +11,7 @@ from pretrain.common.errors import RunFailed
 logger = logging.getLogger(__name__)
 
 
-class Skipped:
+class CorruptImages:
     """The image files that could not be read, over all ranks and the whole run, and how many may be."""
 
     def __init__(self, limit: int, before: Iterable[str] = ()) -> None:

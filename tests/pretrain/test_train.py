@@ -18,7 +18,7 @@ from pretrain.checkpoint import load_checkpoint
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import read_jsonl
 from pretrain.common.signals import Stopped
-from pretrain.data.corrupt_images import Skipped
+from pretrain.data.corrupt_images import CorruptImages
 from pretrain.settings import Settings
 from pretrain.train import Plan, train
 from tests.helpers.ranks import start_ranks, wait_ranks
@@ -365,7 +365,7 @@ def test_two_ranks_make_the_control_of_one(cifar_folder: Path, tmp_path: Path) -
 
 
 def test_images_that_ranks_skip_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    skipped = Skipped(3, before=["a"])
+    skipped = CorruptImages(3, before=["a"])
     skipped.note(["a", "b"])
     monkeypatch.setattr("pretrain.data.corrupt_images.gather_objects", lambda own: [own, {"c"}])
     skipped.agree()

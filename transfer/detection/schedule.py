@@ -126,14 +126,14 @@ def cost(result: dict[str, Any], iterations: int) -> dict[str, Any]:
 
     from pretrain.common.signals import StopSignals
     from transfer.detection.config import load_config
-    from transfer.detection.train_loop import FineTuning, peak_memory_mib
+    from transfer.detection.train_loop import DetectionTrainer, peak_memory_mib
     from transfer.evaluation.results import device_name
 
     words = [w for key, value in result["overrides"].items() for w in (key, _text(value))]
     batch = result["ims_per_gpu"]
     cfg = load_config(result["config_file"], [*words, "SOLVER.IMS_PER_BATCH", str(batch)])
     torch.manual_seed(0)
-    trainer = FineTuning(cfg, build_model(cfg))
+    trainer = DetectionTrainer(cfg, build_model(cfg))
     trainer.seed, trainer.stop = 0, StopSignals()
     trainer.batches = iter(lambda: [_made_up(cfg) for _ in range(batch)], None)
     trainer.model.train()

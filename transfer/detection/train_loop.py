@@ -71,7 +71,7 @@ def fine_tune(
     Raises RunFailed when a loss is not finite, UserError when weights or settings do not fit.
     """
     output, max_iter = Path(cfg.OUTPUT_DIR), cfg.SOLVER.MAX_ITER
-    trainer = FineTuning(cfg, model)
+    trainer = DetectionTrainer(cfg, model)
     checkpointer = StrictCheckpointer(
         model, str(output), optimizer=trainer.optimizer, scheduler=trainer.scheduler, scaler=trainer.scaler
     )
@@ -130,7 +130,7 @@ def fine_tune(
     return run, outcome
 
 
-class FineTuning(TrainerBase):
+class DetectionTrainer(TrainerBase):
     """detectron2's loop of hooks around one step: forward, backward, update.
 
     Everything random in iteration i follows from (seed, i, rank). All ranks take part.

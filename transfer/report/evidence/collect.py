@@ -28,7 +28,7 @@ DRAWN_HERE = ("curves.png",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
+class Curve:
     """A curve over steps or iterations: one metrics.jsonl of pretraining or metrics.json of detectron2."""
 
     label: str
@@ -53,8 +53,8 @@ class Evidence:
 
     roots: list[Path]
     records: list[Record] = dataclasses.field(default_factory=list)
-    pretraining: list[Run] = dataclasses.field(default_factory=list)
-    detection: list[Run] = dataclasses.field(default_factory=list)
+    pretraining: list[Curve] = dataclasses.field(default_factory=list)
+    detection: list[Curve] = dataclasses.field(default_factory=list)
     pictures: list[Picture] = dataclasses.field(default_factory=list)
     studies: list[Path] = dataclasses.field(default_factory=list)
     """Folders of spectrum studies."""
@@ -111,7 +111,7 @@ def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Ev
     ):
         rows = [row for row in read_jsonl(folder / file) if step in row] if file in files else []
         if rows:
-            runs.append(Run(label=name, folder=folder, rows=_last_of_each(rows, step)))
+            runs.append(Curve(label=name, folder=folder, rows=_last_of_each(rows, step)))
     if "study.md" in files:
         found.studies.append(folder)
     if folder.name == "pictures":

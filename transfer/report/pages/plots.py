@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from pretrain.common.files import file_name
 from pretrain.data.transfer_sets import metric_of
-from transfer.report.evidence.collect import Evidence, Run
+from transfer.report.evidence.collect import Curve, Evidence
 from transfer.report.evidence.grouping import Results, Task, metric_name
 from transfer.report.pages.inventory import costs
 
@@ -102,7 +102,7 @@ def _lines(
         axes.set_yscale("log")
 
 
-def _curve(run: Run, x: str, y: str) -> tuple[list[float], list[float]]:
+def _curve(run: Curve, x: str, y: str) -> tuple[list[float], list[float]]:
     """Points of a run where both are finite numbers."""
     points = [
         (float(row[x]), float(row[y]))
@@ -114,7 +114,7 @@ def _curve(run: Run, x: str, y: str) -> tuple[list[float], list[float]]:
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def _curves(runs: Sequence[Run], x: str, names: dict[str, str]) -> Series:
+def _curves(runs: Sequence[Curve], x: str, names: dict[str, str]) -> Series:
     """One series a run and quantity; a legend names what differs."""
     series: Series = []
     for run in runs:
@@ -143,7 +143,7 @@ PRETRAINING_PLOTS: tuple[tuple[str, str, str, dict[str, str], bool], ...] = (
 )  # fmt: skip
 
 
-def pretraining_plots(runs: Sequence[Run]) -> list[Plot]:
+def pretraining_plots(runs: Sequence[Curve]) -> list[Plot]:
     """Loss terms, learning rate, spectrum and effective rank over steps."""
     plots = []
     for name, title, y, names, log in PRETRAINING_PLOTS:
@@ -161,7 +161,7 @@ DETECTION_PLOTS = (
 )
 
 
-def detection_plots(runs: Sequence[Run], results: Results) -> list[Plot]:
+def detection_plots(runs: Sequence[Curve], results: Results) -> list[Plot]:
     """Loss and AP over iterations, AP by object size."""
     runs = [dataclasses.replace(run, label=results.run_names.get(run.folder, run.label)) for run in runs]
     plots = []
