@@ -192,8 +192,7 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     logging.getLogger("timm").setLevel(logging.WARNING)  # it tells of every file it loads
     earlier_hook, threading.excepthook = threading.excepthook, _note_thread_error
     stdout, plain = sys.stdout, Plain(sys.stdout)
-    if stdout is not None:  # closed by who started us: print() does without
-        sys.stdout = plain  # type: ignore[assignment]
+    sys.stdout = plain  # type: ignore[assignment]
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         if words == ["--version"]:

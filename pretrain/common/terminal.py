@@ -7,6 +7,7 @@ passes through `Plain`, log lines through `PlainFormatter`, and what rich draws 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,14 @@ class PlainFormatter(logging.Formatter):
 
 
 def show_all_characters() -> None:
-    """Let standard output and error spell what their encoding lacks (\\u2500), instead of failing on it."""
-    for stream in (sys.stdout, sys.stderr):
+    """Let standard output and error spell what their encoding lacks (\\u2500), instead of failing on it.
+
+    One that whoever started us has closed leads nowhere: its number must not become that of a file we write.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 

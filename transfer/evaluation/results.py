@@ -89,19 +89,27 @@ class Result:
 
     def __post_init__(self) -> None:
         """Derives the hash. Raises ValueError for figures that are no percentages, fields of another kind."""
-        for f in dataclasses.fields(self):
-            value, kinds = getattr(self, f.name), KINDS.get(str(f.type), (str,))
-            if isinstance(value, bool) or not isinstance(value, kinds) or not _plain(value):
-                raise ValueError(f"{f.name} is {value!r:.60}, which is no {f.type}")
+        check(vars(self))
         digest = hash_of(self.evaluated_under) if self.evaluated_under else ""
         object.__setattr__(self, "evaluated_under_hash", digest)
-        for name, value in self.metrics.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{name} is {value!r:.60}, which is no number")
-            if not -1 <= value <= 100:
-                raise ValueError(f"{name} is {value!r:.60}, which is no percentage")
-        if self.n <= 0:
-            raise ValueError("a result over no image")
+
+
+def check(values: Mapping[str, Any]) -> None:
+    """Raises ValueError unless what `values` holds of a Result's fields is of their kinds, its figures
+    percentages."""
+    for f in dataclasses.fields(Result):
+        value, kinds = values.get(f.name), KINDS.get(str(f.type), (str,))
+        if f.name in values and (
+            isinstance(value, bool) or not isinstance(value, kinds) or not _plain(value)
+        ):
+            raise ValueError(f"{f.name} is {value!r:.60}, which is no {f.type}")
+    for name, value in values.get("metrics", {}).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} is {value!r:.60}, which is no number")
+        if not -1 <= value <= 100:
+            raise ValueError(f"{name} is {value!r:.60}, which is no percentage")
+    if values.get("n", 1) <= 0:
+        raise ValueError("a result over no image")
 
 
 def _plain(value: Any) -> bool:
@@ -127,13 +135,14 @@ def read(path: str | Path) -> list[Result]:
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     known = {f.name for f in dataclasses.fields(Result)}
-    found = []
+    found, wrong = [], []
     for record in read_jsonl(path, nan=False):
         try:
             found.append(Result(**{k: v for k, v in record.items() if k in known}))
         except (TypeError, ValueError) as error:
-            said = str(error).removeprefix("Result.__init__() ")
-            logger.warning("%s: a line that holds no result was left out (%s)", path, said)
+            wrong.append(str(error).removeprefix("Result.__init__() "))
+    if wrong:
+        logger.warning("%s: %d lines without a result left out (%s)", path, len(wrong), "; ".join(wrong[:3]))
     return found
 
 

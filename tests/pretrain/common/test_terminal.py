@@ -46,6 +46,17 @@ def test_a_terminal_of_ascii_shows_all(argv: str) -> None:
     assert done.stdout.isascii() and len(done.stdout) > 500
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_error(closed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(argv: list[str]) -> None:
+        assert not sys.stdout.isatty()
+        print("x")
+        raise UserError("y")
+
+    monkeypatch.setattr(sys, closed, None)
+    assert run(command, []) == 2
+
+
 def test_a_closed_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed(io.StringIO):
         def write(self, text: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
+from transfer.evaluation.results import check
 from transfer.report.evidence.labels import named, printable
 from transfer.report.evidence.records import Record, why_altered, why_stale
 from transfer.report.evidence.unfinished import (
@@ -126,12 +127,20 @@ def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Ev
 def _results(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """The lines that say what was measured; others are counted among the problems."""
     lines = read_jsonl(path)
-    whole = [v for v in lines if isinstance(v.get("metrics"), dict) and v["metrics"] and v.get("task")]
+    whole = [v for v in lines if v.get("metrics") and v.get("task") and _is_result(v)]
     text = path.read_text(encoding="utf-8", errors="replace")
     lost = sum(1 for line in text.splitlines() if line.strip()) - len(whole)
     if lost:
         problems.append(f"{path}: {lost} line{'s' if lost > 1 else ''} without a readable result left out")
     return whole
+
+
+def _is_result(line: dict[str, Any]) -> bool:
+    try:
+        check(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _folders(root: Path, skip: Path | None) -> Iterator[tuple[Path, frozenset[str]]]:

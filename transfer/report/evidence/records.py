@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,11 @@ def weights_name(weights: dict[str, Any]) -> str:
 
 def protocol_name(protocol: dict[str, Any]) -> str:
     """name@version, or the name alone where no version is recorded."""
-    name, version = protocol.get("name", "unnamed"), protocol.get("version")
-    return name if version is None or "@" in str(name) else f"{name}@{version}"
+    name, version = str(protocol.get("name", "unnamed")), protocol.get("version")
+    return name if version is None or "@" in name else f"{name}@{version}"
+
+
+PROTOCOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}@[0-9]{1,9}")
 
 
 @functools.cache
@@ -148,6 +152,8 @@ def why_altered(line: dict[str, Any]) -> str:
 @functools.cache
 def protocol_hash_today(name: str) -> str:
     """Hash of the protocol file of this name, empty where this version of the project has none."""
+    if not PROTOCOL_NAME.fullmatch(name):  # a stranger's may be a path, or too long for one
+        return ""
     try:
         return load_protocol(name).hash
     except UserError:
