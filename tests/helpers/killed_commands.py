@@ -24,8 +24,8 @@ MODULES = {
     "suite": "tests.helpers.tiny_suite",
 }  # fmt: skip
 LOADED_LATE = {"train-net": "transfer.detection.run"}
-SHARE = {"suite": 0.3}
-"""Of the undisturbed run's time, in which kills fall, else 0.6: a suite's jobs go on meanwhile."""
+SHARE = {"suite": 0.2}
+"""Of the undisturbed run's time, in which kills fall, else 0.4: a suite's jobs go on meanwhile."""
 MOST_RUNS = 100
 TOLD = "folders with kills:"
 
@@ -87,7 +87,7 @@ def main(command: str, folder: Path, kills: int, seed: int, words: list[str]) ->
 
     began = time.monotonic()
     assert finished(go("whole")) == 0
-    most_s = SHARE.get(command, 0.6) * (time.monotonic() - began)
+    most_s = SHARE.get(command, 0.4) * (time.monotonic() - began)
     rng, cut, hit = random.Random(seed), 0, 0
     for _ in range(MOST_RUNS):
         code = code_unless_killed(go(f"cut{cut}"), rng.uniform(0, most_s))
