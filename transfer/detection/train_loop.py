@@ -111,13 +111,16 @@ def fine_tune(
         max_iter, label=f"fine-tuning {cfg.PROTOCOL}", unit="iteration", start=start,
         file=output / "progress.json",
     ) as progress:  # fmt: skip
+        checkpoints = Checkpoints(checkpointer, run, stop, keep=keep, best=best)
         trainer.register_hooks([
             hooks.IterationTimer(),
             hooks.CallbackHook(after_step=lambda t: t.precise_statistics()),
-            Checkpoints(checkpointer, run, stop, keep=keep, best=best),
+            hooks.CallbackHook(after_train=lambda t: checkpoints.final()),  # before the last evaluation
             hooks.EvalHook(period, judge),
             best,
             hooks.PeriodicWriter(writers, max(1, min(20, max_iter // 20))),
+            # after the writers: what a kill cuts off behind a checkpoint is never written again
+            checkpoints,
             hooks.CallbackHook(after_step=lambda t: t.show(progress)),
             hooks.CallbackHook(after_step=lambda t: t.stop_here()),
         ])  # fmt: skip
@@ -244,7 +247,7 @@ class Checkpoints(HookBase):
         if comm.is_main_process():
             self._drop(self._numbered()[: -self.keep] if self.keep > 1 else [])
 
-    def after_train(self) -> None:
+    def final(self) -> None:
         """Save model_final.pth, unless nothing was trained, and drop the last checkpoint."""
         if self.trainer.start_iter == self.trainer.max_iter:
             return
