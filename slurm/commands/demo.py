@@ -7,6 +7,7 @@ from the INTL weights and from random initialisation, on the same budget; the re
 from __future__ import annotations
 
 import os
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from slurm.commands.options import spread
 from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.snapshot import pin
+from slurm.state.step_files import Record
 from slurm.state.step_state import counted
 from slurm.state.suite_lock import WRITES, is_suite, locked, refuse_other_configuration, set_aside
 from slurm.steps import tasks
@@ -78,6 +80,8 @@ def main(argv: list[str]) -> int | None:
         save_settings(asked, root / "config.yaml")
         run = LocalRun(graph, root, load_profile("local", []), pin(root))
         _say_what_comes(graph, run.machine, root)
+        if not Record(root, "pretrain").done:
+            _say_how_long(graph.steps["pretrain"])
         views = run.run()
     return show_outcome(root, views)
 
@@ -185,6 +189,31 @@ def _detections(root: Path, intl: Target, converted: Step, scenes: Step, asked: 
                 )
             )  # fmt: skip
     return steps
+
+
+WHOLE = 2.5
+"""Times as long as pretraining the whole demo takes; 2.0 to 3.0 on the machines it was timed on."""
+
+
+def _say_how_long(pretrain: Step) -> None:
+    """Print how long pretraining and the whole will take, from a few steps of it on noise."""
+    import torch
+
+    from pretrain.data.datasets import open_dataset
+    from pretrain.settings import parse_recipe
+    from pretrain.train import Plan, loss_of
+    from pretrain.tuning import IMAGES, seconds_of_a_step
+
+    settings = parse_recipe(list(pretrain.argv))
+    images = len(open_dataset(settings.dataset, settings.data_dir, "train", labelled=False))
+    views = [torch.randn(IMAGES, 3, side, side) for side in settings.view_sizes]
+    seconds = seconds_of_a_step(settings, itertools.repeat(views), lambda z: loss_of(settings, z).total)
+    minutes = seconds * Plan.of(settings, images, 1).steps * settings.batch_global / IMAGES / 60
+    print(
+        f"timed on this machine: pretraining will take about {minutes:.0f} min, all of it about "
+        f"{WHOLE * minutes:.0f}, more where other programs want the same cores",
+        file=sys.stderr,
+    )
 
 
 def _say_what_comes(graph: Graph, machine: Machine, root: Path) -> None:
