@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import timm
 import torch
 
 from tests.helpers import checkpoint_zoo as zoo
+from tests.helpers.forked import run_command
 from tests.test_docs import ROOT, Command, commands
 
 STAND_FOR = {
@@ -290,10 +290,7 @@ def test_commands_of_a_section_run_in_order(
         way = WAYS[key]
         for more in way.runs:
             argv = argv_of(line, way, more, places)
-            done = subprocess.run(
-                argv, cwd=checkout, env=environment | split(line)[0], capture_output=True, text=True,
-                timeout=600,
-            )  # fmt: skip
+            done = run_command(argv, cwd=checkout, env=environment | split(line)[0])
             said = done.stdout + done.stderr
             assert done.returncode == 0, f"{line}\n{shlex.join(argv)}\n{said}"
         assert way.says.format_map(places) in said, f"{line}\n{said}"

@@ -6,8 +6,8 @@ from the INTL weights and from random initialisation, on the same budget; the re
 
 from __future__ import annotations
 
-import os
 import itertools
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path

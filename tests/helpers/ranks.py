@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import multiprocessing as mp
 from pretrain.common.cli import save_settings
 from pretrain.common.process_group import process_group
 from pretrain.settings import Settings
+from tests.helpers.forked import Child, start
 
 
 def free_port() -> int:
@@ -32,25 +32,21 @@ def variables(r: int, world: int, port: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def start_command(*words: str, world: int = 2) -> list[subprocess.Popen[str]]:
+def start_command(*words: str, world: int = 2) -> list[Child]:
     """Python with these words as torchrun would start it; output and error are kept apart for each rank."""
     port = free_port()
     command = [sys.executable, *words]
-    kept: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [
-        subprocess.Popen(command, env={**os.environ, **variables(r, world, port)}, **kept)
-        for r in range(world)
-    ]
+    return [start(command, env={**os.environ, **variables(r, world, port)}) for r in range(world)]
 
 
-def start_ranks(settings: Settings, *options: str, world: int = 2) -> list[subprocess.Popen[str]]:
+def start_ranks(settings: Settings, *options: str, world: int = 2) -> list[Child]:
     """`python -m pretrain` as torchrun would start it on this machine."""
     config = Path(settings.output).with_suffix(".yaml")
     save_settings(settings, config)
     return start_command("-m", "pretrain", "--recipe", str(config), *options, world=world)
 
 
-def wait_ranks(ranks: list[subprocess.Popen[str]], expected: int) -> list[str]:
+def wait_ranks(ranks: list[Child], expected: int) -> list[str]:
     """Standard output of each rank; all of them end with the exit code `expected`."""
     said = [rank.communicate(timeout=180) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [expected] * len(ranks), [err for _, err in said]

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from pretrain.common.errors import UserError
 from pretrain.data.datasets import CLASS_COUNTS, DATASETS, ImageDataset, open_dataset
 from pretrain.data.transfer_sets import SETS, class_wise, metric_of
 from pretrain.network.model import build_backbone
+from tests.helpers.forked import run_command
 from tests.helpers.ranks import run_on_ranks
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import accuracy, percentages, places
@@ -494,9 +493,7 @@ def test_commands_on_two_ranks_judge_each_image_once(
 
 
 def transfer(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "transfer", *words], capture_output=True, text=True, timeout=240
-    )
+    done = run_command(["python", "-m", "transfer", *words])
     assert done.returncode == 0, done.stderr
     return done.stdout
 
