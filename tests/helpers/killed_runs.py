@@ -11,32 +11,32 @@ from pathlib import Path
 
 import torch
 
-from pretrain.train import train
-from tests.helpers.training import CPU, tiny
+import pretrain.train  # noqa: F401  # once, before the children are forked
+from pretrain.__main__ import main as command
+from pretrain.common.cli import save_settings
+from tests.helpers.training import tiny
 
-EPOCHS = 20  # of 10 steps: far more than 20 children reach before they are killed
+EPOCHS = 12  # of 10 steps: more than 20 children reach before they are killed
+SAVE_EVERY = 3  # steps, which take longer than to write a checkpoint
 
 
 def start(data: Path, output: Path, workers: int) -> int:
     """Fork a child that trains, or goes on training, in `output`; the process id."""
+    settings = tiny(data, output, batch_global=64, save_every=SAVE_EVERY, workers=workers, epochs=EPOCHS)
+    save_settings(settings, output.with_suffix(".yaml"))
     pid = os.fork()
     if pid == 0:
-        try:
-            train(tiny(data, output, batch_global=64, save_every=1, workers=workers, epochs=EPOCHS), CPU)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            os._exit(1)
-        os._exit(0)
+        os._exit(command(["--recipe", str(output.with_suffix(".yaml"))]))
     return pid
 
 
 def killed(pid: int, output: Path, rng: random.Random) -> str | None:
-    """Kill the child at a random moment, or while it writes a checkpoint; None when it was done before."""
+    """Kill the child at a random moment, by lot while it writes a checkpoint or not; None if it was done."""
     until = time.monotonic() + rng.uniform(0.1, 1.5)
     in_writing = rng.random() < 0.5
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         writing = any(output.glob(".checkpoint.pt.*.tmp"))
-        if time.monotonic() > until and (writing or not in_writing):
+        if time.monotonic() > until and writing == in_writing:
             time.sleep(rng.uniform(0, 0.05))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
