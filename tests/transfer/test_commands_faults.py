@@ -8,6 +8,7 @@ import re
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,26 +92,29 @@ def test_twenty_kills_leave_the_same_report(words: dict[str, list[str]], tmp_pat
     assert all(written(cut) == written(whole) for cut in cuts)
 
 
-def limited(main: Callable[[list[str]], int], argv: list[str], size: int, log: Path) -> tuple[int, str]:
+def limited(main: Callable[[list[str]], int], argv: list[str], size: int) -> tuple[int, str]:
     """Exit code and standard error of a command in a process whose files may have at most `size` bytes."""
+    reading, writing = os.pipe()  # which has no size
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        with open(log, "wb") as file:
-            os.dup2(file.fileno(), 2)
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        logging.getLogger().handlers.clear()  # pytest's own, beside which the command sets up none
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
         code = 99
         try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            os.dup2(writing, 2)
+            os.close(writing)
+            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+            logging.getLogger().handlers.clear()  # pytest's own, beside which the command sets up none
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
             code = main(argv)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), log.read_text()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(writing)
+    with open(reading, encoding="utf-8") as pipe:
+        said = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
 @pytest.mark.parametrize("command", ["knn", "linear", "semisup", "report", "export"])
@@ -119,7 +123,7 @@ def test_a_disk_that_takes_nothing_more_is_one_line(
 ) -> None:
     size = 3000 if command in ("knn", "linear", "semisup") else 100
     argv = [command, *words[command], "--output", str(tmp_path / "out")]
-    code, said = limited(transfer, argv, size, tmp_path / "log")
+    code, said = limited(transfer, argv, size)
     assert code in (1, 2) and "Traceback" not in said, said
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and ("disk is full" in errors[0] or "File too large" in errors[0]), said
@@ -137,7 +141,7 @@ def test_a_checkpoint_that_does_not_fit_stops_no_evaluation(
         assert transfer(["knn", *words["knn"], "--output", str(tmp_path / "knn")]) == 0
         assert transfer([*argv[:-1], str(tmp_path / "first"), "--cache-dir", str(tmp_path / "cache")]) == 0
         argv += ["--cache-dir", str(tmp_path / "cache")]
-    code, said = limited(transfer, argv, size, tmp_path / "log")
+    code, said = limited(transfer, argv, size)
     assert code == 0 and re.search(NOT_SAVED + "; training goes on", said), said
     assert "Traceback" not in said and len(results.read(tmp_path / "out")) == 2
 
@@ -148,6 +152,6 @@ def test_pretraining_without_room_for_its_first_checkpoint(cifar_folder: Path, t
         "--max-steps 2 --view-sizes [16,16] --projector-hidden 32 --projector-output 64 "
         "--batch-global 32 --workers 0"
     ).split()
-    code, said = limited(pretrain, argv, 10**6, tmp_path / "log")
+    code, said = limited(pretrain, argv, 10**6)
     assert code == 1 and "Traceback" not in said, said
     assert re.search(NOT_SAVED, said), said
