@@ -6,12 +6,13 @@ from the INTL weights and from random initialisation, on the same budget; the re
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
@@ -191,27 +192,36 @@ def _detections(root: Path, intl: Target, converted: Step, scenes: Step, asked: 
     return steps
 
 
-WHOLE = 2.5
-"""Times as long as pretraining the whole demo takes; 2.0 to 3.0 on the machines it was timed on."""
+REST = 900
+"""Steps of pretraining in float32 that take as long as all that comes after it, in float32 too where a CPU
+has nothing faster. Measured on two cores of an AMD EPYC without AVX-512."""
 
 
 def _say_how_long(pretrain: Step) -> None:
-    """Print how long pretraining and the whole will take, from a few steps of it on noise."""
+    """Print how long pretraining and the whole will take, from a few of its steps on noise."""
     import torch
 
     from pretrain.data.datasets import open_dataset
+    from pretrain.learner import choose_dtype
     from pretrain.settings import parse_recipe
     from pretrain.train import Plan, loss_of
-    from pretrain.tuning import IMAGES, seconds_of_a_step
+    from pretrain.tuning import seconds_of_a_step
 
     settings = parse_recipe(list(pretrain.argv))
     images = len(open_dataset(settings.dataset, settings.data_dir, "train", labelled=False))
-    views = [torch.randn(IMAGES, 3, side, side) for side in settings.view_sizes]
-    seconds = seconds_of_a_step(settings, itertools.repeat(views), lambda z: loss_of(settings, z).total)
-    minutes = seconds * Plan.of(settings, images, 1).steps * settings.batch_global / IMAGES / 60
+    views = [torch.randn(settings.batch_global, 3, side, side) for side in settings.view_sizes]
+
+    def seconds(precision: Any) -> float:
+        changed = dataclasses.replace(settings, precision=precision)
+        return seconds_of_a_step(changed, itertools.repeat(views), lambda z: loss_of(settings, z).total)
+
+    float32 = seconds("float32")
+    native = choose_dtype(settings.precision, torch.device("cpu")) != torch.float32
+    step = min(float32, seconds(settings.precision)) if native else float32
+    pretraining = step * Plan.of(settings, images, 1).steps / 60
     print(
-        f"timed on this machine: pretraining will take about {minutes:.0f} min, all of it about "
-        f"{WHOLE * minutes:.0f}, more where other programs want the same cores",
+        f"timed on this machine: pretraining will take about {pretraining:.0f} min, all of it about "
+        f"{pretraining + REST * float32 / 60:.0f}, more where other programs want the same cores",
         file=sys.stderr,
     )
 
