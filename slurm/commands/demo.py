@@ -192,7 +192,7 @@ def _detections(root: Path, intl: Target, converted: Step, scenes: Step, asked: 
     return steps
 
 
-REST = 900
+REST = 440
 """Steps of pretraining in float32 that take as long as all that comes after it, in float32 too where a CPU
 has nothing faster. Measured on two cores of an AMD EPYC without AVX-512."""
 
