@@ -199,13 +199,15 @@ class Evaluation:
             for warning in self.warnings:
                 logger.warning("%s", warning)
 
-    def write(self, found: list[Result]) -> None:
-        """Append and print the results. Rank 0 only."""
+    def write(self, found: list[Result]) -> list[Result]:
+        """The results with the time until now; rank 0 appends and prints them."""
+        seconds = self.clock.stamp(torch.device("cpu"))["seconds"]
+        found = [replace(r, seconds=seconds) for r in found]
         if is_main():
-            seconds = self.clock.stamp(torch.device("cpu"))["seconds"]
-            results.append(self.settings.output, *(replace(r, seconds=seconds) for r in found))
+            results.append(self.settings.output, *found)
             for r in found:
                 print(spell(r))
+        return found
 
     def features(
         self, extractor: Extractor, *parts: tuple[ImageDataset, np.ndarray | None]
@@ -287,7 +289,7 @@ def judge_frozen(
         found = judge(settled, extractor)
         if extractor.digest() != before:
             raise RuntimeError("the frozen backbone changed while it was evaluated: no result is written")
-        settled.write(found)
+        found = settled.write(found)
         barrier()
     return found
 

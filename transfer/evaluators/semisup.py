@@ -146,8 +146,7 @@ def _evaluate(settings: SemisupSettings, backbone: Backbone | None) -> list[Resu
             need_space(settings.output, beside * 2 * weights, "checkpoints with the optimizer's momentum")
         run.train()
         kept = {r.selection for r in written}
-        new = [r for r in run.found() if r.selection not in kept]
-        evaluation.write(new)
+        new = evaluation.write([r for r in run.found() if r.selection not in kept])
         barrier()
     return [*written, *new]
 
