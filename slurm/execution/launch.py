@@ -9,14 +9,13 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import submitit
-
 from pretrain.common.locks import process_start
 from slurm.execution.job import Job
+from slurm.execution.job_server import ForkingExecutor, JobServer, modules_of
 from slurm.state.step_files import Record
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import Resources
@@ -54,24 +53,26 @@ def handling(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
+def job_server(steps: Iterable[Step], code: Path) -> JobServer:
+    """What starts these steps on this machine, by the pinned code."""
+    return JobServer(shlex.split(python_command(code, 1)), modules_of(step.module for step in steps))
+
+
 def submit_local(
-    step: Step, graph: Graph, root: Path, resources: Resources, code: Path, gpus: list[int], cpus: int
-) -> submitit.Job[str]:
+    server: JobServer, step: Step, graph: Graph, root: Path, resources: Resources, code: Path,
+    gpus: list[int], cpus: int,
+) -> None:  # fmt: skip
     """Start one step on this machine."""
     logs = log_folder(root)
-    threads = max(1, cpus // resources.tasks)
-    auto = submitit.AutoExecutor(folder=logs, cluster="local", local_python=python_command(code, threads))
-    auto.update_parameters(
-        name=step.name, tasks_per_node=resources.tasks, gpus_per_node=len(gpus),
-        timeout_min=resources.timeout_min,
+    executor = ForkingExecutor(logs, server, threads=max(1, cpus // resources.tasks))
+    executor.update_parameters(
+        tasks_per_node=resources.tasks, gpus_per_node=len(gpus), visible_gpus=tuple(gpus),
+        timeout_min=resources.timeout_min, signal_delay_s=resources.signal_delay_s,
     )  # fmt: skip
-    # The local executor knows these two, AutoExecutor refuses to pass them on; the dict is shared.
-    auto.parameters.update(visible_gpus=tuple(gpus), signal_delay_s=resources.signal_delay_s)
     record = Record(root, step.name)
     order = list(graph.steps).index(step.name)
     record.submit(step, graph.keys[step.name], order, cluster="local", code=str(code), driver=os.getpid())
     # Processes that ignore Ctrl-C and a closed terminal keep ignoring them: who started them stops them.
     with handling(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):
-        job = auto.submit(job_of(step, graph, root, resources))
+        job = executor.submit(job_of(step, graph, root, resources))
     record.submitted_as(job.job_id, logs, process_start(int(job.job_id)))
-    return job

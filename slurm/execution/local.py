@@ -19,7 +19,8 @@ from typing import Any
 
 from pretrain.common.machine import cores
 from pretrain.common.terminal import console
-from slurm.execution.launch import handling, submit_local
+from slurm.execution.job_server import JobServer
+from slurm.execution.launch import handling, job_server, submit_local
 from slurm.execution.snapshot import gpu_names
 from slurm.state.local_process import LocalProcess
 from slurm.state.step_files import Record, stop_waiting
@@ -70,12 +71,6 @@ class Running:
     cpus: int
     gpus: tuple[int, ...]
     process: LocalProcess
-    job: Any = None
-
-    @property
-    def ended(self) -> bool:
-        """Whether its process is gone, however it went."""
-        return self.job.done() if self.job is not None else not self.process.is_alive
 
 
 @dataclass
@@ -89,12 +84,17 @@ class LocalRun:
     machine: Machine = field(default_factory=Machine.here)
     running: dict[str, Running] = field(default_factory=dict)
     ended: dict[str, bool] = field(default_factory=dict)
+    server: JobServer = field(init=False)
 
     def run(self) -> list[View]:
         """Run what is not done yet and return how every step stands. Ctrl-C and SIGTERM stop all jobs."""
         self._take_stock()
         began = time.monotonic()
-        with handling(_interrupt, signal.SIGTERM, signal.SIGHUP), self._shown() as show:
+        self.server = job_server([s for s in self.graph if s.name not in self.ended], self.code)
+        with (
+            handling(_interrupt, signal.SIGTERM, signal.SIGHUP), contextlib.closing(self.server),
+            self._shown() as show,
+        ):  # fmt: skip
             try:
                 while len(self.ended) < len(self.graph):
                     self._collect()
@@ -131,7 +131,7 @@ class LocalRun:
 
     def _collect(self) -> None:
         for name, run in list(self.running.items()):
-            if run.ended:
+            if not run.process.is_alive:
                 del self.running[name]
                 self.ended[name] = run.record.is_done(self.graph.keys[name], run.step.makes)
 
@@ -157,11 +157,11 @@ class LocalRun:
         if (cpus > free_cpus or fit.gpus_per_node > len(free_gpus)) and self.running:
             return
         gpus = free_gpus[: fit.gpus_per_node]
-        job = submit_local(step, self.graph, self.root, fit, self.code, gpus, cpus)
+        submit_local(self.server, step, self.graph, self.root, fit, self.code, gpus, cpus)
         record = Record(self.root, step.name)
         process = LocalProcess.submitted(record.submitted)
         assert process is not None
-        self.running[step.name] = Running(step, record, cpus, tuple(gpus), process, job)
+        self.running[step.name] = Running(step, record, cpus, tuple(gpus), process)
 
     def stop(self) -> None:
         """Ask every job to save and leave; kill what does not."""
