@@ -26,7 +26,7 @@ from benchmarks.loss import ours as our_loss
 from benchmarks.loss import step as loss_step
 from benchmarks.step import build, make_views, our_step
 from pretrain.learner import choose_dtype
-from pretrain.loss import intl_loss
+from pretrain.objectives.intl import intl_loss
 
 TITLE = "How cost grows with batch, embedding, bank and world"
 SPARE = 0.35  # of an exponent: what caches, start-up and other processes may add to one doubling

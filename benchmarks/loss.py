@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from benchmarks.harness import Comparison, Step, interleave, peak_extra_bytes
-from pretrain.loss import default_trade_off, intl_loss
+from pretrain.objectives.intl import default_trade_off, intl_loss
 
 TITLE = "INTL loss, float32, forward and backward: Gram space beside forming the whitened embeddings"
 

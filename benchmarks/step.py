@@ -12,8 +12,8 @@ from benchmarks.harness import Comparison, Step, Table, interleave, peak_extra_b
 from benchmarks.loss import plain_loss
 from pretrain.common.process_group import local_device
 from pretrain.learner import Learner, choose_dtype
-from pretrain.loss import intl_loss
 from pretrain.network.model import Encoder, build_backbone, build_projector, target_encoder_of
+from pretrain.objectives.intl import intl_loss
 from pretrain.optim import build_optimizer
 
 TITLE = "One INTL step with a momentum encoder: forward, loss, backward, optimizer, average"

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pretrain.common.errors import RunFailed
 from pretrain.common.files import append_jsonl, read_jsonl, write_text
+from pretrain.objectives.intl import INTLLoss
+from pretrain.objectives.views import ObjectiveLoss
 
 
 class LossLog:
@@ -26,10 +28,12 @@ class LossLog:
         self._terms: list[Tensor] = []
         self._steps: list[int] = []
         self._lrs: list[float] = []
+        self._names: tuple[str, ...] = ("total", "alignment", "penalty")
         self._noted, self._since = 0, time.monotonic()
 
-    def note(self, step: int, terms: tuple[Tensor, ...], lr: float) -> None:
-        """Remember the (total, alignment, trace) of a step."""
+    def note(self, step: int, terms: INTLLoss | ObjectiveLoss, lr: float) -> None:
+        """Remember the total, the alignment and the trace or penalty of a step."""
+        self._names = terms._fields
         self._terms.append(torch.stack([t.detach() for t in terms]))
         self._steps.append(step)
         self._lrs.append(lr)
@@ -38,11 +42,12 @@ class LossLog:
     def check(self) -> list[list[float]]:
         """The terms of all steps since the last means. Raises RunFailed if a loss was not finite."""
         terms = torch.stack(self._terms).cpu().double().tolist() if self._terms else []
-        for step, (total, alignment, trace), lr in zip(self._steps, terms, self._lrs):
-            if not math.isfinite(total):
+        for step, values, lr in zip(self._steps, terms, self._lrs):
+            if not math.isfinite(values[0]):
+                said = ", ".join(f"{name} {value}" for name, value in zip(self._names, values))
                 raise RunFailed(
-                    f"the loss is not finite at step {step}: total {total}, alignment {alignment}, trace "
-                    f"{trace}, learning rate {lr:.4g}; what was saved before is kept. Lower --lr, "
+                    f"the loss is not finite at step {step}: {said}, learning rate {lr:.4g}; what was saved "
+                    "before is kept. Lower --lr, "
                     "lengthen --warmup-epochs or take --precision float32"
                 )
         self._checked += terms
@@ -53,7 +58,8 @@ class LossLog:
         """Means since the last call and steps per second. Raises RunFailed if a loss was not finite."""
         mean = torch.tensor(self.check(), dtype=torch.float64).mean(0).tolist()
         now = time.monotonic()
-        out = dict(zip(("loss", "alignment", "trace"), mean), steps_per_s=self._noted / (now - self._since))
+        names = ("loss", *self._names[1:])
+        out = dict(zip(names, mean), steps_per_s=self._noted / (now - self._since))
         self._checked, self._noted, self._since = [], 0, now
         return out
 

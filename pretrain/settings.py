@@ -12,9 +12,16 @@ from typing import Literal
 from pretrain.common.cli import parse_settings
 from pretrain.common.errors import UserError
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.objectives.expression import Expression
 
 OWN_HOOKS = ("transfer.hooks:knn",)
 """Hooks that a recipe may name; any other runs a module of the user's, who is to say so."""
+
+TITLES = {
+    "intl": "INTL", "power": "power of the spectrum", "vicreg": "VICReg", "barlow_twins": "Barlow Twins",
+    "w_mse": "W-MSE", "frossl": "FroSSL", "mmcr": "MMCR", "coding_rate": "coding rate", "sigreg": "SIGReg",
+}  # fmt: skip
+"""Objectives and how papers write them."""
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -24,7 +31,7 @@ FREE_TO_CHANGE = frozenset({
 })  # fmt: skip
 """Settings that a continued run may change: all others shape the result."""
 
-ADDED_SINCE = {"threads": None}
+ADDED_SINCE = {"threads": None, "objective": None, "transform": None}
 """What a checkpoint that does not name these settings was made with."""
 
 
@@ -55,14 +62,26 @@ class Settings:
     projector_layers: int = 3
     """Linear layers of the projector."""
 
+    objective: (
+        Literal[
+            "intl", "power", "vicreg", "barlow_twins", "w_mse", "frossl", "mmcr", "coding_rate", "sigreg"
+        ]
+        | None
+    ) = None  # fmt: skip
+    """What to train with, at its published weights; power: a transformation of the spectrum without a
+    penalty. Default: intl, or power where --power or --transform is given."""
     iterations: int = 4
-    """Newton iterations of IterNorm."""
+    """Newton iterations of IterNorm (intl)."""
     trade_off: float | None = None
-    """Weight of the trace penalty; default 0.01 (log2 n - 3), n the global batch (batch: the embedding)."""
+    """Weight of the trace penalty (intl); default 0.01 (log2 n - 3), n the batch (batch: the embedding)."""
     whitening: Literal["channel", "batch"] = "channel"
-    """Whiten the N x N (channel) or the D x D (batch) covariance."""
+    """Whiten the N x N (channel) or the D x D (batch) covariance (intl, power)."""
     power: float | None = None
     """Train with g = λ^-power (0.5: hard whitening) and without penalty in place of INTL, to compare."""
+    transform: str | None = None
+    """Any other g(λ) in its place: an expression such as 1/(λ+0.1)^0.5 or min(λ^-0.5, 10), of λ (or x),
+    numbers, + - * / ^, sqrt, exp, log, log1p, tanh, abs, min, max and clip; or MODULE:FUNCTION of
+    eigenvalues."""
     ema: bool = False
     """Embed view 0 with an EMA target encoder."""
     ema_momentum: float = 0.996
@@ -189,25 +208,47 @@ class Settings:
             raise UserError(
                 f"--max-steps must be at least 1, got {self.max_steps}; for the control: --epochs 0"
             )
-        replaced = [
-            f"{_option(f.name)} {getattr(self, f.name)}"
-            for f in dataclasses.fields(self)
-            if f.name in ("iterations", "trade_off") and getattr(self, f.name) != f.default
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Raises UserError for options that do not go with the objective, or would do nothing beside it."""
+        name = self.loss_name
+        given = [
+            f"{_option(field)} {getattr(self, field)}"
+            for field in ("iterations", "trade_off", "whitening", "power", "transform")
+            if getattr(self, field) != _DEFAULTS[field] and name not in _TAKEN_BY[field]
         ]
-        if self.power is not None and replaced:
+        if given:
             raise UserError(
-                f"--power {self.power:g} trains without IterNorm and penalty, so that "
-                f"{' and '.join(replaced)} would do nothing; leave one or the other out"
+                f"--objective {name} takes no IterNorm, trade-off or transformation but its own, so that "
+                f"{' and '.join(given)} would do nothing; leave one or the other out"
             )
-        side, option = (
-            (self.batch_global, "--batch-global") if self.whitening == "channel"
-            else (self.projector_output, "--projector-output")
-        )  # fmt: skip
-        if self.power is None and self.trade_off is None and side <= 8:
+        if name == "power" and (self.power is None) == (self.transform is None):
+            both = "both" if self.power is not None else "neither"
+            raise UserError(f"--objective power wants --power or --transform, got {both}")
+        if self.transform is not None and ":" not in self.transform:
+            try:
+                Expression(self.transform)
+            except ValueError as error:
+                raise UserError(f"--transform: {error}") from None
+        n, d = self.batch_global, self.projector_output
+        side, option = (n, "--batch-global") if self.whitening == "channel" else (d, "--projector-output")
+        if name == "intl" and self.trade_off is None and side <= 8:
             raise UserError(
                 f"the default trade-off is zero or negative at {option} {side}: take more than 8 or set "
                 "--trade-off"
             )
+        if name == "w_mse" and (n <= d or n % min(n, 2 * d)):
+            raise UserError(
+                f"W-MSE whitens 2 D images at a time, or all if there are fewer, but more than D: "
+                f"--batch-global {n} does not fit --projector-output {d}"
+            )
+
+    @property
+    def loss_name(self) -> str:
+        """The objective, where it is left open too."""
+        transformed = self.power is not None or self.transform is not None
+        return self.objective or ("power" if transformed else "intl")
 
     def per_view(self, name: str) -> list[float]:
         """The values of a per-view setting, one for each view."""
@@ -221,7 +262,7 @@ class Settings:
 
 
 GROUPS = {
-    "data_dir": "data and output", "arch": "network", "iterations": "loss",
+    "data_dir": "data and output", "arch": "network", "objective": "loss",
     "epochs": "schedule and optimizer", "view_sizes": "views", "precision": "machine",
     "log_every": "saving and logging",
 }  # fmt: skip
@@ -234,21 +275,31 @@ def parse_recipe(argv: Sequence[str], *, description: str = "") -> Settings:
         Settings, argv, prog="python -m pretrain", description=description, config_flag="--recipe",
         presets=RECIPES, groups=GROUPS,
     )  # fmt: skip
-    asked = any(word == "--hook" or word.startswith("--hook=") for word in argv)
-    if not asked:
-        refuse_hook(settings, "the recipe", "--hook {}")
+    refuse_code(settings, "the recipe", "{}", argv=argv)
     return settings
 
 
-def refuse_hook(settings: Settings, who: str, option: str) -> None:
-    """Raises UserError for a hook that is not this project's: it came from a file and would run."""
-    if settings.hook is not None and settings.hook not in OWN_HOOKS:
-        raise UserError(
-            f"{who} asks for hook: {settings.hook}, which runs code that is not of this project: if you "
-            f"trust it, give {option.format(settings.hook)} yourself"
-        )
+def refuse_code(settings: Settings, who: str, option: str, *, argv: Sequence[str] = ()) -> None:
+    """Raises UserError for a hook or transformation that is not this project's and that `argv` does not name.
+
+    It came from a file, and would run.
+    """
+    foreign = {"hook": settings.hook} if settings.hook not in (None, *OWN_HOOKS) else {}
+    if settings.transform is not None and ":" in settings.transform:
+        foreign["transform"] = settings.transform
+    for name, value in foreign.items():
+        if not any(word.partition("=")[0] == f"--{name}" for word in argv):
+            raise UserError(
+                f"{who} asks for {name}: {value}, which runs code that is not of this project: if you "
+                f"trust it, give {option.format(f'--{name} {value}')} yourself"
+            )
 
 
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Settings)}
+_TAKEN_BY = {
+    "iterations": {"intl"}, "trade_off": {"intl"}, "whitening": {"intl", "power"}, "power": {"power"},
+    "transform": {"power"},
+}  # fmt: skip
 _PER_VIEW = ("min_scales", "max_scales", "jitter_p", "grey_p", "blur_p", "solarise_p", "flip_p")
 
 

@@ -20,8 +20,9 @@ from pretrain.data.loader import (
     default_workers,
 )
 from pretrain.learner import Learner, choose_dtype
+from pretrain.loss import loss_of
 from pretrain.settings import Settings
-from pretrain.train import Plan, loss_of, on_device, views_of
+from pretrain.train import Plan, on_device, views_of
 
 LOADER = ("--augment-on", "--workers", "--jpeg-draft")
 WORTH = 1.05
@@ -113,6 +114,7 @@ def time_parts(
     Plan.of(settings, len(images), 1)
     learner = Learner.build(settings, device, choose_dtype(settings.precision, device))
     learner.start(compiled=settings.compile)
+    loss_of_views = loss_of(settings)
     views = Views(
         images, views_of(settings), seed=0, mean=settings.mean, std=settings.std,
         finish_here=colour_place(settings.augment_on, _workers(settings, device), device)[0],
@@ -137,7 +139,7 @@ def time_parts(
         marks.append(_now(device))
         embeddings = learner.embed(made)
         marks.append(_now(device))
-        loss = loss_of(settings, embeddings)
+        loss = loss_of_views(embeddings, step)
         marks.append(_now(device))
         learner.stepper.backward(loss.total)
         marks.append(_now(device))

@@ -41,12 +41,11 @@ from pretrain.data.loader import (
 )
 from pretrain.diagnostics import collapse, diagnose
 from pretrain.learner import Learner, choose_dtype
-from pretrain.loss import INTLLoss, intl_loss, loss_floor, spectral_loss
+from pretrain.loss import Loss, floor_of, loss_of, method_of
 from pretrain.metrics import LossLog, MetricsWriter
 from pretrain.network.model import SHALLOW, build_backbone
 from pretrain.optim import ema_momentum_at, lr_at
 from pretrain.settings import ADDED_SINCE, FREE_TO_CHANGE, Settings
-from pretrain.spectral import power
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +119,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     if settings.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError("--wandb needs the wandb package: pip install 'intl-bench[wandb]'")
     choose_dtype(settings.precision, device)  # refuses what the device cannot
+    loss = loss_of(settings)
     with torch.device("meta"):
         build_backbone(settings.arch, stem=settings.stem)  # an unknown name is told before the listing
     images = open_dataset(settings.dataset, settings.data_dir, "train", labelled=False)
@@ -135,7 +135,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
     if saved is None and plan.steps > 0:
         settings = tuning.chosen(
             settings, device, lambda: _timed_batches(settings, images, device),
-            lambda embeddings: loss_of(settings, embeddings).total,
+            _timed_loss(settings, loss),
         )  # fmt: skip
     tuning.use_threads(settings)
     dtype = choose_dtype(settings.precision, device)
@@ -159,11 +159,12 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
             _write_control(settings, learner, images, device)
             return
         _loop(
-            settings, plan, learner, images, device, start=start, unlogged=unlogged, broken=broken, hook=hook
+            settings, plan, learner, images, device, loss, start=start, unlogged=unlogged, broken=broken,
+            hook=hook
         )  # fmt: skip
         if is_main():
-            method = "INTL" if settings.power is None else f"λ^-{settings.power:g}"
-            _write_backbones(settings, learner, step=plan.steps, source=f"{method} pretraining")
+            source = f"{method_of(settings)} pretraining"
+            _write_backbones(settings, learner, step=plan.steps, source=source)
             logger.info(
                 "wrote %s; peak memory %.1f GiB", output / "backbone.safetensors", peak_memory_gib(device)
             )
@@ -200,6 +201,7 @@ def _loop(
     learner: Learner,
     images: ImageDataset,
     device: torch.device,
+    loss_of_views: Loss,
     *,
     start: int,
     unlogged: list[list[float]],
@@ -214,10 +216,7 @@ def _loop(
     )  # fmt: skip
     loader = batches(views, steps, workers=workers, pin_memory=device.type == "cuda")
     learner.start(compiled=settings.compile)
-    floor = 0.0 if settings.power is not None else loss_floor(
-        settings.batch_global, settings.projector_output, iterations=settings.iterations,
-        trade_off=settings.trade_off, whitening=settings.whitening, momentum_target=settings.ema,
-    )  # fmt: skip
+    floor = floor_of(settings)
     losses, shown = LossLog(unlogged), {}
     writer = CheckpointWriter(output / "checkpoint.pt")
     skipped = CorruptImages(settings.max_broken_images, broken)
@@ -244,10 +243,10 @@ def _loop(
             )
             learner.update_target(ema_momentum_at(step, base=settings.ema_momentum, total=total))
             embeddings = learner.embed(on_device(batch, views, device))
-            loss = loss_of(settings, embeddings)
+            loss = loss_of_views(embeddings, step)
             learner.stepper.backward(loss.total)
             learner.stepper.update(lr)
-            losses.note(step, (loss.total, loss.alignment, loss.trace), lr)
+            losses.note(step, loss, lr)
 
             done, events = step + 1, StepEvents.after(step + 1, plan, settings)
             stopping = stop.requested
@@ -304,6 +303,13 @@ def _timed_batches(settings: Settings, images: ImageDataset, device: torch.devic
         yield on_device(batch, views, device)
 
 
+def _timed_loss(settings: Settings, loss: Loss) -> Callable[[list[Tensor]], Tensor]:
+    """The loss of a timed step's few images; W-MSE, a small part of a step, may have too many features."""
+    if settings.loss_name == "w_mse":
+        return lambda embeddings: torch.stack(embeddings).square().mean()
+    return lambda embeddings: loss(embeddings, 0).total
+
+
 def _metrics_writer(settings: Settings, start: int) -> MetricsWriter:
     return MetricsWriter(
         Path(settings.output), start=start, wandb=settings.wandb, config=settings_as_dict(settings)
@@ -316,31 +322,19 @@ def _record(
     done: int,
     means: dict[str, float],
     lr: float,
-    floor: float,
+    floor: float | None,
     device: torch.device,
 ) -> dict[str, float]:
-    """A line of metrics.jsonl: the losses' means since the last line, `floor` the least the loss can be."""
+    """A line of metrics.jsonl: the losses' means since the last, `floor` the least the loss can be."""
     steps_per_s = means.pop("steps_per_s")
     record = {
         "step": done, "epoch": done / plan.steps_per_epoch, **means, "lr": lr,
-        "loss_minus_floor": means["loss"] - floor, "images_per_s": steps_per_s * settings.batch_global,
+        **({} if floor is None else {"loss_minus_floor": means["loss"] - floor}),
+        "images_per_s": steps_per_s * settings.batch_global,
     }  # fmt: skip
     if device.type == "cuda":
         record["peak_memory_gib"] = peak_memory_gib(device)
     return record
-
-
-def loss_of(settings: Settings, embeddings: list[Tensor]) -> INTLLoss:
-    """What the settings train with: INTL's loss, or that of another power of the spectrum."""
-    if settings.power is not None:
-        alignment = spectral_loss(
-            embeddings, power(settings.power), whitening=settings.whitening, momentum_target=settings.ema
-        )
-        return INTLLoss(alignment, alignment, torch.zeros_like(alignment))
-    return intl_loss(
-        embeddings, iterations=settings.iterations, trade_off=settings.trade_off,
-        whitening=settings.whitening, momentum_target=settings.ema,
-    )  # fmt: skip
 
 
 def on_device(batch: Batch, views: Views, device: torch.device) -> list[Tensor]:

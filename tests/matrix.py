@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DELICATE = (
-    "tests/pretrain/test_spectral.py", "tests/pretrain/test_loss.py", "tests/pretrain/test_tuning.py",
+    "tests/pretrain/objectives", "tests/pretrain/test_tuning.py",
     "tests/pretrain/test_train.py", "tests/transfer/evaluation/test_features.py",
     "tests/transfer/evaluation/test_pooled_features.py", "tests/transfer/evaluators/test_knn.py",
     "tests/transfer/evaluators/test_linear.py", "tests/transfer/conversion",

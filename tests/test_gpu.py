@@ -13,8 +13,8 @@ from pretrain.common.files import read_jsonl
 from pretrain.data.augment import View, draw_colours, finish, uniforms
 from pretrain.data.datasets import open_dataset
 from pretrain.data.loader import FIRST_COLOUR_SLOT
-from pretrain.loss import intl_loss
 from pretrain.network.model import build_backbone
+from pretrain.objectives.intl import intl_loss
 from pretrain.train import train
 from tests.helpers.training import tiny, weights
 from transfer.evaluation.features import Extractor

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pretrain", "transfer", "slurm")
 MAY_IMPORT = {"pretrain": {"pretrain"}, "transfer": {"pretrain", "transfer"}, "slurm": set(PACKAGES)}
 LAYERS = {
-    "pretrain": ("pretrain.data", "pretrain.network", "pretrain.common"),
+    "pretrain": ("pretrain.data", "pretrain.network", "pretrain.objectives", "pretrain.common"),
+    "pretrain.objectives": ("pretrain.common",),
     "pretrain.data": ("pretrain.common",),
     "pretrain.network": ("pretrain.common",),
     "pretrain.common": (),

@@ -9,7 +9,7 @@ from pathlib import Path
 from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
 from pretrain.common.output_folder import check_folder
-from pretrain.settings import refuse_hook
+from pretrain.settings import refuse_code
 from slurm.commands.options import spread
 from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int | None:
         groups=GROUPS,
     )
     if asked.pretraining is not None and not any(w.startswith("--pretrain-options") for w in argv):
-        refuse_hook(asked.pretraining, "the suite's file", "--pretrain-options '--hook {}'")
+        refuse_code(asked.pretraining, "the suite's file", "--pretrain-options '{}'")
     root = Path(os.path.realpath(asked.output))  # resolve() fails at links in a circle
     check_folder(root, "slurm suite", writes=WRITES, earlier=is_suite)
     resources = load_profile(asked.profile or "local", asked.override or [])

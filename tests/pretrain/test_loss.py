@@ -1,208 +1,136 @@
-"""The INTL loss beside the formula that forms the whitened embeddings."""
+"""The loss that settings ask for."""
 
 from __future__ import annotations
 
-import math
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from pretrain.loss import default_trade_off, intl_loss, loss_floor, spectral_loss, trace_floor
-from pretrain.spectral import iternorm, zca
-
-
-def plain_loss(views, *, iterations=4, trade_off, whitening="channel", momentum_target=False) -> Tensor:
-    """Eq. 7 and 8 written down as they stand, all whitened embeddings and covariances formed."""
-
-    def iternorm(z: Tensor) -> tuple[Tensor, Tensor]:
-        x = z if whitening == "channel" else z.T
-        x = x - x.mean(1, keepdim=True)
-        s = x @ x.T / (x.shape[1] - 1)
-        p = torch.eye(len(s), dtype=s.dtype)
-        for _ in range(iterations):
-            p = (3 * p - p @ p @ p @ (s / s.trace())) / 2
-        y = p @ x / s.trace().sqrt()
-        penalty = ((y @ y.T / (x.shape[1] - 1)).diagonal() - 1).square().sum()
-        return (y if whitening == "channel" else y.T), penalty
-
-    whitened = [iternorm(z.detach() if momentum_target and i == 0 else z) for i, z in enumerate(views)]
-    (target, target_penalty), others = whitened[0], whitened[1:]
-    if momentum_target:
-        target_penalty = target_penalty * 0
-    losses = [
-        2 - 2 * cosine_similarity(y, target, dim=1).mean() + trade_off * (penalty + target_penalty)
-        for y, penalty in others
-    ]
-    return torch.stack(losses).mean()
+from pretrain.checkpoint import load_checkpoint
+from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.files import read_jsonl
+from pretrain.loss import floor_of, loss_of, method_of
+from pretrain.objectives.gaussian import sigreg_loss
+from pretrain.objectives.intl import intl_loss, loss_floor
+from pretrain.objectives.redundancy import barlow_twins_loss, vicreg_loss
+from pretrain.objectives.spectral import power
+from pretrain.objectives.volume import coding_rate_loss, frossl_loss, mmcr_loss
+from pretrain.objectives.whitening import spectral_loss, w_mse_loss
+from pretrain.settings import Settings, parse_recipe
+from pretrain.train import train
+from tests.helpers.training import CPU, tiny
+from tests.pretrain.objectives.test_intl import views_of
 
 
-def views_of(n: int, d: int, v: int, *, rms: float = 1.0, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(1, n, d, dtype=torch.float64, generator=generator) + 0.5
-    stack = base + 0.4 * torch.randn(v, n, d, dtype=torch.float64, generator=generator)
-    return [(rms * z / stack.square().mean().sqrt()).requires_grad_() for z in stack]
+def settings(**changes: object) -> Settings:
+    return tiny(Path("d"), Path("o"), **changes)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+ALONE = {
+    "vicreg": vicreg_loss, "barlow_twins": barlow_twins_loss, "w_mse": w_mse_loss, "frossl": frossl_loss,
+    "mmcr": mmcr_loss, "coding_rate": coding_rate_loss, "intl": intl_loss,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("momentum_target", [False, True])
-@pytest.mark.parametrize("v", [2, 6])
+@pytest.mark.parametrize("ema", [False, True])
+def test_each_objective_is_the_function_of_its_name(ema: bool) -> None:
+    views = [z.detach() for z in views_of(32, 16, 3)]
+    for name, function in ALONE.items():
+        asked = settings(objective=name, ema=ema, projector_output=16)
+        assert loss_of(asked)(views, 7) == function(views, momentum_target=ema)
+    asked = settings(objective="sigreg", ema=ema, view_sizes=[24, 24, 16], blur_p=[0], solarise_p=[0])
+    assert loss_of(asked)(views, 7) == sigreg_loss(views, step=7, global_views=2, momentum_target=ema)
+    assert loss_of(asked)(views, 8).penalty != loss_of(asked)(views, 7).penalty  # other directions
+    for asked in (settings(power=0.4), settings(objective="power", power=0.4), settings(transform="λ^-0.4")):
+        expected = spectral_loss(views, power(0.4))
+        assert loss_of(asked)(views, 0).total == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_names_and_floors() -> None:
+    assert method_of(settings()) == method_of(settings(objective="intl")) == "INTL"
+    assert method_of(settings(objective="barlow_twins")) == "Barlow Twins"
+    assert method_of(settings(power=0.5)) == "λ^-0.5" and floor_of(settings(power=0.5)) == 0
+    assert method_of(settings(transform="1/(λ+0.1)^0.5")) == "g(λ) = 1/(λ+0.1)^0.5"
+    assert floor_of(settings()) == loss_floor(160, 64) and floor_of(settings(objective="mmcr")) is None
+
+
 @pytest.mark.parametrize(
-    "whitening,n,d", [("channel", 24, 70), ("channel", 40, 20), ("batch", 24, 70), ("batch", 40, 20)]
+    ("changes", "said"),
+    [
+        ({"objective": "power"}, "wants --power or --transform, got neither"),
+        ({"power": 0.5, "transform": "λ"}, "wants --power or --transform, got both"),
+        ({"objective": "intl", "power": 0.5}, "--power 0.5 would do nothing"),
+        ({"objective": "vicreg", "trade_off": 0.1}, "--trade-off 0.1 would do nothing"),
+        ({"objective": "mmcr", "whitening": "batch"}, "--whitening batch would do nothing"),
+        ({"transform": "λ", "iterations": 5}, "--iterations 5 would do nothing"),
+        ({"transform": "os.remove"}, "'os.remove' is not known here"),
+        ({"objective": "w_mse", "projector_output": 256}, "does not fit --projector-output 256"),
+        ({"objective": "w_mse", "projector_output": 50}, "does not fit --projector-output 50"),
+    ],
 )
-def test_equals_the_formula(whitening, n, d, v, momentum_target) -> None:
-    views = views_of(n, d, v)
-    trade_off = 0.01 * (math.log2(n if whitening == "channel" else d) - 3)
-    expected = plain_loss(views, trade_off=trade_off, whitening=whitening, momentum_target=momentum_target)
-    expected_grads = torch.autograd.grad(expected, views, allow_unused=True)
-    loss = intl_loss(views, whitening=whitening, momentum_target=momentum_target)
-    grads = torch.autograd.grad(loss.total, views, allow_unused=True)
-    assert relative(loss.total, expected) < 1e-12
-    assert relative(loss.alignment + trade_off * loss.trace, expected) < 1e-12
-    assert (grads[0] is None) == momentum_target
-    for found, wanted in zip(grads[momentum_target:], expected_grads[momentum_target:]):
-        assert relative(found, wanted) < 1e-11
+def test_what_does_not_go_together_is_told(changes: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        settings(**changes)
 
 
-def test_iterations_and_trade_off_are_used() -> None:
-    views = views_of(16, 40, 3)
-    for iterations in (1, 2, 7):
-        expected = plain_loss(views, iterations=iterations, trade_off=0.3)
-        assert relative(intl_loss(views, iterations=iterations, trade_off=0.3).total, expected) < 1e-12
-    aligned = intl_loss(views, trade_off=0)
-    assert torch.equal(aligned.total, aligned.alignment)
-
-
-@pytest.mark.parametrize("momentum_target", [False, True])
-@pytest.mark.parametrize("whitening,n,d", [("channel", 24, 70), ("batch", 40, 20)])
-def test_without_penalty_any_transformation(whitening, n, d, momentum_target) -> None:
-    views = views_of(n, d, 3)
-    options = {"whitening": whitening, "momentum_target": momentum_target}
-    expected = intl_loss(views, trade_off=0.0, **options).total
-    found = spectral_loss(views, iternorm(4), **options)
-    assert relative(found, expected.detach()) < 1e-10
-    wanted = torch.autograd.grad(expected, views[1:])
-    for mine, its in zip(torch.autograd.grad(found, views[1:]), wanted):
-        assert relative(mine, its) < 1e-8
-    assert float(spectral_loss([views[0]] * 2, zca(), **options)) == pytest.approx(0, abs=1e-12)
-    with pytest.raises(ValueError, match="at least 2 views"):
-        spectral_loss(views[:1], zca())
-
-
-@pytest.mark.parametrize("whitening", ["channel", "batch"])
 @pytest.mark.parametrize(
-    "dtype,value,gradient",
-    [(torch.float32, 1e-5, 1e-4), (torch.float16, 1e-5, 2e-3), (torch.bfloat16, 1e-5, 1e-2)],
+    ("g", "said"),
+    [
+        ("1/(λ-1)", r"g\(1\) is inf"),
+        ("sqrt(λ-1)", r"is nan; wanted a finite number"),
+        ("own_functions:share", "depends on the others"),
+        ("own_functions:total", "wanted a tensor"),
+        ("own_functions:broken", "fails with TypeError"),
+        ("own_functions:absent", "MODULE:FUNCTION to import"),
+        ("no_such_module:f", "MODULE:FUNCTION to import"),
+    ],
 )
-@pytest.mark.parametrize("rms", [1e-2, 1.0, 1e2])
-def test_narrow_inputs_and_autocast(dtype, value, gradient, rms, whitening) -> None:
-    """Narrow embeddings lose their own rounding and nothing else; the covariance does not overflow."""
-    narrow = [z.detach().to(dtype).requires_grad_() for z in views_of(32, 96, 2, rms=rms)]
-    exact = [z.detach().double().requires_grad_() for z in narrow]
-    expected = intl_loss(exact, whitening=whitening, trade_off=0.02)
-    expected_grads = torch.autograd.grad(expected.total, exact)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = intl_loss(narrow, whitening=whitening, trade_off=0.02)
-        # A gradient of 1 / rms would leave float16's range: scaled as a GradScaler does, then scaled back.
-        grads = torch.autograd.grad(loss.total * rms, narrow)
-    assert loss.total.dtype == torch.float32
-    assert relative(loss.total, expected.total.detach()) < value
-    for found, wanted in zip(grads, expected_grads):
-        assert found.dtype == dtype
-        assert relative(found.double() / rms, wanted) < gradient
+def test_a_transformation_is_tried_before_the_run(g: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("own_functions")
+    module.share, module.total = (lambda x: x / x.sum()), (lambda x: float(x.sum()))  # type: ignore[attr-defined]
+    module.broken, module.root = (lambda: 1), (lambda x: x**-0.5)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "own_functions", module)
+    with pytest.raises(UserError, match=said):
+        loss_of(settings(transform=g))
+    views = [z.detach() for z in views_of(16, 40, 2)]
+    found, expected = (loss_of(settings(**a))(views, 0) for a in (
+        {"transform": "own_functions:root"}, {"power": 0.5})
+    )  # fmt: skip
+    assert found == expected
 
 
-@pytest.mark.parametrize("whitening", ["channel", "batch"])
-def test_invariances(whitening) -> None:
-    """A permutation of images, a scale of all embeddings and a rotation of features change nothing."""
-    views = [z.detach() for z in views_of(20, 30, 3)]
-    loss = intl_loss(views, whitening=whitening, trade_off=0.05).total
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    assert (
-        relative(intl_loss([z[order] for z in views], whitening=whitening, trade_off=0.05).total, loss)
-        < 1e-12
-    )
-    assert (
-        relative(intl_loss([300 * z for z in views], whitening=whitening, trade_off=0.05).total, loss) < 1e-12
-    )
-    rotation = torch.linalg.qr(torch.randn(30, 30, dtype=torch.float64))[0]
-    if whitening == "batch":  # the cosines; the penalty of single features does turn with them
-        turned = intl_loss([z @ rotation for z in views], whitening=whitening, trade_off=0.05)
-        assert relative(turned.alignment, intl_loss(views, whitening=whitening).alignment) < 1e-12
-    else:  # a rotation that keeps the features' mean commutes with the centring
-        ones = torch.ones(30, 1, dtype=torch.float64) / 30**0.5
-        basis = torch.linalg.qr(torch.cat([ones, torch.randn(30, 29, dtype=torch.float64)], 1))[0]
-        inner = torch.block_diag(torch.ones(1, 1).double(), torch.linalg.qr(torch.randn(29, 29).double())[0])
-        keeping = basis @ inner @ basis.T
-        assert relative(intl_loss([z @ keeping for z in views], trade_off=0.05).total, loss) < 1e-12
+def test_only_a_command_names_a_module(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    words = ["--recipe", str(recipe), "--data-dir", "d", "--output", "o"]
+    recipe.write_text("transform: 1/(λ+0.1)^0.5\n")
+    assert parse_recipe(words).transform == "1/(λ+0.1)^0.5"
+    recipe.write_text("transform: own.module:g\n")
+    with pytest.raises(UserError, match=r"if you trust it, give --transform own\.module:g yourself"):
+        parse_recipe(words)
+    assert parse_recipe([*words, "--transform", "own.module:g"]).transform == "own.module:g"
 
 
-def test_floor() -> None:
-    """x = 1/256, T = 4: h rises by x (3 − x)² / 4 four times: .0039, .0088, .0196, .0435, .0952."""
-    h = 1 / 256
-    for _ in range(4):
-        h *= (3 - h) ** 2 / 4
-    assert trace_floor(256, 8192) == pytest.approx(256 * (1 - h) ** 2)
-    assert trace_floor(256, 8192) == pytest.approx(209.6, abs=0.05)
-    assert loss_floor(256, 8192) == pytest.approx(20.96, abs=0.005)
-    assert loss_floor(256, 8192, momentum_target=True) == pytest.approx(10.48, abs=0.005)
-    # Reached: orthogonal rows of mean 0 and one length, both views the same.
-    n, d = 16, 64
-    ones = torch.ones(d, 1, dtype=torch.float64)
-    z = torch.linalg.qr(torch.cat([ones, torch.randn(d, n, dtype=torch.float64)], 1))[0][:, 1:].T
-    assert float(intl_loss([z, z]).total) == pytest.approx(loss_floor(n, d), rel=1e-10)
-    for whitening, shape in (
-        ("channel", (16, 64)),
-        ("channel", (40, 12)),
-        ("batch", (12, 40)),
-        ("batch", (40, 12)),
-    ):
-        views = views_of(*shape, 2)
-        loss = intl_loss(views, whitening=whitening)
-        assert float(loss.trace) > 2 * trace_floor(*shape, whitening=whitening)
+def test_embeddings_that_are_not_finite_end_the_run_in_one_line() -> None:
+    views = [torch.full((16, 8), torch.nan), torch.zeros(16, 8)]
+    for changes in ({"objective": "mmcr"}, {"power": 0.5}):
+        with pytest.raises(RunFailed, match=r"cannot be computed at step 3: .*not finite"):
+            loss_of(settings(**changes))(views, 3)
 
 
-def test_default_trade_off() -> None:
-    assert default_trade_off(256) == pytest.approx(0.05)
-    assert default_trade_off(64) == pytest.approx(0.03)
-    for n in (2, 8):
-        with pytest.raises(ValueError, match=f"n = {n}"):
-            default_trade_off(n)
-    with pytest.raises(ValueError, match="trade-off"):
-        intl_loss(views_of(8, 20, 2))
-    with pytest.raises(ValueError, match="trade-off"):
-        intl_loss(views_of(20, 8, 2), whitening="batch")
-    assert torch.isfinite(intl_loss(views_of(8, 20, 2), trade_off=0.01).total)
-
-
-def test_wrong_use_is_named() -> None:
-    a, b = views_of(10, 20, 2)
-    with pytest.raises(ValueError, match="at least 2 views, got 1"):
-        intl_loss([a])
-    with pytest.raises(ValueError, match=r"\(9, 20\)"):
-        intl_loss([a, b[:9]])
-    with pytest.raises(ValueError, match="'rows'"):
-        intl_loss([a, b], whitening="rows")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="iterations"):
-        intl_loss([a, b], iterations=0)
-    with pytest.raises(ValueError, match="trade_off"):
-        intl_loss([a, b], trade_off=-0.1)
-
-
-def test_descends_towards_the_floor() -> None:
-    """Gradient steps on the embeddings themselves bring the loss near its floor."""
-    views = [z.detach().float().requires_grad_() for z in views_of(16, 48, 2)]
-    optimiser = torch.optim.Adam(views, lr=0.05)
-    start = None
-    for _ in range(200):
-        loss = intl_loss(views, trade_off=0.05)
-        start = start or float(loss.total.detach())
-        optimiser.zero_grad()
-        loss.total.backward()
-        optimiser.step()
-    floor = loss_floor(16, 48, trade_off=0.05)
-    assert float(loss.total) - floor < 0.02 * (start - floor)
+def test_another_objective_trains_and_an_older_run_is_known_again(cifar_folder: Path, tmp_path: Path) -> None:
+    """A run from before there was a choice goes on; one with another objective is refused."""
+    output = tmp_path / "run"
+    train(tiny(cifar_folder, output, objective="sigreg", epochs=1), CPU)
+    last = read_jsonl(output / "metrics.jsonl")[-1]
+    assert last["loss"] == pytest.approx(last["alignment"] + last["penalty"]) and "trace" not in last
+    assert last["rankme"] > 1 and "loss_minus_floor" not in last
+    with pytest.raises(UserError, match="objective: sigreg there, mmcr now"):
+        train(tiny(cifar_folder, output, objective="mmcr", epochs=1), CPU)
+    state = load_checkpoint(output / "checkpoint.pt")
+    for name in ("objective", "transform"):
+        del state["config"][name]
+    torch.save(state, output / "checkpoint.pt")
+    train(tiny(cifar_folder, output, epochs=1), CPU)  # finished: nothing to do

@@ -32,21 +32,21 @@ from pretrain.common.signals import StopSignals
 from pretrain.data.augment import View
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.data.loader import StepBatches, Views, batches, epoch_order
-from pretrain.loss import intl_loss, loss_floor, spectral_loss
+from pretrain.diagnostics import collapse, diagnose
 from pretrain.network.model import Encoder, build_projector
-from pretrain.optim import build_optimizer, lr_at
-from pretrain.spectral import (
+from pretrain.objectives.intl import intl_loss, loss_floor
+from pretrain.objectives.spectral import (
     IterNorm,
     SpectralFunction,
     Whitening,
-    collapse,
     covariance,
-    diagnose,
     iternorm,
     power,
     spectral_transform,
     zca,
 )
+from pretrain.objectives.whitening import spectral_loss
+from pretrain.optim import build_optimizer, lr_at
 from transfer.evaluators.knn_vote import knn_evaluate
 from transfer.options import StudySettings, parse
 from transfer.spectrum.study_pictures import write_study

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.common import collectives, process_group
-from pretrain.loss import intl_loss, spectral_loss
 from pretrain.network import sync_batchnorm
-from pretrain.spectral import power
+from pretrain.objectives.gaussian import sigreg_loss
+from pretrain.objectives.intl import intl_loss
+from pretrain.objectives.redundancy import barlow_twins_loss, vicreg_loss
+from pretrain.objectives.spectral import power
+from pretrain.objectives.volume import coding_rate_loss, frossl_loss, mmcr_loss
+from pretrain.objectives.whitening import spectral_loss, w_mse_loss
 from tests.helpers.ranks import run_on_ranks
 
 IMAGES = 16
@@ -43,6 +47,18 @@ CASES = [  # width of the embedding, options; 30 and 9 do not divide by 4, 9 not
     (10, {"whitening": "batch"}),
     (32, {"power": 0.5}),
     (8, {"power": 0.4, "whitening": "batch"}),
+    (32, {"loss": vicreg_loss}),
+    (9, {"loss": vicreg_loss}),
+    (32, {"loss": barlow_twins_loss, "momentum_target": True}),
+    (9, {"loss": barlow_twins_loss}),
+    (8, {"loss": w_mse_loss}),
+    (32, {"loss": frossl_loss}),
+    (9, {"loss": frossl_loss, "momentum_target": True}),
+    (32, {"loss": mmcr_loss, "local": 0.2}),
+    (9, {"loss": mmcr_loss}),
+    (33, {"loss": coding_rate_loss}),
+    (32, {"loss": coding_rate_loss}),
+    (9, {"loss": sigreg_loss, "directions": 32, "step": 5}),
 ]
 
 
@@ -52,7 +68,7 @@ def _outcome(model: nn.Module, bare: nn.Module, views: Tensor, options: dict) ->
     if "power" in options:
         terms = {"total": spectral_loss(embeddings, power(options.pop("power")), **options)}
     else:
-        terms = intl_loss(embeddings, **options)._asdict()
+        terms = options.pop("loss", intl_loss)(embeddings, **options)._asdict()
     terms["total"].backward()
     found = {name: p.grad for name, p in bare.named_parameters()}
     found |= dict(bare.named_buffers())

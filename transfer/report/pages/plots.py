@@ -128,7 +128,8 @@ def _curves(runs: Sequence[Curve], x: str, names: dict[str, str]) -> Series:
 
 PRETRAINING_PLOTS: tuple[tuple[str, str, str, dict[str, str], bool], ...] = (
     ("loss", "Pretraining loss", "loss", {
-        "loss": "total", "loss_minus_floor": "total − floor", "alignment": "alignment"}, False),
+        "loss": "total", "loss_minus_floor": "total − floor", "alignment": "alignment",
+        "penalty": "penalty"}, False),
     ("trace", "Trace penalty", "Σ (Ŝᵢᵢ − 1)²", {"trace": "trace"}, True),
     ("lr", "Learning rate", "learning rate", {"lr": "lr"}, False),
     ("condition", "Condition number of the embedding's covariance", "λ max / λ min", {

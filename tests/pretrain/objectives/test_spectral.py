@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.diagnostics import collapse, diagnose
-from pretrain.spectral import (
+from pretrain.objectives.spectral import (
     centred,
     covariance,
     iternorm,
@@ -228,3 +228,17 @@ def test_collapse_is_told() -> None:
     zeros = diagnose(torch.zeros(6, 9))
     assert all(math.isfinite(v) for v in zeros.values()) and "full" in collapse(zeros, n=6, d=9)
     assert "not finite" in collapse(diagnose(torch.full((6, 9), math.nan)), n=6, d=9)
+
+
+def test_small_eigenvalues_of_float32_embeddings_are_kept() -> None:
+    """Eigenvalues down to 1e-9 of the largest: below float32's epsilon, where they counted as zero."""
+    spectrum = torch.logspace(0, -9, 12, dtype=torch.float64).tolist()
+    z = with_spectrum(spectrum, 64).float()
+    expected = spectral_transform(z.double(), zca())
+    found = spectral_transform(z, zca())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    of_float32 = 12 * torch.finfo(torch.float32).eps
+    narrow = spectral_transform(z, zca(), rtol=of_float32)
+    assert torch.linalg.matrix_rank(covariance(expected, "channel"), rtol=0.5) == 12
+    assert torch.linalg.matrix_rank(covariance(narrow.double(), "channel"), rtol=0.5) < 10

@@ -5,8 +5,10 @@
     Φ = U g(Λ) Uᵀ  for  S = U Λ Uᵀ
 
 Section 3 of Weng et al., "Modulate Your Spectrum in Self-Supervised Learning", ICLR 2024,
-https://arxiv.org/abs/2305.16789. All is computed in float32, or float64 if given, forward and backward,
-whatever autocast is on outside.
+https://arxiv.org/abs/2305.16789. Outside autocast, forward and backward. Embeddings are transformed to
+float32, or float64 if given; eigenvalues are those of the covariance in float64, for float32 loses those
+below 1e-7 of the largest, and a whitened loss would fall by losing directions. IterNorm, a polynomial, has
+float32.
 
 Letters of shapes: N images of the global batch, D features, M the covariance's size (N or D).
 """
@@ -20,13 +22,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from pretrain.diagnostics import collapse, diagnose
-
-__all__ = [
-    "IterNorm", "Power", "centred", "collapse", "covariance", "diagnose", "iternorm", "matrix_function",
-    "newton_inverse_root", "power", "product", "spectral_transform", "whiten", "wide", "zca",
-]  # fmt: skip
 
 Whitening = Literal["channel", "batch"]
 SpectralFunction = Callable[[Tensor], Tensor]
@@ -92,6 +87,12 @@ def no_autocast(z: Tensor) -> torch.autocast:
     return torch.autocast(device_type=z.device.type, enabled=False)
 
 
+def require_finite(s: Tensor) -> None:
+    """Raises ValueError unless a covariance or Gram matrix is finite."""
+    if not torch.isfinite(s).all():
+        raise ValueError("the embeddings' covariance is not finite: an embedding is NaN, infinite or huge")
+
+
 def centred(z_ND: Tensor, whitening: Whitening) -> Tensor:
     """Z minus its mean over features (channel) or over the batch (batch)."""
     return z_ND - z_ND.mean(_axis(whitening), keepdim=True)
@@ -143,15 +144,16 @@ def spectral_transform(
 
     z_ND: N x D embeddings. g: a function of positive eigenvalues, each by itself, that autograd can
     differentiate, or `iternorm(T)`; it is called on other values than the eigenvalues too.
-    Eigenvalues up to rtol·λ_max count as zero and map to 0; `rtol` is M times the dtype's epsilon unless
-    given, and IterNorm, a polynomial, needs none. Repeated eigenvalues have finite, right gradients.
+    Eigenvalues up to rtol·λ_max count as zero and map to 0; `rtol` is M times float64's epsilon unless given,
+    and IterNorm, a polynomial, needs none. Repeated eigenvalues have finite, right gradients.
     Raises ValueError for a wrong shape, an unknown whitening or a non-finite covariance.
     """
     if z_ND.ndim != 2 or min(z_ND.shape) < 2:
         raise ValueError(f"embeddings must be N x D with N, D >= 2, got shape {tuple(z_ND.shape)}")
     with no_autocast(z_ND):
-        zc_ND = centred(wide(z_ND), whitening)
-        return _apply(matrix_function(covariance(zc_ND, whitening), g, rtol=rtol), zc_ND, whitening)
+        zc_ND = centred(wide(z_ND) if isinstance(g, IterNorm) else z_ND.double(), whitening)
+        out_ND = _apply(matrix_function(covariance(zc_ND, whitening), g, rtol=rtol), zc_ND, whitening)
+        return out_ND.to(wide(z_ND.new_empty(0)).dtype)
 
 
 def matrix_function(s_MM: Tensor, g: SpectralFunction, *, rtol: float | None = None) -> Tensor:
@@ -194,10 +196,7 @@ class _MatrixFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, s_MM: Tensor, g: SpectralFunction, rtol: float) -> Tensor:
-        if not torch.isfinite(s_MM).all():
-            raise ValueError(
-                "the embeddings' covariance is not finite: an embedding is NaN, infinite or huge"
-            )
+        require_finite(s_MM)
         eigenvalues_M, u_MM = torch.linalg.eigh(s_MM)
         kept_M = eigenvalues_M > rtol * eigenvalues_M[-1]
         values_M = torch.zeros_like(eigenvalues_M)
@@ -296,8 +295,7 @@ def _needs(what: str, s_MM: Tensor, whitening: str, z_ND: Tensor) -> str:
 
 def _pca(s_MM: Tensor, rtol: float) -> Tensor:
     """U Λ^−1/2, each column's largest component positive."""
-    if not torch.isfinite(s_MM).all():
-        raise ValueError("the embeddings' covariance is not finite: an embedding is NaN, infinite or huge")
+    require_finite(s_MM)
     eigenvalues_M, u_MM = torch.linalg.eigh(s_MM)
     gap = rtol * eigenvalues_M[-1]
     smallest, closest = eigenvalues_M[0], eigenvalues_M.diff().min()

@@ -1,0 +1,1 @@
+"""Objectives: functions of several views' embeddings, most of them of the spectrum of their covariance."""
