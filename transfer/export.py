@@ -37,7 +37,17 @@ def export(settings: ExportSettings) -> dict[str, Any]:
 
 def _export(settings: ExportSettings) -> dict[str, Any]:
     loaded = load_backbone(settings.weights, settings)
-    if loaded.stem != "imagenet":
+    if loaded.stem is None and settings.format in ("torchvision", "detectron2"):
+        raise UserError(
+            f"{settings.weights} is a {loaded.arch}: {settings.format} gets ResNets alone; timm and "
+            "huggingface take it"
+        )
+    if "without" in loaded.weights.get("options", {}):
+        raise UserError(
+            f"{settings.weights} is a {loaded.arch} without its {loaded.weights['options']['without']}, which "
+            "timm cannot build; evaluate the file here"
+        )
+    if loaded.stem not in ("imagenet", None):
         raise UserError(
             f"{settings.weights} has a {loaded.stem} stem, of which {settings.format} has no counterpart: "
             "its ResNets begin with a 7x7 convolution and max pooling (a CIFAR stem has a 3x3 one and none). "
@@ -77,10 +87,13 @@ def _timm(loaded: Backbone, settings: ExportSettings, folder: Path) -> tuple[flo
 
     path = folder / f"{loaded.arch}.safetensors"
     write_safetensors(path, _state(loaded), _metadata(loaded))
-    model = timm.create_model(str(loaded.arch), num_classes=0, checkpoint_path=str(path))
+    options = loaded.weights.get("options", {})
+    model = timm.create_model(str(loaded.arch), num_classes=0, checkpoint_path=str(path), **options)
+    more = "".join(f", {key}={value!r}" for key, value in options.items())
     return (
         _difference(loaded, model),
-        f'timm.create_model("{loaded.arch}", num_classes=0, checkpoint_path="{settings.output / path.name}")',
+        f'timm.create_model("{loaded.arch}", num_classes=0, '
+        f'checkpoint_path="{settings.output / path.name}"{more})',
     )
 
 
@@ -125,9 +138,12 @@ def _hub(loaded: Backbone, settings: ExportSettings, folder: Path) -> tuple[floa
 
     # transformers reads only files whose metadata say "pt"
     write_safetensors(folder / "model.safetensors", _state(loaded), {**_metadata(loaded), "format": "pt"})
+    options = dict(loaded.weights.get("options", {}))
+    pool = options.pop("global_pool", getattr(loaded.network(), "global_pool", "avg"))
     write_json(folder / "config.json", {
         "architecture": loaded.arch, "num_classes": 0, "num_features": loaded.network().num_features,
-        "global_pool": "avg", "pretrained_cfg": preprocessing(loaded),
+        "global_pool": pool if isinstance(pool, str) else "avg", "pretrained_cfg": preprocessing(loaded),
+        **({"model_args": options} if options else {}),
     })  # fmt: skip
     difference = _difference(loaded, timm.create_model(f"local-dir:{folder}", pretrained=True))
     write_text(folder / "README.md", model_card(loaded, settings))
@@ -144,16 +160,23 @@ def _metadata(loaded: Backbone) -> dict[str, str]:
     found |= {
         "format": "intl-bench/1",
         "arch": str(loaded.arch),
-        "stem": str(loaded.stem),
         "branch": loaded.branch,
     }
+    if loaded.stem is not None:
+        found["stem"] = loaded.stem
+    heads = loaded.weights.get("options", {}).get("num_heads")
+    found |= {"heads": str(heads)} if heads else {}
+    found |= {"positions": loaded.weights["positions"]} if "positions" in loaded.weights else {}
     return found | {"origin": Path(loaded.path).name, "origin_sha256": loaded.sha256}
 
 
 @torch.inference_mode()
 def _difference(loaded: Backbone, model: nn.Module) -> float:
     """Largest difference of features on noise, relative to the largest; RuntimeError over TOLERANCE."""
-    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    embedding = getattr(loaded.network(), "patch_embed", None)
+    side = getattr(embedding, "img_size", None) if getattr(embedding, "strict_img_size", False) else None
+    size = tuple(side) if side else (96, 96)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     wanted, got = loaded.network()(images), model.eval()(images)
     difference = float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-12))
     if not difference <= TOLERANCE:
@@ -176,7 +199,7 @@ def preprocessing(loaded: Backbone) -> dict[str, Any]:
         "num_classes": 0, "input_size": [3, size, size], "pool_size": None, "fixed_input_size": False,
         "mean": numbers("mean", IMAGENET_MEAN), "std": numbers("std", IMAGENET_STD),
         "interpolation": "bilinear", "crop_pct": 0.875 if size >= 160 else 1.0,
-        "first_conv": "conv1", "classifier": "fc",
+        **({"first_conv": "conv1", "classifier": "fc"} if loaded.stem else {}),
     }  # fmt: skip
 
 

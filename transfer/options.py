@@ -41,6 +41,8 @@ class WeightsOptions:
     """Stride of the last stage; person re-identification often has 1."""
     channels: Literal["rgb", "bgr"] | None = None
     """Order of colours that the network was trained on."""
+    heads: int | None = None
+    """Attention heads a block of a ViT, where width and depth do not say it: MoCo v3's ViT-S has 12."""
     weights_format: str | None = None
     """A layout of your own, as YAML (docs/reading_checkpoints.md)."""
 
@@ -48,6 +50,8 @@ class WeightsOptions:
         """Raises ValueError for numbers out of range."""
         if self.stem_padding is not None and not 0 <= self.stem_padding <= 8:
             raise ValueError(f"--stem-padding {self.stem_padding}: wanted 0 to 8 px")
+        if self.heads is not None and not 1 <= self.heads <= 128:
+            raise ValueError(f"--heads {self.heads}: wanted 1 to 128")
 
     def reading(self, **changes: Any) -> WeightsOptions:
         """These options without those of a command, with some of them changed."""

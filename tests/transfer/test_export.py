@@ -104,6 +104,42 @@ def test_huggingface_folder_with_results(moco: Path, features: torch.Tensor, tmp
     assert run(*words) == 0  # an earlier export may be replaced
 
 
+@pytest.mark.parametrize("target", ["timm", "huggingface"])
+def test_a_vit_is_exported_with_its_heads(target: str, tmp_path: Path):
+    """MoCo v3's, whose heads its keys do not tell: the exported files do."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, num_heads=12).eval()
+    with torch.no_grad():
+        model.pos_embed[:, 0] = 0
+    state = {f"module.base_encoder.{key}": value for key, value in model.state_dict().items()}
+    torch.save({"state_dict": state | zoo.head("module.predictor.")}, tmp_path / "m.pth")
+    out = tmp_path / "out"
+    assert run("--weights", tmp_path / "m.pth", "--output", out, "--format", target) == 0
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model(images)
+        asked = {"heads": 12} if target == "huggingface" else {}  # its metadata are "pt" alone
+        again = load_backbone(next(out.glob("*.safetensors")), **asked)
+        torch.testing.assert_close(again.network()(images), wanted)
+        if target == "huggingface":
+            torch.testing.assert_close(
+                timm.create_model(f"local-dir:{out}", pretrained=True).eval()(images), wanted
+            )
+    assert "12 heads" in again.weights["network"]
+
+
+@pytest.mark.parametrize("target", ["torchvision", "detectron2"])
+def test_a_vit_is_refused_where_only_resnets_go(target: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict()
+    torch.save(state, tmp_path / "m.pth")
+    assert run("--weights", tmp_path / "m.pth", "--output", tmp_path / "out", "--format", target) == 2
+    assert f"{target} gets ResNets alone" in capsys.readouterr().err
+    if target == "detectron2":
+        words = ["convert", "--weights", str(tmp_path / "m.pth"), "--output", str(tmp_path / "b.pkl")]
+        assert main([*words, "--no-verify"]) == 2
+        assert "only ResNets are converted for detectron2" in capsys.readouterr().err
+
+
 def test_preprocessing_is_what_the_weights_say(tmp_path: Path):
     path = tmp_path / "backbone.safetensors"
     said = {

@@ -41,7 +41,8 @@ class Backbone:
     """What a result says of the weights: path, sha256, format, branch (online or ema); of a ResNet from a
     file also stem (imagenet: 7x7, stride 2, max pooling; cifar: 3x3, stride 1, no pooling; others as
     `transfer.options` has them), stem_padding, the effective zero padding of its convolution, and read_with,
-    what was said or found of how to read it, where that is not the usual."""
+    what was said or found of how to read it, where that is not the usual; of another network what it is built
+    with (options: of timm.create_model; network: in words), and positions, how its writer resamples them."""
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     """What is known of its training: image_size, mean, std, source ..."""
     used: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -88,7 +89,10 @@ class Backbone:
     def key(self) -> str:
         """What identifies the weights in the feature cache."""
         how = self.weights.get("read_with")
-        return f"{self.sha256} {self.branch} {self.arch}" + (f" {how}" if how else "")
+        found = self.weights.get("network")
+        return f"{self.sha256} {self.branch} {self.arch}" + "".join(
+            f" {part}" for part in (found, how) if part
+        )
 
     def network(self) -> Any:
         """The model. Raises UserError for raw pixels, which have none."""
@@ -168,7 +172,7 @@ def find(raw: RawFile, path: str | Path, asked: WeightsOptions) -> Found:
     """The backbone of the file that `asked` means, checked, not yet built. Raises UserError."""
     readings = read_all(raw, asked)
     if not readings:
-        raise UserError(f"{path} holds no ResNet: {what_instead(raw, containers(raw.value))}")
+        raise UserError(f"{path} holds no network of timm's: {what_instead(raw, containers(raw.value))}")
     try:
         reading = choose(readings, asked, Path(path))
     except UserError as error:
@@ -176,10 +180,14 @@ def find(raw: RawFile, path: str | Path, asked: WeightsOptions) -> Found:
     metadata = own_metadata(raw, reading.branch, path)
     check_metadata(metadata, path)
     forward = forward_of(reading, readings, raw, asked, metadata, path)
-    weights = {
+    weights: dict[str, Any] = {
         "path": str(path), "sha256": sha256_of(path), "format": reading.format.name, "branch": reading.branch,
-        "stem": forward.stem, "stem_padding": forward.stem_padding,
     }  # fmt: skip
+    if forward.stem is not None:
+        weights |= {"stem": forward.stem, "stem_padding": forward.stem_padding}
+    else:
+        weights |= {"network": network_text(forward), "options": dict(forward.options)}
+        weights |= {"positions": forward.positions} if forward.positions else {}
     layout = f"(sha256 {sha256_of(asked.weights_format)[:12]})" if asked.weights_format else ""
     how = " ".join(filter(None, (asked.read_with, layout, *forward.found)))
     if how:
@@ -188,6 +196,27 @@ def find(raw: RawFile, path: str | Path, asked: WeightsOptions) -> Found:
         reading=reading, forward=forward, weights=weights, metadata=forward.metadata | metadata,
         notes=forward.notes,
     )  # fmt: skip
+
+
+def network_text(forward: Forward) -> str:
+    """What a network that is no ResNet was built as beside its name, in words; "" for all as in its name."""
+    said = dict(forward.options)
+    words = []
+    if "patch_size" in said:
+        registers = said.get("reg_tokens", said.get("num_reg_tokens", 0))
+        words = [
+            f"patches of {said['patch_size']} px", f"{said['num_heads']} heads",
+            "class token" if said.get("class_token", True) else "no class token",
+            f"{registers} registers" if registers else "",
+            "norm after the mean" if said.get("fc_norm") else "",
+        ]  # fmt: skip
+    if "img_size" in said:
+        words.append(f"positions of {said['img_size']} px")
+    if said.get("head_norm_first"):
+        words.append("norm before the mean")
+    if said.get("without"):
+        words.append(f"no {said['without']}")
+    return ", ".join(filter(None, words))
 
 
 def _with_hints(

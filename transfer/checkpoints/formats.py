@@ -7,46 +7,13 @@ says what a place means: which branch, what lies beside it, which padding. Keys 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 
 from pretrain.common.cli import Parser
 from pretrain.common.terminal import console
+from transfer.checkpoints.layout import Format, Place
 from transfer.checkpoints.other_files import IN_PYTHON
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a branch lies: `container`, dotted keys into the object ("": itself), and key `prefix`."""
-
-    container: str
-    prefix: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Format:
-    """What a writer puts where. Each tensor beside the backbone must be named, or the file is not taken."""
-
-    name: str
-    online: tuple[Place, ...]
-    """Where the online branch may lie; a file has one of these."""
-    ema: tuple[Place, ...] = ()
-    """Where the momentum branch may lie."""
-    drop: tuple[tuple[str, str], ...] = ()
-    """(prefix in the container, what it is): no part of the backbone."""
-    needs: tuple[str, ...] = ()
-    """Prefixes of which the container holds at least one, where the rest would fit other writers too."""
-    also_needs: tuple[str, ...] = ()
-    """The same once more, where one kind of key is not enough to know the writer."""
-    top: str = ""
-    """A key at the file's top that only this writer has: where it is there, no other format is meant."""
-    rename: tuple[tuple[str, str], ...] = ()
-    """(prefix in the branch, torchvision's prefix)."""
-    cifar_padding: int | None = None
-    """Effective padding of the writer's 3x3 stem; None where none is known, and 1 is assumed."""
-    note: str = ""
-    """What a user of such a file should know."""
 
 
 def _at(container: str, *prefixes: str) -> tuple[Place, ...]:
@@ -61,6 +28,11 @@ _LIGHTLY_HEADS = (
     ("key_projection_head", "EMA projector"), ("projection_head_momentum", "EMA projector"),
     ("online_classifier", "online classifier"), ("criterion", "state of the loss"),
     ("queues", "queue"), ("memory_bank", "queue"),
+)  # fmt: skip
+_LIGHTLY_VITS = (
+    ("backbone.mask_token", "mask token"), ("student_backbone.mask_token", "mask token"),
+    ("teacher_backbone.mask_token", "mask token"), ("decoder", "decoder"), ("student_head.", "projector"),
+    ("teacher_head.", "EMA projector"),
 )  # fmt: skip
 
 OWN_RUN = Format(
@@ -80,6 +52,19 @@ FOREIGN: tuple[Format, ...] = (
         ema=_at("state_dict_ema", "") + _at("model_ema", ""),
         # Barlow Twins', VICReg's and DINO's backbone files are such too
         drop=(("fc.", "classifier"), ("n_averaged", "count of averaged steps")),
+        families=("resnet",),
+    ),
+    Format(
+        name="timm, other networks",
+        online=_BARE,
+        ema=_at("state_dict_ema", "") + _at("model_ema", ""),
+        # so are DINO's, MAE's, VICRegL's and ConvNeXt V2's backbone files
+        drop=(
+            ("head.", "classifier"), ("head_dist.", "classifier"), ("classifier.", "classifier"),
+            ("heads.head.", "classifier"), ("norms.", "norms of other stages"),
+            ("n_averaged", "count of averaged steps"),
+        ),
+        families=("vit", "convnext", "timm"),
     ),
     Format(
         name="INTL",
@@ -101,10 +86,12 @@ FOREIGN: tuple[Format, ...] = (
         online=_at("state_dict", "base_encoder."),
         ema=_at("state_dict", "momentum_encoder."),
         drop=(
-            ("base_encoder.fc.", "projector"),
-            ("momentum_encoder.fc.", "EMA projector"),
+            ("base_encoder.fc.", "projector"), ("base_encoder.head.", "projector"),
+            ("momentum_encoder.fc.", "EMA projector"), ("momentum_encoder.head.", "EMA projector"),
             ("predictor.", "predictor"),
         ),
+        many_heads="always",
+        positions="bicubic",
     ),
     Format(
         name="SimSiam",
@@ -128,7 +115,67 @@ FOREIGN: tuple[Format, ...] = (
         online=_at("student", "backbone."),
         ema=_at("teacher", "backbone."),
         drop=(("head.", "projector"),),
+        positions="bicubic offset",
         note="DINO's own evaluation uses the teacher: --branch ema",
+    ),
+    Format(
+        name="iBOT",
+        online=_at("student", "backbone."),
+        ema=_at("teacher", "backbone."),
+        drop=(("head.", "projector"), ("backbone.masked_embed", "mask token")),
+        top="ibot_loss",
+        families=("vit", "timm"),
+        positions="bicubic offset",
+        note="iBOT's own evaluation uses the teacher: --branch ema",
+    ),
+    Format(
+        name="DINOv2, DINOv3",
+        online=_at("student", "backbone."),
+        ema=_at("teacher", "backbone."),
+        drop=(
+            ("dino_head.", "projector"), ("ibot_head.", "projector of patches"),
+            ("backbone.mask_token", "mask token"), ("backbone.local_cls_norm.", "norm of local crops"),
+        ),
+        needs=("dino_head.", "backbone.mask_token"),
+        families=("vit",),
+        positions="bicubic offset",
+        note="their own evaluation uses the teacher: --branch ema",
+    ),
+    Format(
+        name="DINOv2, DINOv3, backbone file",
+        online=_BARE,
+        drop=(
+            ("mask_token", "mask token"), ("local_cls_norm.", "norm of local crops"), ("head.", "classifier"),
+        ),
+        needs=("mask_token",),
+        families=("vit",),
+        positions="bicubic offset",
+    ),
+    Format(
+        name="MAE",
+        online=_BARE,
+        drop=(("decoder_", "decoder"), ("mask_token", "mask token")),
+        needs=("decoder_",),
+        families=("vit",),
+        positions="bicubic",
+    ),
+    Format(
+        name="MSN, I-JEPA",
+        online=_at("encoder", ""),
+        ema=_at("target_encoder", ""),
+        drop=(("fc.", "projector"), ("pred.", "predictor")),
+        families=("vit",),
+        positions="bicubic",
+        note="their own evaluation uses target_encoder: --branch ema",
+    ),
+    Format(
+        name="ConvNeXt V2, FCMAE in training",
+        online=_at("model", "encoder."),
+        drop=(
+            ("decoder.", "decoder"), ("proj.", "decoder"), ("pred.", "decoder"), ("mask_token", "mask token")
+        ),
+        needs=("mask_token",),
+        families=("convnext",),
     ),
     Format(
         name="solo-learn",
@@ -139,17 +186,22 @@ FOREIGN: tuple[Format, ...] = (
             ("momentum_projector.", "EMA projector"), ("momentum_predictor.", "EMA predictor"),
             ("momentum_classifier.", "EMA classifier"), ("head.", "projector"),
             ("momentum_head.", "EMA projector"), ("prototypes", "prototypes"), ("queue", "queue"),
-            ("dino_loss_func.", "state of the loss"),
+            ("dino_loss_func.", "state of the loss"), ("decoder.", "decoder"),
         ),
         needs=("classifier.",),
-        also_needs=("projector.", "head.", "prototypes", "momentum_backbone.", "momentum_encoder."),
+        also_needs=(
+            "projector.", "head.", "prototypes", "momentum_backbone.", "momentum_encoder.", "decoder.",
+        ),
         cifar_padding=2,
+        many_heads="fixed positions",
     ),
     Format(
         name="lightly benchmarks",
-        online=_at("state_dict", "backbone."),
-        ema=_at("state_dict", "teacher_backbone.", "key_backbone.", "backbone_momentum."),
-        drop=_LIGHTLY_HEADS,
+        online=_at("state_dict", "backbone.", "backbone.vit.", "student_backbone.vit."),
+        ema=_at(
+            "state_dict", "teacher_backbone.", "key_backbone.", "backbone_momentum.", "teacher_backbone.vit.",
+        ),
+        drop=(*_LIGHTLY_HEADS, *_LIGHTLY_VITS),
     ),
     Format(
         name="lightly benchmarks: DINO, older MoCo and TiCo",
@@ -230,6 +282,7 @@ FOREIGN: tuple[Format, ...] = (
             ("momentum_projector.", "EMA projector"),
         ),
         needs=("projector.",),
+        note="ReSA's own evaluation uses the momentum encoder: --branch ema",
     ),
     Format(
         name="PixPro",
@@ -313,6 +366,7 @@ REFUSED = {
     "TorchScript": "a program; save its state_dict",
     "quantised weights": "give the float ones",
     "ResNets of other widths (w2, w4, w5)": "timm has none",
+    "ViTs with a stem of several convolutions (MoCo v3's vit_conv)": "timm has none",
 }
 """What is recognised and refused, and why."""
 

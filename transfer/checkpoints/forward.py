@@ -16,7 +16,9 @@ import torch
 
 from pretrain.common.errors import UserError
 from pretrain.data.normalization import CIFAR_MEAN, CIFAR_STD
-from transfer.checkpoints.architecture import ARCHS, COUNTER, SAME_SHAPES
+from transfer.checkpoints.families.match import COUNTER, Options, created
+from transfer.checkpoints.families.resnet import ARCHS, SAME_SHAPES
+from transfer.checkpoints.families.vit import MANY_HEADS, heads_of, many_heads_possible
 from transfer.checkpoints.formats import FOREIGN, FOUND
 from transfer.checkpoints.reading import Reading
 from transfer.checkpoints.safe_load import RawFile
@@ -37,8 +39,9 @@ STEMS = {
 class Forward:
     """What decides how the tensors are computed with."""
 
-    stem: str
-    stem_padding: int
+    stem: str | None
+    """None for what is no ResNet, as stem_padding."""
+    stem_padding: int | None
     stride_in_1x1: bool = False
     last_stride: int = 2
     channels: str = "rgb"
@@ -47,6 +50,10 @@ class Forward:
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     """Mean and standard deviation of the images, where the file or the usage of its writers has them."""
     notes: tuple[str, ...] = ()
+    options: Options = ()
+    """What timm.create_model gets for a network that is no ResNet."""
+    positions: str | None = None
+    """How its writer resamples a ViT's positions; None where it has none to resample."""
     beside: tuple[Container, ...] = ()
     """Other containers of the file with a network of the same kind."""
 
@@ -62,6 +69,10 @@ def forward_of(
         notes.append(f"its layers are named otherwise: {reading.network.dialect}")
     if reading.network.container.module:
         notes.append("a whole pickled module: its tensors were read, its code was not run")
+    if reading.family != "resnet":
+        return _other(reading, readings, raw, asked, own, path, notes)
+    if asked.heads is not None:
+        raise UserError(f"--heads {asked.heads}: {path} holds a {reading.arch}, which has none")
     stem = _stem(reading, asked, path)
     padding = _padding(reading, readings, asked, own, path)
     said = _record(raw)
@@ -98,8 +109,16 @@ def forward_of(
             metadata |= {"mean": _text(CIFAR_MEAN), "std": _text(CIFAR_STD)}
     if foreign:
         notes.append(_assumed(reading, asked, bool(said), basic))
-    match = reading.network.match
-    if match.counters_missing:
+    return Forward(
+        stem=stem, stem_padding=padding, stride_in_1x1=in_1x1, last_stride=asked.last_stride or 2,
+        channels=channels or "rgb", found=tuple(found), metadata=metadata,
+        notes=tuple(filter(None, [*notes, *_of_the_file(reading, raw)])), beside=_beside(reading, readings),
+    )  # fmt: skip
+
+
+def _of_the_file(reading: Reading, raw: RawFile) -> list[str]:
+    notes = []
+    if reading.network.match.counters_missing:
         notes.append(f"no {COUNTER} in part of the file: set to 0; evaluation does not use them")
     halves = {str(t.dtype).removeprefix("torch.") for t in reading.tensors.values() if t.is_floating_point()}
     if halves != {"float32"}:
@@ -107,13 +126,65 @@ def forward_of(
     if raw.placeholders:
         shown = ", ".join(raw.placeholders[:12]) + (" ..." if len(raw.placeholders) > 12 else "")
         notes.append(f"named in the file, not loaded and not needed: {shown}")
+    return notes
+
+
+def _beside(reading: Reading, readings: list[Reading]) -> tuple[Container, ...]:
     here = reading.network.container
     beside = {r.network.container.path: r.network.container for r in readings if r.network.complete}
+    return tuple(c for c in beside.values() if c.path and c.path != here.path)
+
+
+def _other(
+    reading: Reading, readings: list[Reading], raw: RawFile, asked: WeightsOptions, own: dict[str, str],
+    path: str | Path, notes: list[str],
+) -> Forward:  # fmt: skip
+    """How a network that is no ResNet computes. Raises UserError for what its keys leave open."""
+    for name in ("stem", "stem_padding", "stride_in_1x1", "last_stride"):
+        if getattr(asked, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} is for ResNets; {path} holds a {reading.arch}")
+    match = reading.network.match
+    if match.question and asked.arch is None and not own:
+        raise UserError(f"{path}: {match.question}")
+    options = dict(match.options)
+    said = asked.heads or int(own.get("heads", 0))
+    if said and not heads_of(match) and asked.arch is None:
+        raise UserError(f"--heads {said}: {path} holds a {reading.arch}, whose heads its name says")
+    position = reading.tensors.get("pos_embed")
+    if said:
+        options["num_heads"] = said
+    elif many_heads_possible(match, position) or (
+        reading.format.many_heads == "always" and heads_of(match) in (3, 6)
+    ):
+        if not reading.format.many_heads:
+            raise UserError(
+                f"{path}: a {reading.arch} with fixed positions has {heads_of(match)} heads a block, or "
+                f"{MANY_HEADS}, as MoCo v3's: the file does not tell; say --heads {heads_of(match)} or "
+                f"--heads {MANY_HEADS}"
+            )
+        options["num_heads"] = MANY_HEADS
+    if options.get("num_heads") and options.get("embed_dim", 0) % options["num_heads"]:
+        raise UserError(f"--heads {said}: the width of {reading.arch} is no multiple of it")
+    positions = None
+    if position is not None:
+        positions = own.get("positions") or reading.format.positions
+        if options.get("reg_tokens") and reading.format.name.startswith("DINOv2"):
+            positions = "bicubic antialias"  # dinov2/hub/backbones.py: of those with registers
+        notes.append(
+            f"for images of another size its positions are resampled {positions} unless the protocol says "
+            "otherwise"
+        )
+    if asked.channels is None:
+        notes.append("assumed, as the file cannot tell: RGB (--channels), epsilons as in timm")
+    metadata = {}
+    if options.get("img_size"):
+        patch = options.get("patch_size", 16)
+        metadata["image_size"] = str(min(options["img_size"], round(224 / patch) * patch))
     return Forward(
-        stem=stem, stem_padding=padding, stride_in_1x1=in_1x1, last_stride=asked.last_stride or 2,
-        channels=channels or "rgb", found=tuple(found), metadata=metadata,
-        notes=tuple(filter(None, notes)),
-        beside=tuple(c for c in beside.values() if c.path and c.path != here.path),
+        stem=None, stem_padding=None, channels=asked.channels or "rgb", metadata=metadata,
+        options=tuple(options.items()), positions=positions,
+        notes=tuple(filter(None, [*notes, *match.notes, *_of_the_file(reading, raw)])),
+        beside=_beside(reading, readings),
     )  # fmt: skip
 
 
@@ -249,6 +320,8 @@ def build(reading: Reading, forward: Forward) -> nn.Module:
 
     assert reading.arch is not None
     check(reading)
+    if reading.family != "resnet":
+        return _build_other(reading, forward)
     if "conv1.weight" in reading.tensors:
         model: Any = build_backbone(reading.arch, stem=reading.stem, num_classes=0)
     else:
@@ -257,21 +330,33 @@ def build(reading: Reading, forward: Forward) -> nn.Module:
         model = timm.create_model(reading.arch, num_classes=0)  # a deep stem, timm's own
     _set_stem(model, reading, forward)
     _set_strides(model, reading, forward)
-    state = dict(reading.tensors)
+    return _filled(model, reading, forward)
+
+
+def _build_other(reading: Reading, forward: Forward) -> nn.Module:
+    model = created(str(reading.arch), forward.options)
+    periods = reading.tensors.get("rope.periods")
+    if periods is not None:  # timm computes them, in a finer format than the file may have them in
+        model.rope.periods.copy_(periods)
+    return _filled(model, reading, forward)
+
+
+def _filled(model: Any, reading: Reading, forward: Forward) -> nn.Module:
+    state = {key: value for key, value in reading.tensors.items() if key != "rope.periods"}
     state |= {
         k: torch.zeros_like(t)
         for k, t in model.state_dict().items()
         if k.endswith(COUNTER) and k not in state
     }
     if forward.channels == "bgr":
-        first = "conv1.weight" if "conv1.weight" in state else "conv1.0.weight"
+        first = next(k for k, t in model.state_dict().items() if t.dim() == 4 and t.shape[1] == 3)
         state[first] = state[first].flip(1)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
 def _set_stem(model: Any, reading: Reading, forward: Forward) -> None:
-    stride, pooled = STEMS[forward.stem]
+    stride, pooled = STEMS[str(forward.stem)]
     if reading.stem == "cifar":
         model.conv1.stride = (stride, stride)
         model.conv1.padding = (forward.stem_padding, forward.stem_padding)

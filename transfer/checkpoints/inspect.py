@@ -14,6 +14,7 @@ from torch import Tensor
 from pretrain.common.errors import UserError
 from pretrain.common.terminal import console, printable
 from transfer.checkpoints.backbone import Found, find
+from transfer.checkpoints.families.match import COUNTER, features_of
 from transfer.checkpoints.forward import check
 from transfer.checkpoints.inert_values import Placeholder
 from transfer.checkpoints.reading import BRANCHES, Reading, choose, faults_of, read_all
@@ -135,11 +136,14 @@ def as_dict(found: Inspection) -> dict[str, Any]:
 
 
 def _parameters(reading: Reading) -> int:
-    return sum(t.numel() for k, t in reading.tensors.items() if k.endswith((".weight", ".bias")))
+    buffers = (COUNTER, "running_mean", "running_var", "rope.periods", "relative_position_index", "attn_mask")
+    return sum(t.numel() for k, t in reading.tensors.items() if not k.endswith(buffers))
 
 
 def _features(reading: Reading) -> int:
     """Length of the features: channels of the last block."""
+    if reading.family != "resnet":
+        return features_of(str(reading.arch), reading.network.match.options)
     block = max(int(k.split(".")[1]) for k in reading.tensors if k.startswith("layer4."))
     norms = [k for k in reading.tensors if k.startswith(f"layer4.{block}.bn") and k.endswith(".weight")]
     return reading.tensors[max(norms)].numel()
@@ -153,12 +157,16 @@ def rows(found: Inspection) -> list[tuple[str, str]]:
     ]
     if found.found is not None:
         reading, forward = found.found.reading, found.found.forward
-        stem = "" if forward.stem == "imagenet" else f", padding {forward.stem_padding}"
+        if forward.stem is None:
+            what = found.found.weights["network"]
+        else:
+            what = f"{forward.stem} stem"
+            what += "" if forward.stem == "imagenet" else f", padding {forward.stem_padding}"
         place = reading.network
         out += [
             ("format", reading.format.name),
             ("place", f"{place.container.path or 'top'}, prefix {place.prefix or '(bare)'}"),
-            ("architecture", f"{reading.arch}, {forward.stem} stem{stem}"),
+            ("architecture", f"{reading.arch}, {what}" if what else str(reading.arch)),
             ("backbone", f"{_parameters(reading):,} parameters, {_features(reading)} features"),
         ]
     out += [("branches", "\n".join(f"{name}: {state}" for name, state in found.branches.items()))]

@@ -1,4 +1,4 @@
-"""What a file without a ResNet that can be judged is instead, and what to do about it."""
+"""What a file without a network that can be judged is instead, and what to do about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transfer.checkpoints.architecture import VOLUMES, fitting_others
+from transfer.checkpoints.families.resnet import VOLUMES, fitting_others
 
 if TYPE_CHECKING:
     from transfer.checkpoints.search import Container, Network
@@ -15,7 +15,7 @@ IN_PYTHON = (
     "any module that maps images to features can be judged from Python, whatever its file: "
     "transfer.evaluate(module, ...) (docs/python.md)"
 )
-"""The way on for what is none of timm's ResNets, which alone are read from files."""
+"""The way on for what is none of timm's networks, which alone are read from files."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt", ".bin", ".pkl")
 
 
@@ -98,13 +98,15 @@ _PACKED = (
 
 
 def what_instead(raw: Any, held: list[Container], network: Network | None = None) -> str:
-    """What a file without a complete ResNet holds, and the way on; "" where a network's own faults say it."""
+    """What a file without a complete network holds, and the way on; "" where its own faults say it."""
     names = [name for container in held for name in container.names.values()]
     for words, said in _PACKINGS:
         if any(word in placeholder for placeholder in raw.placeholders for word in words):
             return said
     if network is not None and network.match.reason:
         return IN_PYTHON
+    if network is not None and network.family != "resnet":
+        return f"where it is another network, --arch with timm's name reads it, or {IN_PYTHON}"
     if network is not None:
         shapes = {target: tuple(tensor.shape) for target, tensor in network.tensors.items()}
         others = fitting_others(shapes)
@@ -140,8 +142,9 @@ def what_instead(raw: Any, held: list[Container], network: Network | None = None
     shown = ", ".join(names[:3])
     return (
         f"{len(names)} tensors, {kernels} of them convolutions ({shown} ...), none named as a ResNet's "
-        "blocks (layer1.0.conv1.weight). If it is one under other names, say which in a YAML layout, "
-        f"--weights-format FILE.yaml (docs/reading_checkpoints.md); if not, {IN_PYTHON}"
+        "blocks (layer1.0.conv1.weight), a ViT's or a ConvNeXt's. If it is a ResNet under other names, say "
+        "which in a YAML layout, --weights-format FILE.yaml (docs/reading_checkpoints.md); if not, "
+        f"{IN_PYTHON}"
     )
 
 
@@ -158,11 +161,12 @@ _TOWERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("attnpool.",), "it is CLIP's ResNet, with three stem convolutions and attention pooling, which is none "
      f"of timm's plain ResNets; {IN_PYTHON}"),
     (("attn.qkv", "self_attention.in_proj", "attention.attention.query", "cls_token"),
-     f"it is a vision transformer; {IN_PYTHON}"),
-    (("dwconv.", ".gamma"), f"it is a ConvNeXt; {IN_PYTHON}"),
-    (("trunk_output.", ".b1.conv", "s1.b1."), f"it is a RegNet; {IN_PYTHON}"),
+     f"it is a vision transformer under names that are neither timm's nor its authors'; {IN_PYTHON}"),
+    (("dwconv.", ".gamma"),
+     f"it is a ConvNeXt under names that are neither timm's nor its authors'; {IN_PYTHON}"),
+    (("trunk_output.", ".b1.conv", "s1.b1."), f"it is a RegNet, not under timm's names; {IN_PYTHON}"),
     (("res2.0.conv1", "bottom_up."), "it is a detectron2 file: `python -m transfer convert --reverse "
      "--weights FILE --output backbone.safetensors` makes one that can be judged"),
     (("_blocks.0._depthwise", "features.18.", "_expand_conv"),
-     f"it is a MobileNet or EfficientNet; {IN_PYTHON}"),
+     f"it is a MobileNet or EfficientNet, not under timm's names; {IN_PYTHON}"),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pretrain.common.errors import UserError
-from transfer.checkpoints.formats import Format, Place
+from transfer.checkpoints.layout import Format, Place
 
 FIELDS = ("name", "online", "ema", "drop", "needs", "also_needs", "rename", "cifar_padding", "note")
 

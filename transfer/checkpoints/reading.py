@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pretrain.common.errors import UserError
 from pretrain.common.terminal import printable
-from transfer.checkpoints.formats import CMC, FOREIGN, FOUND, OWN_BACKBONE, OWN_BACKBONE_EMA, OWN_RUN, Format
+from transfer.checkpoints.formats import CMC, FOREIGN, FOUND, OWN_BACKBONE, OWN_BACKBONE_EMA, OWN_RUN
+from transfer.checkpoints.layout import Format
+from transfer.checkpoints.other_networks import all_networks
 from transfer.checkpoints.own_layout import read_layout
 from transfer.checkpoints.safe_load import RawFile
 from transfer.checkpoints.search import (
@@ -22,7 +24,6 @@ from transfer.checkpoints.search import (
     Container,
     Network,
     containers,
-    networks,
     role_of,
     unwrap,
 )
@@ -55,6 +56,11 @@ class Reading:
     def arch(self) -> str | None:
         """The architecture, or the nearest one where something is missing, left over or wrong."""
         return self.network.match.arch
+
+    @property
+    def family(self) -> str:
+        """resnet, vit, convnext or timm (others)."""
+        return self.network.family
 
     @property
     def stem(self) -> str:
@@ -97,13 +103,14 @@ def read_all(raw: RawFile, asked: WeightsOptions) -> list[Reading]:
         for place in (*f.online, *f.ema)
         for old, new in f.rename
     )
-    everything = found = [n for c in held for n in networks(c, renames, arch=asked.arch, hint=hint)]
+    said: dict[str, Any] = {"arch": asked.arch, "heads": asked.heads, "hint": hint}
+    everything = found = [n for c in held for n in all_networks(c, renames, **said)]
     if asked.prefix is not None:
         wanted = unwrap(asked.prefix.strip("."))
         named = [n for n in found if n.prefix in (wanted, f"{wanted}." if wanted else "")]
         if not named:
             there = ", ".join(f"`{n.prefix or '.'}`" for n in found[:8]) or "none"
-            raise UserError(f"--prefix {asked.prefix}: no residual block under it; there are {there}")
+            raise UserError(f"--prefix {asked.prefix}: no network under it; there are {there}")
         found = named
     return [reading for c in held for reading in _read(c, found, everything, formats, raw, asked)]
 
@@ -121,7 +128,7 @@ def _formats(raw: RawFile, asked: WeightsOptions) -> tuple[tuple[Format, ...], s
         if str(value.get("format", ""))[:40].startswith(OWN_FORMAT):
             formats = (OWN_RUN,)
         named = value.get("arch", "")  # MoCo's and timm's training scripts write it beside the weights
-        hint = named if isinstance(named, str) and "resne" in named and len(named) < 80 else None
+        hint = named if isinstance(named, str) and 0 < len(named) < 80 else None
     return formats, hint
 
 
@@ -208,6 +215,8 @@ def _by_format(network: Network, format_: Format, branch: str, prefix: str, exac
         if p.prefix and p.prefix != prefix and p.container in (*ANYWHERE, network.container.path)
     ]
     reason = network.match.reason
+    if format_.families and network.family not in format_.families:
+        reason = reason or f"{format_.name} is of other networks"
     for needs in (format_.needs, format_.also_needs):
         if needs and not any(name.startswith(needs) for name in names.values()):
             reason = reason or f"a file of {format_.name} has {' or '.join(needs)}"
@@ -227,7 +236,8 @@ def _by_layers(network: Network, here: list[Network], role: str | None) -> Readi
             roles[id(n)] = "ema"
     mine = roles[id(network)]
     branch = "ema" if role in ("ema", "averaged") else mine or "online"
-    explained = [(f"{network.prefix}fc.", "classifier")]
+    heads = ("fc.",) if network.family == "resnet" else ("head.", "head_dist.", "classifier.", "fc.")
+    explained = [(f"{network.prefix}{head}", "classifier") for head in heads]
     for other in here:
         theirs = roles[id(other)]
         if other is not network and other.complete and (theirs or "online") != (mine or "online"):
@@ -262,7 +272,7 @@ def _sort_beside(
         else:
             left_over.append(key)
     file_key = {target: key for key, target in network.used.items()}
-    return dropped, (*left_over, *(file_key[target] for target in network.match.extra))
+    return dropped, (*left_over, *(file_key.get(target, target) for target in network.match.extra))
 
 
 def longest(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
@@ -349,7 +359,7 @@ def _groups(reading: Reading) -> dict[str, int]:
 
 def _incomplete(readings: list[Reading], branch: str, path: Path) -> str:
     if not readings:
-        return f"{path} holds no ResNet"
+        return f"{path} holds no network of timm's"
     whole: dict[int, Reading] = {}
     for r in readings:
         if r.network.complete and not r.network.doubled and not r.reason:
@@ -366,7 +376,7 @@ def _incomplete(readings: list[Reading], branch: str, path: Path) -> str:
         return printable(f"{path}: " + "\n  ".join(lines))
     reasons = [r.network.match.reason for r in readings]
     if all(reasons):
-        return f"{path} holds no ResNet that can be judged: {reasons[0]}"
+        return f"{path} holds no network that can be judged: {reasons[0]}"
     nearest = min(
         readings,
         key=lambda r: (

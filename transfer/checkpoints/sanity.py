@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from transfer.checkpoints.architecture import COUNTER
 from transfer.checkpoints.backbone import Backbone
+from transfer.checkpoints.families.match import COUNTER
 
 NEVER_TRAINED = (
     "never trained: every running mean of BatchNorm is 0 and every counter 0, as in a freshly initialised "

@@ -1,4 +1,4 @@
-"""The ResNets in a file, wherever they lie and however their layers are named."""
+"""The containers of a file and the ResNets in them, wherever they lie and however their layers are named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from transfer.checkpoints.architecture import COUNTER, Match, match_arch
+from transfer.checkpoints.families.match import COUNTER, Match
+from transfer.checkpoints.families.resnet import match_arch
 from transfer.checkpoints.inert_values import Placeholder
 
 MAX_NODES = 200_000
@@ -51,7 +52,7 @@ class Container:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """Layers of a ResNet under one prefix of one container; `match` says whether it is complete."""
+    """Layers of a network under one prefix of one container; `match` says whether it is complete."""
 
     container: Container
     prefix: str
@@ -62,11 +63,17 @@ class Network:
     match: Match
     dialect: str
     """How its layers are named, where not as torchvision's: indexed, shortcut, ..."""
+    family: str = "resnet"
+    """resnet, vit, convnext or timm (others)."""
+    own_tensors: dict[str, Tensor] | None = None
+    """timm's name -> tensor where a family has them otherwise than the file; None: as `used` says."""
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
         """timm's name -> tensor, counters as scalars."""
-        return {name: _scalar(name, self.container.tensors[key]) for key, name in self.used.items()}
+        if self.own_tensors is not None:
+            return self.own_tensors
+        return {name: scalar(name, self.container.tensors[key]) for key, name in self.used.items()}
 
     @property
     def complete(self) -> bool:
@@ -78,7 +85,7 @@ class Network:
         """Where it lies and what it is, in words."""
         where = self.container.path or "the file's top"
         return (
-            f"{where} holds a {'complete ' if self.complete else ''}{self.match.arch or 'ResNet'} under "
+            f"{where} holds a {'complete ' if self.complete else ''}{self.match.arch or 'network'} under "
             + (f"`{self.prefix}`" if self.prefix else "no prefix")
         )
 
@@ -216,7 +223,7 @@ def _network(
         else:
             taken.add(target)
             used[key] = target
-    shapes = {target: tuple(_scalar(target, container.tensors[key]).shape) for key, target in used.items()}
+    shapes = {target: tuple(scalar(target, container.tensors[key]).shape) for key, target in used.items()}
     match = match_arch(shapes, arch=arch, hint=hint)
     return Network(
         container=container, prefix=prefix, used=used, doubled=tuple(doubled), match=match, dialect=dialect
@@ -294,7 +301,8 @@ def _renamed(name: str, moves: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def _scalar(name: str, tensor: Tensor) -> Tensor:
+def scalar(name: str, tensor: Tensor) -> Tensor:
+    """A counter of shape (1,), as older files have, as the scalar that it is."""
     return tensor.reshape(()) if name.endswith(COUNTER) and tuple(tensor.shape) == (1,) else tensor
 
 

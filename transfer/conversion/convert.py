@@ -35,6 +35,11 @@ def convert(settings: ConvertSettings) -> dict[str, Any]:
     from transfer.checkpoints.backbone import load_backbone
 
     loaded = load_backbone(settings.weights, settings)
+    if loaded.stem is None:
+        raise UserError(
+            f"{settings.weights} is a {loaded.arch}; only ResNets are converted for detectron2. Evaluate it "
+            "with knn or linear"
+        )
     if loaded.stem != "imagenet" or settings.last_stride == 1:
         asked = "--last-stride 1" if loaded.stem == "imagenet" else f"a {loaded.stem} stem"
         raise UserError(

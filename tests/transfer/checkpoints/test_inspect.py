@@ -138,7 +138,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture):
     save({"args": argparse.Namespace(a=1)}, tmp_path / "empty.pth")
     assert main(["inspect", str(tmp_path / "empty.pth")]) == 2
     shown = " ".join(capsys.readouterr().out.split())
-    assert "holds no ResNet: there are no tensors in it, only 'args'" in shown
+    assert "holds no network of timm's: there are no tensors in it, only 'args'" in shown
 
 
 def test_formats_are_listed_three_ways(capsys: pytest.CaptureFixture):

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 
-from pretrain.common.errors import UserError
-
-Shape = tuple[int, ...]
-COUNTER = "num_batches_tracked"
+from transfer.checkpoints.families.match import COUNTER, Match, Shape, compare, is_model, timm_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,26 +71,6 @@ _KINSHIP = {
 """Layers that only these networks have."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Match:
-    """An architecture and how the shapes differ from it; without any difference it is the one."""
-
-    arch: str | None
-    stem: str = "imagenet"
-    missing: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-    wrong: tuple[str, ...] = ()
-    reason: str = ""
-    """Why it can be none of timm's ResNets."""
-    counters_missing: bool = False
-    """BatchNorm's counters are not all there, as in files of PyTorch before 0.4.1."""
-
-    @property
-    def faults(self) -> int:
-        """How many keys are missing, left over or of a wrong shape; 0: it is this architecture."""
-        return len(self.missing) + len(self.extra) + len(self.wrong) + bool(self.reason)
-
-
 def match_arch(shapes: dict[str, Shape], *, arch: str | None = None, hint: str | None = None) -> Match:
     """The architecture with exactly these keys and shapes, else the nearest one and the differences.
 
@@ -104,21 +80,15 @@ def match_arch(shapes: dict[str, Shape], *, arch: str | None = None, hint: str |
     if reason:
         return Match(arch=None, reason=reason)
     if arch is not None:
-        return compare(shapes, arch)
+        return compare_with(shapes, arch)
     counts = blocks(shapes)
     near = [name for name in ARCHS if blocks(arch_shapes(name)) == counts]
-    if hint is not None and (hint in ARCHS or _is_model(hint)):
+    if hint is not None and (hint in ARCHS or is_model(hint)):
         near.insert(0, hint)
-    best = min((compare(shapes, name) for name in near), key=lambda match: match.faults, default=None)
+    best = min((compare_with(shapes, name) for name in near), key=lambda match: match.faults, default=None)
     if best is None or best.faults:
-        best = min((compare(shapes, name) for name in ARCHS), key=lambda match: match.faults)
+        best = min((compare_with(shapes, name) for name in ARCHS), key=lambda match: match.faults)
     return best
-
-
-def _is_model(name: str) -> bool:
-    import timm
-
-    return bool(timm.is_model(name))
 
 
 def fitting_others(shapes: dict[str, Shape]) -> list[str]:
@@ -127,7 +97,7 @@ def fitting_others(shapes: dict[str, Shape]) -> list[str]:
     return [
         name
         for name in OTHERS
-        if _is_model(name) and blocks(arch_shapes(name)) == counts and not compare(shapes, name).faults
+        if is_model(name) and blocks(arch_shapes(name)) == counts and not compare_with(shapes, name).faults
     ]
 
 
@@ -163,26 +133,13 @@ def _why_none(shapes: dict[str, Shape]) -> str:
     return ""
 
 
-def compare(shapes: dict[str, Shape], arch: str) -> Match:
+def compare_with(shapes: dict[str, Shape], arch: str) -> Match:
     """How `shapes` differ from timm's `arch`, with a CIFAR stem where conv1 is 3x3."""
     wanted = dict(arch_shapes(arch))
     cifar = shapes.get("conv1.weight", ())[2:] == (3, 3)
     if cifar and "conv1.weight" in wanted:
         wanted["conv1.weight"] = (*wanted["conv1.weight"][:2], 3, 3)
-    counters_missing = any(key.endswith(COUNTER) and key not in shapes for key in wanted)
-    wanted = {key: shape for key, shape in wanted.items() if key in shapes or not key.endswith(COUNTER)}
-    return Match(
-        arch=arch,
-        stem="cifar" if cifar else "imagenet",
-        missing=tuple(key for key in wanted if key not in shapes),
-        extra=tuple(key for key in shapes if key not in wanted),
-        wrong=tuple(
-            f"{key} is {spell(shapes[key])}, {arch} has {spell(wanted[key])}"
-            for key in wanted
-            if key in shapes and shapes[key] != wanted[key]
-        ),
-        counters_missing=counters_missing,
-    )
+    return compare(shapes, wanted, arch, stem="cifar" if cifar else "imagenet")
 
 
 def blocks(shapes: dict[str, Shape]) -> tuple[int, ...]:
@@ -199,17 +156,7 @@ def blocks(shapes: dict[str, Shape]) -> tuple[int, ...]:
 @functools.cache
 def arch_shapes(arch: str) -> dict[str, Shape]:
     """Key -> shape of timm's `arch` without its classifier. Raises UserError for a name that timm lacks."""
-    if arch in ARCHS:
-        return _shapes_of(ARCHS[arch])
-    import timm  # seconds: not for the usual ones
-    import torch
-
-    if not timm.is_model(arch):
-        near = difflib.get_close_matches(arch, timm.list_models("*resne*"), n=3) or list(ARCHS)[:3]
-        raise UserError(f"--arch {arch}: timm has no such model; did you mean {' or '.join(near)}?")
-    with torch.device("meta"):
-        model = timm.create_model(arch, num_classes=0)
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    return _shapes_of(ARCHS[arch]) if arch in ARCHS else timm_shapes(arch)
 
 
 def _shapes_of(plan: Plan) -> dict[str, Shape]:
@@ -251,8 +198,3 @@ def _shapes_of(plan: Plan) -> dict[str, Shape]:
                 norm(f"{block}.downsample.{int(plan.pooled) + 1}", out)
             before = out
     return shapes
-
-
-def spell(shape: Shape) -> str:
-    """64x3x7x7."""
-    return "x".join(map(str, shape)) or "a scalar"
