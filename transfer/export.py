@@ -44,8 +44,8 @@ def _export(settings: ExportSettings) -> dict[str, Any]:
         )
     if "without" in loaded.weights.get("options", {}):
         raise UserError(
-            f"{settings.weights} is a {loaded.arch} without its {loaded.weights['options']['without']}, which "
-            "timm cannot build; evaluate the file here"
+            f"{settings.weights} is a {loaded.arch} without its {loaded.weights['options']['without']}, "
+            "which timm cannot build; evaluate the file here"
         )
     if loaded.stem not in ("imagenet", None):
         raise UserError(

@@ -28,9 +28,9 @@ def other_networks(
 ) -> list[Network]:
     """Every prefix of the container with such a network behind it, the whole ones first.
 
-    `arch` and `heads` are what the user says, `hint` the architecture that the file names, which decides among
-    those of the same keys. A prefix is read by the first family that is complete there,
-    else by the first that it could be of.
+    `arch` and `heads` are what the user says, `hint` the architecture that the file names, which decides
+    among those of the same keys. A prefix is read by the first family that is complete there, else by the
+    first that it could be of.
     """
     families = dict(FAMILIES)
     if arch is not None:
