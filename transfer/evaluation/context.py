@@ -26,6 +26,7 @@ from transfer.evaluation.parts import check_pair, doubts_about
 from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
+from transfer.evaluation.tokens import Positions, needs_other_positions
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
 from transfer.options import (
     EvaluationSettings,
@@ -133,9 +134,16 @@ class Evaluation:
             "n": len(self.test) - self.unreadable.get("test", 0),
             "n_train": len(self.train) - self.unreadable.get("train", 0),
         }  # fmt: skip
+        if needs_other_positions(self.backbone.model, look.size):
+            found["positions"] = self.positions
         if self.test.name in ANY_IMAGES or self.train.notes or self.test.notes:
             found["images"] = contents_of(self.train, self.test)  # the name does not say which
         return found | dict(self.more_conditions)
+
+    @property
+    def positions(self) -> Positions:
+        """How a ViT's positions are resampled where its images have another size than it was trained on."""
+        return self.values.positions or self.backbone.weights.get("positions", "bicubic antialias")
 
     def deviations(self) -> list[str]:
         """Result.deviations."""
@@ -281,7 +289,7 @@ def judge_frozen(
     with process_group(timeout_min=24 * 60) as device:
         extractor = make_extractor(
             evaluation.backbone, evaluation.train, evaluation.transform, device,
-            evaluation.precision, stages,  # type: ignore[arg-type]
+            evaluation.precision, stages, positions=evaluation.positions,  # type: ignore[arg-type]
         )  # fmt: skip
         before = extractor.digest()
         settled = replace(evaluation, precision=extractor.precision)

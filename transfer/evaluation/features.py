@@ -32,13 +32,15 @@ from pretrain.data.workers import load
 from pretrain.network.small_maps import multiply_small_maps
 from transfer.checkpoints.backbone import Backbone, digest_of
 from transfer.evaluation.feature_cache import FORMAT, Broken, FeatureFolder, mapped
-from transfer.evaluation.pooled_features import LAST, Stages, widths_of
+from transfer.evaluation.pooled_features import LAST, network_of, widths_of
+from transfer.evaluation.tokens import Positions, at_size, needs_other_positions
 from transfer.evaluation.transforms import EvalTransform
 
 logger = logging.getLogger(__name__)
 
 TRIES = 3  # at making parts that turn out damaged or missing
 MOST_NAMED = 20  # images in an error's one line
+PIXELS = 256 * 224**2  # of a forward pass: larger images go in several, which bounds memory
 AGREEMENT = 0.05  # of the features' spread: the largest mean error at which bfloat16 is used by itself
 
 
@@ -59,15 +61,18 @@ class Extractor:
         *,
         grey: bool = False,
         stages: tuple[str, ...] = LAST,
+        positions: Positions = "bicubic antialias",
     ) -> None:
         self.grey, self.stages = grey, stages
+        self.positions = positions if needs_other_positions(model, transform.size) else None
         self.transform, self.device, self.precision = transform, device, precision
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self.module: nn.Module | None = None
         self.widths = {LAST[0]: (1 if grey else 3) * transform.size**2}
         if model is not None:
+            model = at_size(model, transform.size, positions)
             self.widths = widths_of(model, stages, transform.size)
-            model = model if stages == LAST else Stages(model, stages)
+            model = network_of(model, stages)
             module = _folded(model) if self.dtype == torch.bfloat16 else copy.deepcopy(model).eval()
             self.module = multiply_small_maps(module).to(
                 device, self.dtype, memory_format=torch.channels_last
@@ -77,6 +82,9 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, pixels_B3HW: Tensor) -> Tensor:
         """B x 3 x H x W uint8 -> B x D float32 on the device, without gradient."""
+        most = max(1, PIXELS // self.transform.size**2)
+        if len(pixels_B3HW) > most and self.module is not None:
+            return torch.cat([self(part) for part in pixels_B3HW.split(most)])
         x = self.transform.normalise(pixels_B3HW.to(self.device, non_blocking=True))
         if self.module is None:
             return (x[:, :1] if self.grey else x).flatten(1)
@@ -98,6 +106,8 @@ def _folded(model: nn.Module) -> nn.Module:
     from torch.fx.experimental.optimization import fuse
 
     model = copy.deepcopy(model).eval()
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return model
     try:
         return fuse(model)
     except Exception:  # untraceable: the unfolded copy computes the same
@@ -120,6 +130,7 @@ def make_extractor(
     precision: Literal["auto", "float32", "bfloat16"],
     stages: tuple[str, ...] = LAST,
     *,
+    positions: Positions | None = None,
     over_ranks: bool = True,
 ) -> Extractor:
     """The extractor in the precision asked for; `auto` tries bfloat16 on 128 images and compares.
@@ -129,11 +140,13 @@ def make_extractor(
     if backbone.model is None:
         grey = data.pixels is not None and data.pixels.ndim == 3
         return Extractor(None, transform, device, "float32", grey=grey)
-    exact = Extractor(backbone.model, transform, device, "float32", stages=stages)
+    how = positions or backbone.weights.get("positions", "bicubic antialias")
+    looks: dict[str, Any] = {"stages": stages, "positions": how}
+    exact = Extractor(backbone.model, transform, device, "float32", **looks)
     anywhere = partial(any_rank, device=device) if over_ranks else bool
     if precision == "float32" or (precision == "auto" and anywhere(not computes_bfloat16(device))):
         return exact
-    fast = Extractor(backbone.model, transform, device, "bfloat16", stages=stages)
+    fast = Extractor(backbone.model, transform, device, "bfloat16", **looks)
     if precision == "bfloat16":
         return fast
     picks = np.linspace(0, len(data) - 1, min(128, len(data)), dtype=int)
@@ -237,6 +250,8 @@ def _extract(
     }  # fmt: skip
     if extractor.stages != LAST:
         meta["stages"] = list(extractor.stages)
+    if extractor.positions is not None:
+        meta["positions"] = extractor.positions
     # rank 0's view of the files is all ranks'
     there = gather_objects(FeatureFolder.of(cache, meta, data, indices) if is_main() else None)[0]
     with there.lock() if is_main() else contextlib.nullcontext():

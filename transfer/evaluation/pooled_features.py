@@ -1,6 +1,7 @@
-"""The pooled outputs of several layers of a ResNet, side by side.
+"""The pooled outputs of several layers of a ResNet, or several tokens of a ViT, side by side.
 
-A set of features goes by the names of its stages: layer4 is the backbone's own output, layer3+layer4 both.
+A set of features goes by the names of its stages: layer4 is the backbone's own output (of any network), and
+layer3+layer4 both; those of a ViT's tokens are in `transfer.evaluation.tokens`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from pretrain.common.errors import UserError
+from transfer.evaluation.tokens import Tokens, atoms, is_tokens, token_width
 
 WINDOW = 6
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -24,10 +26,15 @@ WINDOWS = ("layer4 6x6",)
 
 def stages_of(features: Sequence[str]) -> tuple[str, ...]:
     """The stages that sets of features are made of, in the network's order. Raises ValueError for others."""
+    if features and all(map(is_tokens, features)) and len(set(features)) == len(features):
+        return tuple(dict.fromkeys(atom for name in features for atom in atoms(name)))
     for name in features:
         parts = name.split("+")
         if parts != [s for s in STAGES if s in parts]:
-            raise ValueError(f"features {name!r}: wanted one or more of {', '.join(STAGES)}, in order, by +")
+            raise ValueError(
+                f"features {name!r}: wanted one or more of {', '.join(STAGES)}, in order, by +, or a ViT's "
+                "tokens alone (cls, patches, last4.cls, cls.unnormed ...)"
+            )
     if not features or len(set(features)) < len(features):
         raise ValueError(f"features {list(features)}: wanted at least one set, and each once")
     return tuple(s for s in STAGES if any(s in name.split("+") for name in features))
@@ -35,12 +42,22 @@ def stages_of(features: Sequence[str]) -> tuple[str, ...]:
 
 def columns(features: str, widths: Mapping[str, int]) -> Tensor:
     """Where a set of features stands in the output of `Stages`, whose stages have these widths, in order."""
-    found, start = [], 0
+    starts, start = {}, 0
     for stage, width in widths.items():
-        if stage in features.split("+"):
-            found.append(torch.arange(start, start + width))
+        starts[stage] = torch.arange(start, start + width)
         start += width
-    return torch.cat(found)
+    return torch.cat([starts[stage] for stage in (atoms if is_tokens(features) else _stages)(features)])
+
+
+def _stages(features: str) -> tuple[str, ...]:
+    return tuple(features.split("+"))
+
+
+def network_of(backbone: nn.Module, stages: tuple[str, ...]) -> nn.Module:
+    """The network that gives these stages side by side; for LAST the backbone itself."""
+    if stages == LAST:
+        return backbone
+    return Tokens(backbone, stages) if stages[0].startswith("block-") else Stages(backbone, stages)
 
 
 class Stages(nn.Module):
@@ -78,11 +95,15 @@ def widths_of(backbone: nn.Module, stages: Sequence[str], size: int) -> dict[str
 
     Raises UserError for stages of a network that is none of timm's.
     """
-    image = next(backbone.parameters()).new_zeros(1, 3, size, size)
-    if not hasattr(backbone, "feature_info"):
+    if stages[0].startswith("block-"):
+        Tokens(backbone, stages)  # refuses what has no such tokens
+        return dict.fromkeys(stages, token_width(backbone))
+    if not hasattr(backbone, "layer4") or not hasattr(backbone, "feature_info"):
         if tuple(stages) != LAST:
             raise UserError("this protocol reads layers of a timm ResNet; the network given is not one")
-        return {LAST[0]: backbone(image).shape[1]}
+        image = next(backbone.parameters()).new_zeros(1, 3, size, size)
+        return {LAST[0]: copy.deepcopy(backbone).eval()(image).shape[1]}
+    image = next(backbone.parameters()).new_zeros(1, 3, size, size)
     if tuple(stages) == WINDOWS:
         return {WINDOWS[0]: Stages(copy.deepcopy(backbone).eval(), stages)(image).shape[1]}
     channels = {info["module"]: int(info["num_chs"]) for info in cast(Any, backbone).feature_info}

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
+from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import want
 
 PIL_MODES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -122,6 +123,11 @@ class ImageValues:
     """Given: images are normalised with it and `std` whatever the weights' file records."""
     std: tuple[float, ...] = IMAGENET_STD
     """Without `mean`: where the weights' file records none."""
+    features: tuple[str, ...] = LAST
+    """What the features are: layer4 is the network's own output, of whatever kind; layers of a ResNet or
+    tokens of a ViT, see `pooled_features` and `tokens`."""
+    positions: Literal["bicubic", "bicubic offset", "bicubic antialias"] | None = None
+    """How a ViT's positions are resampled for images of another size; None: as its writer does."""
     precision: Literal["auto", "float32"] = "auto"
     """Of the backbone. float32: as in the authors' code, which has no autocast."""
 

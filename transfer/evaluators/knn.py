@@ -12,6 +12,7 @@ from pretrain.data.transfer_sets import metric_of
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.context import Evaluation, judge_frozen, output_of, set_up
 from transfer.evaluation.features import Extractor
+from transfer.evaluation.pooled_features import LAST, stages_of
 from transfer.evaluation.protocol import load_protocol, want
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.transforms import ImageValues
@@ -35,6 +36,8 @@ class KnnProtocol(ImageValues):
         each = bool(self.ks) and min(self.ks) >= 1 and len(set(self.ks)) == len(self.ks)
         want(each, "ks", self.ks, "at least one number of neighbours, each once and 1 or more")
         want(0 < self.temperature < math.inf, "temperature", self.temperature, "a number above 0")
+        want(len(self.features) == 1, "features", self.features, "one set")
+        stages_of(self.features)
 
 
 def main(argv: list[str]) -> int:
@@ -59,7 +62,13 @@ def _evaluate(settings: KnnSettings, backbone: Backbone | None) -> list[Result]:
         raise UserError(
             f"{protocol} needs {max(values.ks)} neighbours and {train.root} holds {len(train)} images"
         )
-    return judge_frozen(evaluation, lambda settled, extractor: _judge(settled, extractor, values))
+    if evaluation.backbone.model is None and values.features != LAST:
+        raise UserError(
+            f"{protocol} reads layers or tokens of a backbone; evaluate raw-pixels with dino_knn@2"
+        )
+    return judge_frozen(
+        evaluation, lambda settled, extractor: _judge(settled, extractor, values), stages_of(values.features)
+    )
 
 
 def _judge(evaluation: Evaluation, extractor: Extractor, values: KnnProtocol) -> list[Result]:

@@ -33,8 +33,10 @@ from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
 from transfer.evaluation.context import Evaluation, output_of, set_up
 from transfer.evaluation.features import Decoded, image_batches
+from transfer.evaluation.pooled_features import LAST, network_of, stages_of
 from transfer.evaluation.protocol import load_protocol, want
 from transfer.evaluation.results import Clock, Result
+from transfer.evaluation.tokens import at_size, is_tokens
 from transfer.evaluation.transforms import ImageValues
 from transfer.evaluators.epoch_order import epoch_batches
 from transfer.evaluators.finetune import FineTuning, joined
@@ -79,6 +81,9 @@ class SemisupProtocol(ImageValues):
             want(shares, key, rates, "a rate for some of the shares '1', '10' and '100' (percent of labels)")
             finite = all(0 <= r < math.inf for r in rates.values())
             want(finite, key, rates, "rates of 0 (nothing is trained there) or more")
+        want(len(self.features) == 1, "features", self.features, "one set")
+        if self.features != LAST:
+            want(is_tokens(self.features[0]), "features", self.features, "layer4, or a ViT's tokens")
         same = set(self.lr_backbone) == set(self.lr_head)
         want(same, "lr_head", self.lr_head, f"rates for the shares of lr_backbone, {list(self.lr_backbone)}")
         want(self.batch >= 2, "batch", self.batch, "2 images or more")
@@ -177,8 +182,10 @@ class Run:
         self.lr_backbone, self.lr_head = values.rates(settings.label_percent)
         backbone = evaluation.backbone.model
         assert backbone is not None
+        sized = at_size(backbone, evaluation.transform.size, evaluation.positions)
+        network = network_of(sized, stages_of(values.features))
         self.learner = FineTuning(
-            backbone, classes=len(evaluation.train.classes), lr_backbone=self.lr_backbone,
+            network, classes=len(evaluation.train.classes), lr_backbone=self.lr_backbone,
             lr_head=self.lr_head, momentum=values.momentum, weight_decay=values.weight_decay,
             head_init=values.head_init, sync_bn=values.sync_bn, seed=settings.seed, dtype=self.dtype,
             device=device,
