@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "transfer export": (transfer, "export --weights none.pth --format timm"),
     "transfer report": (transfer, "report none"),
     "transfer scenes": (transfer, "scenes --data-dir none"),
+    "transfer spectrum": (transfer, f"spectrum {JUDGED}"),
     "transfer spectrum-study": (transfer, "spectrum-study --data-dir none"),
     "transfer train-net": (transfer, "train-net --config-file scenes_R18_FPN --random-init --num-gpus 0"),
     "slurm suite": (slurm, "suite --weights none.pth --tasks knn --data-dir none --dataset imagefolder"),

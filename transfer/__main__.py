@@ -20,6 +20,7 @@ COMMANDS = {
     "export": ("transfer.export", "write the backbone as files of another library"),
     "report": ("transfer.report.command", "tables and plots of all results, beside published numbers"),
     "scenes": ("transfer.detection.scenes", "compose a small detection data set from labelled images"),
+    "spectrum": ("transfer.spectrum.diagnosis", "what the spectrum of features says, without labels"),
     "spectrum-study": ("transfer.spectrum.study", "which transformations g(λ) avoid collapse"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pretrain.common.cli import parse_settings
 from pretrain.common.errors import UserError
+from pretrain.common.word_lists import spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +250,33 @@ class ExportSettings(WeightsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpectrumSettings(EvaluationSettings):
+    """Diagnose checkpoints by the spectrum of their features on training images; labels are not needed."""
+
+    weights: list[str]  # type: ignore[assignment]
+    """Checkpoint files in any known format, or raw-pixels; such as a run's checkpoint_epoch*.pt."""
+    protocol: str = "spectrum@1"
+    """Protocol NAME@VERSION (python -m transfer protocols lists them), or a YAML file of your own."""
+    views: bool = True
+    """Alignment and LiDAR, from several augmented views of each image. --no-views leaves them out."""
+    layers: bool = True
+    """The spectra of all four stages of a ResNet too, in one pass. --no-layers: of its output alone."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers out of range."""
+        super().__post_init__()
+        if not self.weights:
+            raise ValueError("--weights: wanted at least one checkpoint file")
+        if self.label is not None and len(self.weights) > 1:
+            raise ValueError(f"--label {self.label}: names one row, and --weights names {len(self.weights)}")
+
+    def of(self, weights: str) -> EvaluationSettings:
+        """The same for one of the checkpoints."""
+        names = (f.name for f in fields(EvaluationSettings))
+        return EvaluationSettings(**{n: getattr(self, n) for n in names} | {"weights": weights})
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudySettings:
     """Train with several spectral transformations and see which avoid collapse."""
 
@@ -340,10 +368,13 @@ class ScenesSettings:
 
 SETTINGS: dict[str, type] = {
     "inspect": InspectSettings, "knn": KnnSettings, "linear": LinearSettings, "semisup": SemisupSettings,
-    "convert": ConvertSettings, "export": ExportSettings, "spectrum-study": StudySettings,
+    "convert": ConvertSettings, "export": ExportSettings, "spectrum": SpectrumSettings,
+    "spectrum-study": StudySettings,
     "report": ReportSettings, "scenes": ScenesSettings,
 }  # fmt: skip
 """By the names of their commands."""
+LISTS = {"spectrum": ("--weights",)}
+"""Options that take several words."""
 POSITIONAL = {"inspect": ["file"], "report": ["dirs"]}
 
 
@@ -351,6 +382,6 @@ def parse(command: str, argv: Sequence[str]) -> Any:
     """The settings of `python -m transfer COMMAND`."""
     settings = SETTINGS[command]
     return parse_settings(
-        settings, argv, prog=f"python -m transfer {command}", description=settings.__doc__ or "",
-        positional=POSITIONAL.get(command, []),
+        settings, spread([*argv], LISTS.get(command, ())), prog=f"python -m transfer {command}",
+        description=settings.__doc__ or "", positional=POSITIONAL.get(command, []),
     )  # fmt: skip

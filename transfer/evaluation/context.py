@@ -33,6 +33,7 @@ from transfer.options import (
     KnnSettings,
     LinearSettings,
     SemisupSettings,
+    SpectrumSettings,
     WeightsOptions,
 )  # fmt: skip
 
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 ANY_IMAGES = ("imagefolder", "webdataset")
 WRITES = (
     "config.yaml", results.FILE, "progress.json", "linear.pt", "svm-parts", "checkpoint.pt", "epochs.json",
+    "spectra.json", "pictures",
 )  # fmt: skip
 
 
@@ -52,7 +54,9 @@ def output_of(settings: EvaluationSettings, task: str) -> AbstractContextManager
 def _is_evaluation(folder: Path) -> bool:
     """Whether an evaluator wrote a folder, by its settings or, without any, its results."""
     if (folder / "config.yaml").exists():
-        return any(settings_in(s)(folder) for s in (KnnSettings, LinearSettings, SemisupSettings))
+        return any(
+            settings_in(s)(folder) for s in (KnnSettings, LinearSettings, SemisupSettings, SpectrumSettings)
+        )
     try:
         return bool(results.read(folder))
     except ValueError:
@@ -104,7 +108,7 @@ def open_pair(settings: EvaluationSettings) -> tuple[ImageDataset, ImageDataset]
 class Evaluation:
     """One evaluation under way: writes the settings at its start and its results at its end."""
 
-    task: Literal["knn", "linear", "semisup"]
+    task: Literal["knn", "linear", "semisup", "spectrum"]
     settings: EvaluationSettings
     protocol: Protocol
     values: ImageValues

@@ -85,7 +85,12 @@ class Extractor:
         most = max(1, PIXELS // self.transform.size**2)
         if len(pixels_B3HW) > most and self.module is not None:
             return torch.cat([self(part) for part in pixels_B3HW.split(most)])
-        x = self.transform.normalise(pixels_B3HW.to(self.device, non_blocking=True))
+        return self.of_normalised(self.transform.normalise(pixels_B3HW.to(self.device, non_blocking=True)))
+
+    @torch.no_grad()
+    def of_normalised(self, x: Tensor) -> Tensor:
+        """The same of images B x 3 x H x W that are normalised already."""
+        x = x.to(self.device)
         if self.module is None:
             return (x[:, :1] if self.grey else x).flatten(1)
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)

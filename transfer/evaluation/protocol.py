@@ -26,7 +26,7 @@ from pretrain.common.cli import Parser
 from pretrain.common.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "protocols"
-TASKS = ("knn", "linear", "semisup")
+TASKS = ("knn", "linear", "semisup", "spectrum")
 
 Values = TypeVar("Values")
 
@@ -192,7 +192,7 @@ def all_protocols() -> list[Protocol]:
 
 def as_markdown() -> str:
     """All protocols with all their values as Markdown tables, one a task."""
-    lines = []
+    lines, protocols = [], all_protocols()
     for task in TASKS:
         lines += [
             f"### {task}",
@@ -200,7 +200,7 @@ def as_markdown() -> str:
             "| protocol | what it is | values | source | known to differ |",
             "| --- | --- | --- | --- | --- |",
         ]
-        for p in all_protocols():
+        for p in protocols:
             if p.task == task:
                 values = ", ".join(f"{k} {_spell(v)}" for k, v in p.values.items())
                 lines.append(f"| `{p}` ({p.hash}) | {p.title} | {values} | {p.source} | {p.differs} |")

@@ -38,7 +38,7 @@ LARGEST = 2**63
 class Result:
     """One figure or set of figures that one evaluation gave, with all that is needed to compare it."""
 
-    task: Literal["knn", "linear", "semisup", "detection", "segmentation", "keypoints"]
+    task: Literal["knn", "linear", "semisup", "detection", "segmentation", "keypoints", "spectrum"]
     dataset: str
     split: str
     """test, and in brackets which split of several, and what is missing of the set."""
@@ -47,7 +47,7 @@ class Result:
     metrics: dict[str, float]
     """In percent: knn top1_k20, top5_k20 … (and mean_per_class_k20 … where the data set is reported in it);
     linear and semisup top1, top5, mean_per_class or mAP; detection, segmentation and keypoints COCO's or
-    VOC's AP and AR."""
+    VOC's AP and AR. Of task spectrum in units of their own (transfer/spectrum/)."""
     protocol: dict[str, Any]
     """name, version and hash of its content; `differs`: what a detector's run has otherwise than the
     config of that name as it ships (the hash is then that of both)."""
@@ -96,7 +96,7 @@ class Result:
 
 def check(values: Mapping[str, Any]) -> None:
     """Raises ValueError unless what `values` holds of a Result's fields is of their kinds, its figures
-    percentages."""
+    percentages, but those of task spectrum."""
     for f in dataclasses.fields(Result):
         value, kinds = values.get(f.name), KINDS.get(str(f.type), (str,))
         if f.name in values and (
@@ -106,7 +106,7 @@ def check(values: Mapping[str, Any]) -> None:
     for name, value in values.get("metrics", {}).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} is {value!r:.60}, which is no number")
-        if not -1 <= value <= 100:
+        if values.get("task") != "spectrum" and not -1 <= value <= 100:
             raise ValueError(f"{name} is {value!r:.60}, which is no percentage")
     if values.get("n", 1) <= 0:
         raise ValueError("a result over no image")

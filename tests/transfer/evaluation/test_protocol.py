@@ -12,8 +12,11 @@ from transfer.evaluation.protocol import FOLDER, all_protocols, as_markdown, loa
 from transfer.evaluators.knn import KnnProtocol
 from transfer.evaluators.linear_protocol import LinearProtocol
 from transfer.evaluators.semisup import SemisupProtocol
+from transfer.spectrum.diagnosis import SpectrumProtocol
 
-CLASSES = {"knn": KnnProtocol, "linear": LinearProtocol, "semisup": SemisupProtocol}
+CLASSES = {
+    "knn": KnnProtocol, "linear": LinearProtocol, "semisup": SemisupProtocol, "spectrum": SpectrumProtocol,
+}  # fmt: skip
 TEXT = "task: knn\ntitle: t\nsource: s\nvalues:\n  ks: [3]\n  temperature: 1e-1\n"
 
 
@@ -73,6 +76,7 @@ mocov3_linear@2 01d9d1fa23c0
 simsiam_linear@1 701e6e438662
 simsiam_linear@2 154eb6a98661
 ssl_transfer_logreg@1 8390b2d12151
+spectrum@1 b8740815d42a
 svm_pooled@1 ed682fbd946a
 svm_pooled_low_shot@1 eadba190def2
 swav_linear@1 6608c2bf8e3c
@@ -114,7 +118,8 @@ def test_a_published_figure_is_claimed_in_the_authors_precision() -> None:
 def test_each_known_difference_is_in_the_documentation() -> None:
     said = {str(p): p.differs for p in all_protocols() if p.differs}
     assert "8,192" in said["voc07_svm@1"] and "overflows" in said["vissl_knn@2"]
-    assert all(text in as_markdown() for text in said.values())
+    shown = as_markdown()
+    assert all(text in shown for text in said.values())
 
 
 def test_published_values() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
@@ -44,8 +44,8 @@ class Picture:
 
     path: Path
     caption: str
-    detection: bool
-    """Whether it shows what a detector finds; else it is a plot of another command."""
+    section: Literal["predictions", "studies", "spectrum"]
+    """Where it belongs: what a detector finds, or plots of other commands."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -117,11 +117,19 @@ def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Ev
         found.studies.append(folder)
     if folder.name == "pictures":
         run = _label_and_seed(folder.parent, root)
-        detection = any((folder.parent / f).exists() for f in ("metrics.json", "results.jsonl"))
+        section = _section_of(folder.parent)
         for file in sorted(f for f in files - {*DRAWN_HERE} if f.lower().endswith(PICTURE_SUFFIXES)):
             caption = f"{run}: {Path(file).stem.replace('_', ' ')}"
-            found.pictures.append(Picture(path=folder / file, caption=caption, detection=detection))
+            found.pictures.append(Picture(path=folder / file, caption=caption, section=section))
     return name
+
+
+def _section_of(run: Path) -> Literal["predictions", "studies", "spectrum"]:
+    """Where the pictures of a run belong."""
+    if (run / "spectra.json").exists():
+        return "spectrum"
+    found = any((run / f).exists() for f in ("metrics.json", "results.jsonl"))
+    return "predictions" if found else "studies"
 
 
 def _results(path: Path, problems: list[str]) -> list[dict[str, Any]]:

@@ -23,7 +23,10 @@ TASK_NAMES = {
     "detection": "Box",
     "segmentation": "Mask",
     "keypoints": "Keypoint",
+    "spectrum": "Spectrum",
 }
+SPECTRUM = "spectrum"
+"""The task whose figures are no results to compare, but what may predict them."""
 SELECTIONS = ("last", "held-out", "best")
 """In the order in which one is taken for the headline: nothing selected on the reported split comes first."""
 PROPORTIONS = ("top1", "top5")
@@ -82,6 +85,9 @@ class Results:
 
     methods: tuple[str, ...]
     tasks: tuple[Task, ...]
+    """In the order of the report's columns; without those of `spectra`."""
+    spectra: tuple[Task, ...]
+    """Diagnoses of the spectrum."""
     groups: dict[tuple[str, Task, str], tuple[Record, ...]]
     notes: tuple[str, ...]
     run_names: dict[Path, str]
@@ -212,7 +218,8 @@ def group(evidence: Evidence, *, pool: bool = False) -> Results:
     )
     return Results(
         methods=tuple(methods),
-        tasks=tuple(sorted({task for _, task, _ in chosen})),
+        tasks=tuple(sorted({task for _, task, _ in chosen if task.name != SPECTRUM})),
+        spectra=tuple(sorted({task for _, task, _ in chosen if task.name == SPECTRUM})),
         groups=dict(sorted(chosen.items(), key=lambda item: (item[0][1], item[0][0], item[0][2]))),
         notes=tuple(notes),
         run_names={r.folder: names[id(r)] for r in evidence.records},

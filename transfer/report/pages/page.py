@@ -19,6 +19,7 @@ from transfer.report.evidence.labels import printable
 from transfer.report.pages import inventory, pictures, plots, statements, tables
 from transfer.report.pages.pictures import Shown
 from transfer.report.pages.plots import Plot
+from transfer.report.pages.spectrum import spectrum_tables
 from transfer.report.pages.statements import Finding
 from transfer.report.pages.study import read_study
 from transfer.report.pages.tables import Table
@@ -76,6 +77,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
     weights = inventory.judged(evidence)
     curves = plots.pretraining_plots(evidence.pretraining)
     detection = plots.detection_plots(evidence.detection, results)
+    spectra, predicted = spectrum_tables(results)
     sections = [
         Section(slug="differences", title="Differences", tables=_some(difference_table)),
         Section(slug="missing", title="Missing, failed and stale", tables=_some(missing)),
@@ -91,12 +93,16 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         Section(slug="detection", title="Detection and segmentation", plots=tuple(detection)),
         Section(
             slug="predictions", title="Predictions beside ground truth",
-            pictures=tuple(p for p in shown if p.detection),
+            pictures=tuple(p for p in shown if p.section == "predictions"),
         ),
         Section(
             slug="studies", title="Spectrum studies", tables=tuple(s.table for s in studies if s.table),
             points=tuple(line for s in studies for line in s.statements),
-            pictures=tuple(p for p in shown if not p.detection),
+            pictures=tuple(p for p in shown if p.section == "studies"),
+        ),
+        Section(
+            slug="spectrum", title="Spectrum", tables=spectra, points=predicted,
+            pictures=tuple(p for p in shown if p.section == "spectrum"),
         ),
         Section(
             slug="neighbours", title="Nearest neighbours", pictures=tuple(near), text=NEIGHBOURS_TEXT,

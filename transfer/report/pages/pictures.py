@@ -24,7 +24,7 @@ class Shown:
 
     name: str
     """File name under OUTPUT/pictures."""
-    detection: bool = False
+    section: str = "studies"
     caption: str
     data: bytes
     mime: str
@@ -64,7 +64,7 @@ def _prepare(picture: Picture, number: str) -> Shown:
         width, height = _size_of_svg(raw)
         return Shown(
             name=f"{number}.svg", caption=picture.caption, data=raw, mime="image/svg+xml", width=width,
-            height=height, detection=picture.detection,
+            height=height, section=picture.section,
         )  # fmt: skip
     with Image.open(io.BytesIO(raw)) as image:
         image.load()
@@ -78,7 +78,7 @@ def _prepare(picture: Picture, number: str) -> Shown:
     suffix = ".jpg" if mime == "image/jpeg" else ".png"
     return Shown(
         name=number + suffix, caption=picture.caption, data=raw, mime=mime, width=width, height=height,
-        detection=picture.detection,
+        section=picture.section,
     )  # fmt: skip
 
 

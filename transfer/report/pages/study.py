@@ -37,7 +37,7 @@ def read_study(folder: Path, number: int) -> Study:
     heads, *body = rows or [[]]
     body = [row for row in body if len(row) == len(heads)]
     pictures = [
-        Picture(path=file, caption=f"{title}: {file.stem}", detection=False)
+        Picture(path=file, caption=f"{title}: {file.stem}", section="studies")
         for file in sorted(folder.glob("*.svg"))
     ]
     return Study(

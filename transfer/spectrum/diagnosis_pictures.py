@@ -1,0 +1,93 @@
+"""Pictures of a diagnosis: spectra of all checkpoints and of each one's layers, ranks by number of images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pretrain.common.files import atomic_path
+from transfer.evaluation.pooled_features import STAGES
+
+LAYERS = dict(zip(STAGES, ("res2", "res3", "res4", "res5")))
+"""The stages as detectron2 calls them."""
+LEAST_SHARE = 1e-12
+"""Smaller shares are rounding, and off the plots."""
+
+
+def draw(spectra: Mapping[str, Any], folder: Path) -> None:
+    """Write spectra.svg, images.svg and, where there are several layers, layers.svg into `folder`."""
+    found = sorted(spectra.values(), key=lambda s: (s["step"], s["name"]))
+    folder.mkdir(exist_ok=True)
+    _save(_all(found), folder / "spectra.svg")
+    _save(_by_images(found), folder / "images.svg")
+    several = [s for s in found if len(s["layers"]) > 1]
+    if several:
+        _save(_layers(several), folder / "layers.svg")
+
+
+def _all(found: list[dict[str, Any]]) -> Figure:
+    """The output's spectrum of every checkpoint on one log-log plot; by training step where they have one."""
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for i, one in enumerate(found):
+        _line(axis, [*one["layers"].values()][-1], _label(one, found), i / max(len(found) - 1, 1))
+    axis.legend(fontsize=7)
+    return figure
+
+
+def _layers(found: list[dict[str, Any]]) -> Figure:
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, sharey=True, sharex=True
+    )
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, one in zip(axes.flat, found):
+        for i, (stage, values) in enumerate(one["layers"].items()):
+            _line(axis, values, LAYERS.get(stage, stage), i / max(len(one["layers"]) - 1, 1))
+        axis.set_title(one["name"], fontsize=8)
+    axes.flat[0].legend(fontsize=7)
+    return figure
+
+
+def _by_images(found: list[dict[str, Any]]) -> Figure:
+    """RankMe by the number of images: it rises until there are several times as many as features."""
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for i, one in enumerate(found):
+        ns = [int(n) for n in one["by_images"]]
+        ranks = [m["rankme"] for m in one["by_images"].values()]
+        colour = plt.cm.viridis(0.9 * i / max(len(found) - 1, 1))  # type: ignore[attr-defined]
+        axis.plot(ns, ranks, "o-", ms=3, label=_label(one, found), color=colour)
+    axis.set_xscale("log")
+    axis.set_xlabel("images")
+    axis.set_ylabel("RankMe")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def _line(axis: Axes, eigenvalues: list[float], label: str, place: float) -> None:
+    total = sum(eigenvalues) or 1.0
+    shares = [v / total for v in eigenvalues if v / total > LEAST_SHARE]
+    colour = plt.cm.viridis(0.9 * place)  # type: ignore[attr-defined]
+    axis.loglog(range(1, len(shares) + 1), shares, label=label, color=colour, lw=1.2)
+    axis.set_xlabel("eigenvalue, from the largest")
+    axis.set_ylabel("share of the sum")
+
+
+def _label(one: dict[str, Any], found: list[dict[str, Any]]) -> str:
+    steps = len({s["step"] for s in found}) > 1
+    return f"{one['name']}, step {one['step']:,}" if steps and one["step"] else one["name"]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as aside:
+        figure.savefig(aside, format="svg", bbox_inches="tight")
+    plt.close(figure)
