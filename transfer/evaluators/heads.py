@@ -13,12 +13,15 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import batch_norm
 
 from pretrain.common.collectives import sum_over_ranks
+from pretrain.common.process_group import is_main
 from transfer.evaluation.protocol import want
 
-Optimizer = Literal["sgd", "lars", "adam", "adamw"]
+Optimizer = Literal["sgd", "lars", "lars_weights", "adam", "adamw"]
 Schedule = Literal["constant", "cosine", "cosine_by_epoch", "steps", "exponential"]
+NORM_EPSILON = 1e-6  # MAE's main_linprobe.py
 LARS_TRUST = 0.001  # SimSiam's main_lincls.py with apex's LARC(clip=False)
 
 
@@ -53,12 +56,16 @@ def rate_factor(
     milestones: Sequence[int] = (),
     gamma: float = 0.1,
     final: float = 0.0,
+    warmup_epochs: int = 0,
 ) -> float:
-    """The learning rate at `step` as a share of the first one.
+    """The learning rate at `step` as a share of the first one, which a linear warm-up from 0 comes to.
 
     cosine: final + (1 - final)(1 + cos(pi t)) / 2 with t by step, or by whole epoch; steps: times `gamma`
     at each milestone epoch; exponential: final ** (epoch / epochs).
     """
+    if step < warmup_epochs * steps_per_epoch:
+        return step / (warmup_epochs * steps_per_epoch)
+    step, epochs = step - warmup_epochs * steps_per_epoch, epochs - warmup_epochs
     epoch = step // steps_per_epoch
     if schedule == "constant":
         return 1.0
@@ -135,13 +142,21 @@ class HeadGrid:
         self.steps += 1
         rate, decay = self._rates[:, None] * factor, self._decays[:, None]
         for parameter, gradient, slots in zip(self.parameters, gradients, self.slots):
-            self._update(parameter, gradient, slots, rate, decay)
+            bias = parameter is self.parameters[1]
+            self._update(parameter, gradient, slots, rate, decay, bias=bias)
         return sum_over_ranks(loss) / count
 
-    def _update(self, p: Tensor, g: Tensor, slots: list[Tensor], rate: Tensor, decay: Tensor) -> None:
-        """torch.optim's rules, head by head."""
-        if self.optimizer in ("sgd", "lars"):
-            g = g + decay * p
+    def _update(
+        self, p: Tensor, g: Tensor, slots: list[Tensor], rate: Tensor, decay: Tensor, *, bias: bool
+    ) -> None:
+        """torch.optim's rules, head by head; lars_weights is MAE's util/lars.py, with SGD for the bias."""
+        if self.optimizer in ("sgd", "lars", "lars_weights"):
+            if self.optimizer == "lars_weights":
+                if not bias:
+                    g = g + decay * p
+                    g = g * _trust(p, g, torch.zeros_like(decay), epsilon=0.0)
+            else:
+                g = g + decay * p
             if self.optimizer == "lars":
                 g = g * _trust(p, g - decay * p, decay)
             slots[0].mul_(self.momentum).add_(g)
@@ -180,8 +195,16 @@ class HeadGrids:
     """
 
     def __init__(
-        self, sets: Mapping[str, Tensor], classes: int, *, device: torch.device | None = None, **options: Any
+        self,
+        sets: Mapping[str, Tensor],
+        classes: int,
+        *,
+        device: torch.device | None = None,
+        norm_batch: int | None = None,
+        **options: Any,
     ) -> None:
+        width = 1 + max(int(index.max()) for index in sets.values())
+        self.norm = None if norm_batch is None else FeatureNorm(width, norm_batch, device)
         self._columns = {name: index.to(device) for name, index in sets.items()}
         self.grids = {
             name: HeadGrid(len(index), classes, device=device, **options) for name, index in sets.items()
@@ -199,10 +222,12 @@ class HeadGrids:
 
     def logits(self, x_BD: Tensor) -> Tensor:
         """B x H x C."""
+        x_BD = x_BD if self.norm is None else self.norm.evaluated(x_BD)
         return torch.cat([grid.logits(x) for grid, x in self._each(x_BD)], 1)
 
     def step(self, x_BD: Tensor, labels_B: Tensor, *, factor: float) -> Tensor:
         """HeadGrid's step in each; the mean loss of every head (H). All ranks must call."""
+        x_BD = x_BD if self.norm is None else self.norm.trained(x_BD)
         return torch.cat([grid.step(x, labels_B, factor=factor) for grid, x in self._each(x_BD)])
 
     def finite(self) -> Tensor:
@@ -216,18 +241,51 @@ class HeadGrids:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint."""
-        return {name: grid.state() for name, grid in self.grids.items()}
+        norm = {} if self.norm is None else {"norm": self.norm.running}
+        return {name: grid.state() for name, grid in self.grids.items()} | norm
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up `state`. Raises ValueError for that of other sets or another grid."""
+        state = dict(state)
+        if self.norm is not None:
+            for mine, theirs in zip(self.norm.running, state.pop("norm"), strict=True):
+                mine.copy_(theirs)
         if list(state) != list(self.grids):
             raise ValueError(f"heads on {', '.join(state)}, wanted {', '.join(self.grids)}")
         for name, grid in self.grids.items():
             grid.load(state[name])
 
 
-def _trust(p: Tensor, gradient: Tensor, decay: Tensor) -> Tensor:
+class FeatureNorm:
+    """BatchNorm of the features without weight and bias, as MAE's linear probe has it before its head.
+
+    A training batch is normalised in groups of about `images`, each by its own statistics, as by a rank of
+    theirs; evaluation takes the running ones (momentum 0.1) of the first group of rank 0.
+    """
+
+    def __init__(self, width: int, images: int, device: torch.device | None) -> None:
+        self.images = images
+        self.running = (torch.zeros(width, device=device), torch.ones(width, device=device))
+
+    def trained(self, x_BD: Tensor) -> Tensor:
+        """B x D normalised by the groups' statistics; the running ones are updated. All ranks must call."""
+        groups = list(x_BD.chunk(max(1, round(len(x_BD) / self.images))))
+        done = []
+        for i, group in enumerate(groups):
+            mean, var = (r if i == 0 else r.clone() for r in self.running)
+            done.append(batch_norm(group, mean, var, training=True, momentum=0.1, eps=NORM_EPSILON))
+        for running in self.running:
+            running.copy_(sum_over_ranks(running if is_main() else torch.zeros_like(running)))
+        return torch.cat(done)
+
+    def evaluated(self, x_BD: Tensor) -> Tensor:
+        """B x D normalised by the running statistics."""
+        mean, var = self.running
+        return batch_norm(x_BD, mean, var, training=False, eps=NORM_EPSILON)
+
+
+def _trust(p: Tensor, gradient: Tensor, decay: Tensor, epsilon: float = 1e-8) -> Tensor:
     """LARC's factor, one a head: trust |p| / (|g| + decay |p|), 1 where either norm is 0."""
     norm, slope = p.norm(dim=(0, 2), keepdim=True), gradient.norm(dim=(0, 2), keepdim=True)
-    ratio = LARS_TRUST * norm / (slope + decay * norm + 1e-8)
+    ratio = LARS_TRUST * norm / (slope + decay * norm + epsilon)
     return torch.where((norm > 0) & (slope > 0), ratio, torch.ones_like(ratio))

@@ -185,7 +185,7 @@ def heads_of(
     """The protocol's grid of heads at its start; `sets`: by name, which columns of the features are of it."""
     return HeadGrids(
         sets, classes, rates=values.rates, decays=values.weight_decays, optimizer=values.optimizer,
-        momentum=values.momentum, init=values.init, seed=seed, device=device,
+        momentum=values.momentum, init=values.init, seed=seed, device=device, norm_batch=values.norm_batch,
     )  # fmt: skip
 
 
@@ -210,6 +210,7 @@ def train_heads(
             factor = rate_factor(
                 values.schedule, step=done, steps_per_epoch=steps, epochs=values.epochs,
                 milestones=values.milestones, gamma=values.gamma, final=values.final,
+                warmup_epochs=values.warmup_epochs,
             )  # fmt: skip
             loss = heads.step(x_BD, labels_B, factor=factor)
             done += 1

@@ -40,6 +40,11 @@ class LinearProtocol(ImageValues):
     gamma: float = 0.1
     final: float = 0.0
     """Learning rate at the end, as a share of the first."""
+    warmup_epochs: int = 0
+    """Epochs in which the rate rises from 0 by step."""
+    norm_batch: int | None = None
+    """Given: features go through a BatchNorm without weight and bias, and of a training batch so many images
+    are normalised together, as many as a GPU had."""
     init: Literal["normal", "uniform"] = "normal"
     pooling: Literal["average", "6x6"] = "average"
     """Of the last stage's map: to one number a channel, or, for svm, by windows of 6 x 6 with stride 1."""
@@ -78,6 +83,10 @@ class LinearProtocol(ImageValues):
             want(getattr(self, key) >= least, key, getattr(self, key), f"{least} or more")
         if self.steps_per_epoch is not None:
             want(self.steps_per_epoch >= 1, "steps_per_epoch", self.steps_per_epoch, "1 or more")
+        if self.norm_batch is not None:
+            want(self.norm_batch >= 2, "norm_batch", self.norm_batch, "2 or more")
+        warm = 0 <= self.warmup_epochs < self.epochs
+        want(warm, "warmup_epochs", self.warmup_epochs, "0 or more, fewer than epochs")
         want(all(k >= 1 for k in self.shots), "shots", self.shots, "numbers of 1 or more")
         exponential = self.schedule == "exponential"
         low = 0 < self.final <= 1 if exponential else 0 <= self.final <= 1

@@ -25,7 +25,7 @@ from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
 from transfer.evaluators.epoch_order import epoch_batches, steps_of
-from transfer.evaluators.heads import HeadGrid, rate_factor
+from transfer.evaluators.heads import HeadGrid, HeadGrids, rate_factor
 from transfer.evaluators.linear_features import held_out_part, held_out_split
 from transfer.evaluators.logreg import fit_logreg
 
@@ -413,3 +413,55 @@ def test_a_choice_needs_held_out_images(protocol: str, cifar_folder: Path, tmp_p
     with pytest.raises(UserError, match="logreg needs held_out_percent above 0"):
         mine = own(tmp_path, method="logreg", augmentation=False, costs=[1.0])
         linear.main(argv("raw-pixels", tmp_path, tmp_path / "o", mine))
+
+
+def test_maes_probe_equals_its_modules() -> None:
+    """BatchNorm1d(affine=False, eps=1e-6), Linear and LARS of matrices alone, with a warm-up, in float64.
+
+    LARS by hand (https://github.com/facebookresearch/mae, util/lars.py): the weight's gradient times
+    0.001 |W| / |g|, the bias' as it is; momentum 0.9. The rate by its util/lr_sched.py.
+    """
+    torch.manual_seed(0)
+    rate, width, classes, steps, per_epoch = 6.4, 5, 3, 6, 2
+    heads = HeadGrids(
+        {"all": torch.arange(width)}, classes, rates=[rate], decays=[0.0], optimizer="lars_weights", seed=1,
+        norm_batch=8,
+    )  # fmt: skip
+    grid = heads.grids["all"]
+    grid.parameters = [p.double() for p in grid.parameters]
+    grid.slots = [[s.double() for s in slots] for slots in grid.slots]
+    assert heads.norm is not None
+    heads.norm.running = tuple(r.double() for r in heads.norm.running)
+    norm = torch.nn.BatchNorm1d(width, affine=False, eps=1e-6).double()
+    weight, bias = grid.parameters[0][:, 0].T.clone(), grid.parameters[1][0, 0].clone()
+    momenta = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for step in range(steps):
+        x, y = torch.randn(16, width, dtype=torch.float64) * 3 + 1, torch.randint(0, classes, (16,))
+        epoch = step / per_epoch
+        factor = epoch / 1 if epoch < 1 else 0.5 * (1 + math.cos(math.pi * (epoch - 1) / (3 - 1)))
+        assert rate_factor(
+            "cosine", step=step, steps_per_epoch=per_epoch, epochs=3, warmup_epochs=1
+        ) == pytest.approx(factor)
+        heads.step(x, y, factor=factor)
+        first, second = x.chunk(2)  # as two GPUs of 8 images; the first one's statistics are kept
+        other = torch.nn.functional.batch_norm(second, None, None, training=True, eps=1e-6)
+        z = torch.cat([norm.train()(first), other])
+        parameters = [weight.requires_grad_(True), bias.requires_grad_(True)]
+        loss = cross_entropy(z @ weight.T + bias, y)
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            scaled = gradients[0] * (0.001 * weight.norm() / gradients[0].norm())
+            for parameter, gradient, momentum in zip(parameters, (scaled, gradients[1]), momenta):
+                momentum.mul_(0.9).add_(gradient)
+                parameter.sub_(rate * factor * momentum)
+        weight, bias = weight.detach(), bias.detach()
+    torch.testing.assert_close(grid.parameters[0][:, 0].T, weight, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(grid.parameters[1][0, 0], bias, rtol=1e-6, atol=1e-9)
+    x = torch.randn(4, width, dtype=torch.float64)
+    torch.testing.assert_close(heads.logits(x)[:, 0], norm.eval()(x) @ weight.T + bias, rtol=1e-6, atol=1e-8)
+    again = HeadGrids(
+        {"all": torch.arange(width)}, classes, rates=[rate], decays=[0.0], optimizer="lars_weights", seed=2,
+        norm_batch=8,
+    )  # fmt: skip
+    again.load(heads.state())  # a probe that goes on has the running statistics too
+    torch.testing.assert_close(again.logits(x.float()), heads.logits(x).float(), rtol=1e-4, atol=1e-5)
