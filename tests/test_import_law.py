@@ -40,7 +40,7 @@ LAYERS = {
     "slurm.steps": (),
 }
 """Each sub-package, and those of its own package that it may import."""
-LEAVES = {"transfer.options"}
+LEAVES = {"transfer.options", "transfer.correlation"}
 """Modules on top that anything may import: they import nothing of their package."""
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

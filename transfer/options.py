@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pretrain.common.cli import parse_settings
 from pretrain.common.errors import UserError
 from pretrain.common.word_lists import spread
+from pretrain.objectives.expression import Expression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +279,7 @@ class SpectrumSettings(EvaluationSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """Train with several spectral transformations and see which avoid collapse."""
+    """Train with several spectral transformations and objectives and see which avoid collapse."""
 
     data_dir: str
     """Folder of the data set."""
@@ -292,8 +293,14 @@ class StudySettings:
     """The p of g(λ) = λ^−p; 0 transforms nothing; p = 1/2, hard whitening, is always there."""
     iterations: tuple[int, ...] = (2, 4, 7)
     """The T of IterNorm alone; INTL has T = 4."""
+    transforms: tuple[str, ...] = ("1/(λ+0.1)^0.5", "min(λ^-0.5, 10)")
+    """Further g(λ), as `pretrain --transform` takes them."""
+    objectives: tuple[
+        Literal["vicreg", "barlow_twins", "w_mse", "frossl", "mmcr", "coding_rate", "sigreg"], ...
+    ] = ("vicreg", "barlow_twins", "w_mse", "frossl", "mmcr", "coding_rate", "sigreg")
+    """Objectives beside them, at their published weights."""
     seeds: int = 3
-    """Runs of each transformation."""
+    """Runs of each transformation and objective."""
     steps: int = 120
     """Training steps of a run."""
     batch: int = 128
@@ -314,6 +321,8 @@ class StudySettings:
         side = self.batch if self.whitening == "channel" else self.features
         if side <= 8 or self.batch < 2 or self.features < 2:
             raise ValueError(f"--batch and --features must be more than 8, got {self.batch}, {self.features}")
+        for text in self.transforms:
+            Expression(text)
         if any(t < 1 for t in self.iterations):
             raise ValueError(f"--iterations must be at least 1 each, got {list(self.iterations)}")
 

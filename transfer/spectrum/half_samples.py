@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-Z = 1.959964
-"""Standard normal quantile of a two-sided 95 % interval."""
+from transfer.correlation import Z
 
 
 def intervals(

@@ -13,11 +13,14 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from pretrain.common.files import atomic_path, write_text
+from transfer.correlation import FEWEST, kendall
 
 Runs = list[dict[str, Any]]
 
 LEAST_STEPS = 100
 """Shorter runs have hardly left the initialisation, where nothing has collapsed yet."""
+CONTROLS = ("control", "pixels")
+"""Kinds of runs in which nothing is trained."""
 EVEN = 0.9
 """Below this evenness eigenvalues are far from equal."""
 
@@ -44,11 +47,12 @@ def statement(groups: dict[str, Runs], *, title: str) -> str:
     """What was measured, which instances avoided collapse, and where that differs from the paper."""
     lines = [
         f"# Spectrum study: {title}", "",
-        "Means over seeds, with the standard deviation where there are several. Of the last logged batch: "
+        "Means over seeds, with the standard deviation where there are several. Objectives have their "
+        "gradient clipped to length 1. Of the last logged batch: "
         "condition number of the column-centred covariance (median), RankMe, and evenness: the entropy rank "
         "of the covariance's spectrum as a share of what is possible (1: all eigenvalues equal). The loss is "
         "that above its floor, which INTL's penalty has.", "",
-        "| transformation | runs | collapsed or diverged | loss − floor | condition number | RankMe "
+        "| trained with | runs | collapsed or diverged | loss − floor | condition number | RankMe "
         "| evenness before | evenness after | 20-NN top-1 % |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
@@ -57,28 +61,37 @@ def statement(groups: dict[str, Runs], *, title: str) -> str:
         conditions = [r["log"][-1]["condition_number"] for r in logged]
         lines.append(
             f"| {name} | {len(runs)} | {sum(_failed(r) for r in runs)} "
-            f"| {_mean([_above_floor(r['log'][-1], r) for r in logged])} "
+            f"| {_mean([_above_floor(r['log'][-1], r) for r in logged if r['floor'] is not None])} "
             f"| {f'{statistics.median(conditions):.2g}' if conditions else '–'} "
             f"| {_mean([r['log'][-1]['rankme'] for r in logged])} "
             f"| {_mean(_evenness_of(runs, 'eigenvalues'))} | {_mean(_evenness_of(runs, 'transformed'))} "
             f"| {_mean([r['knn_top1'] for r in runs if r['knn_top1'] is not None])} |"
         )
-    lines += ["", *_findings(groups), "", *_failures(groups)]
+    lines += [
+        "",
+        *_findings(groups),
+        *_beside_controls(groups),
+        "",
+        *_failures(groups),
+        *_predictions(groups),
+        "",
+    ]
     lines += ["![spectra](spectra.svg)", "", "![curves](curves.svg)", "", "![k-NN](knn.svg)"]
     return "\n".join(lines) + "\n"
 
 
 def _findings(groups: dict[str, Runs]) -> list[str]:
     """The paper's claims beside what these runs say."""
-    ends = [r["log"][-1]["step"] for runs in groups.values() for r in runs if r["diverged"] is None]
+    ends = [r["log"][-1]["step"] for runs in groups.values() for r in runs if r["log"] and not r["diverged"]]
     steps = max(ends, default=LEAST_STEPS)
     if steps < LEAST_STEPS:
         return [
             f"- Too short to judge: after {steps} steps nothing here says which transformation avoids "
             f"collapse, or whether the paper's claims hold. Take at least {LEAST_STEPS} steps."
         ]
-    safe = [name for name, runs in groups.items() if not any(_failed(r) for r in runs)]
-    lost = [name for name in groups if name not in safe]
+    trained = [name for name, runs in groups.items() if runs[0]["kind"] not in CONTROLS]
+    safe = [name for name in trained if not any(_failed(r) for r in groups[name])]
+    lost = [name for name in trained if name not in safe]
     lines = [
         f"- Avoided collapse in all seeds: {', '.join(safe) or 'none'}.",
         f"- Collapsed or diverged in at least one seed: {', '.join(lost) or 'none'}.",
@@ -101,6 +114,53 @@ def _findings(groups: dict[str, Runs]) -> list[str]:
             f"be checked. Here, without a verdict: {told}."
         )
     return [*lines, *_evenness_finding(groups, steps)]
+
+
+def _beside_controls(groups: dict[str, Runs]) -> list[str]:
+    """Whether training was of use: 20-NN beside that of the same network untrained, and of the pixels."""
+    top1 = {n: _top1(runs) for n, runs in groups.items()}
+    control = [n for n in groups if groups[n][0]["kind"] == "control" and top1[n]]
+    if not control:
+        return []
+    least = statistics.mean(top1[control[0]])
+    below = [
+        n for n in groups
+        if groups[n][0]["kind"] not in CONTROLS and top1[n] and statistics.mean(top1[n]) <= least
+    ]  # fmt: skip
+    told = "; ".join(
+        f"{n} {_mean(top1[n])} %" for n in groups if groups[n][0]["kind"] in CONTROLS and top1[n]
+    )
+    return [f"- 20-NN without training: {told}. Not above the random control: {', '.join(below) or 'none'}."]
+
+
+def _predictions(groups: dict[str, Runs]) -> list[str]:
+    """Kendall's τ between the metrics of the features' spectrum and 20-NN, over what was trained."""
+    trained = [
+        [r for r in runs if r["knn_top1"] is not None]
+        for runs in groups.values() if runs[0]["kind"] not in CONTROLS
+    ]  # fmt: skip
+    trained = [runs for runs in trained if runs]
+    names = dict.fromkeys(name for runs in trained for r in runs for name in r.get("spectrum", {}))
+    if len(trained) < FEWEST:
+        return [f"{len(trained)} ways to train: too few to say whether a spectrum predicts 20-NN."]
+    lines = [
+        "Does the spectrum of the backbone's features predict 20-NN? Kendall's τ over the ways to train, "
+        "each the mean over its seeds, with a 95 % interval.", "",
+        "| metric | n | τ | interval |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for name in names:
+        both = [
+            (statistics.mean([r["spectrum"][name] for r in runs]), statistics.mean(_top1(runs)))
+            for runs in trained if all(name in r["spectrum"] for r in runs)
+        ]  # fmt: skip
+        tau, low, high = kendall(*zip(*both)) if both else (None, 0.0, 0.0)
+        told = f"{tau:.2f} | {low:.2f} to {high:.2f}" if tau is not None else "– | too few"
+        lines.append(f"| {name.replace('_', ' ')} | {len(both)} | {told} |")
+    return [*lines, ""]
+
+
+def _top1(runs: Runs) -> list[float]:
+    return [r["knn_top1"] for r in runs if r["knn_top1"] is not None]
 
 
 def _outcome(runs: Runs) -> str:
@@ -147,12 +207,12 @@ def _failed(run: dict[str, Any]) -> bool:
 
 
 def _above_floor(entry: dict[str, Any], run: dict[str, Any]) -> float:
-    return entry["loss"] - run["floor"]
+    return entry["loss"] - (run["floor"] or 0.0)
 
 
 def _evenness_of(runs: Runs, key: str) -> list[float]:
     """Of the last logged batch of each run that logged any."""
-    return [_evenness(r["log"][-1][key], r) for r in runs if r["log"]]
+    return [_evenness(r["log"][-1][key], r) for r in runs if r["log"] and key in r["log"][-1]]
 
 
 def _evenness(eigenvalues: list[float], run: dict[str, Any]) -> float:
@@ -175,6 +235,7 @@ def _mean(values: list[float]) -> str:
 
 def _spectra(groups: dict[str, Runs]) -> Figure:
     """Eigenvalues as shares of their sum, over training: one panel an instance, seed 0, light to dark."""
+    groups = {name: runs for name, runs in groups.items() if runs[0]["kind"] != "pixels"}
     columns = 4
     rows = -(-len(groups) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.4 * rows), squeeze=False, sharey=True)
@@ -203,9 +264,10 @@ def _curves(groups: dict[str, Runs]) -> Figure:
         axes, (("loss", "loss − floor"), ("condition_number", "condition number"), ("rankme", "RankMe"))
     ):
         for i, (name, runs) in enumerate(groups.items()):
-            log = runs[0]["log"]
+            log = runs[0]["log"] if runs[0]["floor"] is not None or key != "loss" else []  # another scale
             values = [_above_floor(e, runs[0]) if key == "loss" else e[key] for e in log]
-            axis.plot([e["step"] for e in log], values, label=name, color=plt.cm.tab20(i % 20))  # type: ignore[attr-defined]
+            colour = plt.cm.tab20(i % 20)  # type: ignore[attr-defined]
+            axis.plot([e["step"] for e in log], values, "-" if i < 20 else "--", label=name, color=colour)
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         if key == "condition_number":

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from tests.helpers.report_data import record, write_lines
+from transfer.correlation import kendall
 from transfer.report import command
 from transfer.report.evidence.collect import collect
 from transfer.report.evidence.grouping import group
-from transfer.report.evidence.prediction import interval_of_tau, predictions
+from transfer.report.evidence.prediction import predictions
 
 
 def _lines(i: int, top1: float, rankme: float, ap: float | None = None) -> list[dict[str, Any]]:
@@ -79,10 +80,10 @@ def test_too_few_checkpoints_are_said_to_be(tmp_path: Path) -> None:
     assert "Which checkpoint each metric would choose" in text
 
 
-def test_an_interval_of_tau() -> None:
+def test_an_kendall() -> None:
     x = [1.0, 2, 3, 4, 5]
-    assert interval_of_tau(x[:4], x[:4])[0] is None and interval_of_tau(x, [1.0] * 5)[0] is None
-    tau, low, high = interval_of_tau(x, x)
+    assert kendall(x[:4], x[:4])[0] is None and kendall(x, [1.0] * 5)[0] is None
+    tau, low, high = kendall(x, x)
     assert tau == high == pytest.approx(1) and low == pytest.approx(
         math.tanh(math.atanh(0.9) - 1.2957), abs=1e-3
     )

@@ -21,15 +21,23 @@ def test_study_runs_goes_on_and_draws(cifar_folder: Path, tmp_path: Path) -> Non
     argv = [
         "--dataset", "imagefolder", "--data-dir", str(cifar_folder), "--output", str(tmp_path),
         "--steps", "2", "--seeds", "2", "--batch", "16", "--features", "24",
-        "--powers", "[0.25]", "--iterations", "[4]",
-        "--bank", "60", "--queries", "20",
+        "--powers", "[0.25]", "--iterations", "[4]", "--transforms", '["min(λ^-0.5, 10)"]',
+        "--objectives", "[vicreg, w_mse, sigreg]", "--bank", "60", "--queries", "20",
     ]  # fmt: skip
     study.main(argv)
     runs = read_jsonl(tmp_path / "runs.jsonl")
-    assert [(r["instance"], r["seed"]) for r in runs] == [
-        (name, seed) for seed in (0, 1) for name in ("λ^-0.25", "hard whitening", "IterNorm T=4", "INTL")
-    ]
-    for run in runs:
+    names = [
+        "λ^-0.25", "hard whitening", "min(λ^-0.5, 10)", "IterNorm T=4", "INTL", "VICReg", "W-MSE", "SIGReg",
+        "random control", "raw pixels",
+    ]  # fmt: skip
+    assert [(r["instance"], r["seed"]) for r in runs] == [(name, seed) for seed in (0, 1) for name in names]
+    pixels = [r for r in runs if r["kind"] == "pixels"]
+    assert [r["log"] for r in pixels] == [[], []] and pixels[0]["knn_top1"] == pixels[1]["knn_top1"]
+    control = next(r for r in runs if r["kind"] == "control")
+    # nothing is trained, and another batch has another spectrum
+    assert control["log"][0]["loss"] != control["log"][-1]["loss"]
+    assert all(r["spectrum"]["rankme"] > 1 for r in runs)
+    for run in (r for r in runs if r["kind"] not in ("pixels", "objective")):
         assert run["diverged"] is None and 0 <= run["knn_top1"] <= 100
         assert len(run["log"][0]["eigenvalues"]) == 16
         assert sum(run["log"][0]["eigenvalues"]) == pytest.approx(1)
@@ -37,22 +45,25 @@ def test_study_runs_goes_on_and_draws(cifar_folder: Path, tmp_path: Path) -> Non
         if run["kind"] == "hard":  # all eigenvalues 1
             assert run["log"][-1]["transformed"] == pytest.approx([1.0] * 16, abs=1e-4)
     # the same weights and batches: what is measured before the first step differs in nothing but the loss
-    assert runs[0]["log"][0]["eigenvalues"] == runs[3]["log"][0]["eigenvalues"]
-    assert runs[0]["log"][0]["eigenvalues"] != runs[4]["log"][0]["eigenvalues"]
+    assert runs[0]["log"][0]["eigenvalues"] == runs[5]["log"][0]["eigenvalues"]
+    assert runs[0]["log"][0]["eigenvalues"] != runs[10]["log"][0]["eigenvalues"]
+    text = (tmp_path / "study.md").read_text()
+    assert "| VICReg | 2 |" in text and "| raw pixels | 2 | 0 | – | – | – | – | – |" in text
+    assert "Kendall's τ over the ways to train" in text and "| rankme | 8 |" in text
     for picture in ("spectra.svg", "curves.svg", "knn.svg"):
         assert "<svg" in (tmp_path / picture).read_text()
     lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]))  # the last run was cut off
     study.main(argv)
     again = read_jsonl(tmp_path / "runs.jsonl")
-    assert len(again) == 8 and again[-1]["log"] == runs[-1]["log"]
+    assert again[:-1] == runs[:-1] and again[-1]["knn_top1"] == runs[-1]["knn_top1"]
     with pytest.raises(UserError, match="other settings"):
         study.main([*argv, "--lr", "0.5"])
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
-    for wrong in ({"batch": 8}, {"seeds": 0}, {"iterations": (0,)}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+    for wrong in ({"batch": 8}, {"seeds": 0}, {"iterations": (0,)}, {"transforms": ("λ.sum()",)}):
+        with pytest.raises(ValueError, match="λ.sum" if "transforms" in wrong else next(iter(wrong))):
             StudySettings(data_dir=".", output=".", **wrong)
 
 
@@ -61,13 +72,16 @@ def test_a_run_that_diverges_at_once_is_told(cifar_folder: Path, tmp_path: Path)
     argv = [
         "--dataset", "imagefolder", "--data-dir", str(cifar_folder), "--output", str(tmp_path),
         "--steps", "2", "--seeds", "1", "--batch", "16", "--features", "12", "--whitening", "batch",
-        "--powers", "[60]", "--iterations", "[4]", "--bank", "60", "--queries", "20",
+        "--powers", "[60]", "--iterations", "[4]", "--bank", "60", "--queries", "20", "--transforms", "[]",
+        "--objectives", "[]",
     ]  # fmt: skip
     for _ in range(2):
         study.main(argv)
         runs = {r["instance"]: r for r in read_jsonl(tmp_path / "runs.jsonl")}
-        assert list(runs) == ["λ^-60", "hard whitening", "IterNorm T=4", "INTL"]
-        assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
+        assert list(runs) == [
+            "λ^-60", "hard whitening", "IterNorm T=4", "INTL", "random control", "raw pixels"
+        ]  # fmt: skip
+        assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 6
         lost = runs["λ^-60"]
         assert lost["log"] == [] and lost["knn_top1"] is None and lost["diverged"] == lost["verdict"]
         text = (tmp_path / "study.md").read_text()
@@ -86,7 +100,7 @@ def test_evenness_is_never_beyond_one(whitening: str, batch: int, features: int,
     settings = StudySettings(
         data_dir=".", output=".", whitening=whitening, batch=batch, features=features  # type: ignore[arg-type]
     )  # fmt: skip
-    assert study.possible_rank(settings) == wanted
+    assert study.possible_rank(settings, features) == wanted
     hard = next(i for i in study.instances(settings) if i.kind == "hard")
     z = torch.randn(batch, features, generator=torch.Generator().manual_seed(0))
     spectra = study._spectra(z, hard, settings)

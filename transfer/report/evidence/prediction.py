@@ -8,13 +8,10 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from scipy.stats import kendalltau
-
+from transfer.correlation import kendall
 from transfer.report.evidence.grouping import Results, Task
 from transfer.report.evidence.records import Record
 
-FEWEST = 5
-"""Of 4 checkpoints in perfect order the two-sided p is 2 / 4! = 0.083: no τ of fewer than 5 says anything."""
 DENSE = ("detection", "segmentation", "keypoints")
 BETTER = {
     "rankme": 1, "decay": 0, "stable_rank": 1, "entropy_rank": 1, "condition_number": -1, "largest_share": -1,
@@ -64,29 +61,11 @@ def _prediction(metric: str, task: Task, pairs: Sequence[tuple[str, float, float
     sign = BETTER[metric]
     good = [sign * m if sign else -abs(m - 1) for m in metrics]
     chosen, best = good.index(max(good)), values.index(max(values))
-    tau, low, high = interval_of_tau(metrics, values)
+    tau, low, high = kendall(metrics, values)
     return Prediction(
         metric=metric, task=task, n=len(pairs), tau=tau, low=low, high=high, chosen=names[chosen],
         best=names[best], loss=values[best] - values[chosen],
     )  # fmt: skip
-
-
-def interval_of_tau(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float, float]:
-    """Kendall's τ-b with a 95 % interval; None of fewer than FEWEST, or without an order.
-
-    arctanh τ has the variance 0.437 / (n − 4) (Fieller, Hartley and Pearson 1957, Biometrika 44, 470–481).
-    A τ of ±1, whose arctanh is infinite, is taken for that of half a discordant pair.
-    """
-    n = len(x)
-    if n < FEWEST:
-        return None, math.nan, math.nan
-    tau = float(kendalltau(x, y).statistic)
-    if math.isnan(tau):
-        return None, math.nan, math.nan
-    most = 1 - 2 / (n * (n - 1))
-    z, margin = math.atanh(max(-most, min(most, tau))), 1.959964 * math.sqrt(0.437 / (n - 4))
-    low, high = math.tanh(z - margin), math.tanh(z + margin)
-    return tau, min(low, tau), max(high, tau)
 
 
 def _spectra(results: Results) -> dict[str, tuple[str, Record]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from transfer.correlation import FEWEST
 from transfer.report.evidence.grouping import Results, Task
-from transfer.report.evidence.prediction import BETTER, DENSE, FEWEST, Prediction, predictions
+from transfer.report.evidence.prediction import BETTER, DENSE, Prediction, predictions
 from transfer.report.evidence.records import Record
 from transfer.report.pages.tables import Cell, Table, cell, table
 
