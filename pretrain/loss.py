@@ -18,7 +18,7 @@ from pretrain.objectives.spectral import SpectralFunction, power
 from pretrain.objectives.views import ObjectiveLoss
 from pretrain.objectives.volume import coding_rate_loss, frossl_loss, mmcr_loss
 from pretrain.objectives.whitening import spectral_loss, w_mse_loss
-from pretrain.settings import TITLES, Settings
+from pretrain.settings import Settings
 
 Loss = Callable[[list[Tensor], int], INTLLoss | ObjectiveLoss]
 """Of the views' embeddings and the step they belong to."""
@@ -83,15 +83,6 @@ def floor_of(settings: Settings) -> float | None:
         settings.batch_global, settings.projector_output, iterations=settings.iterations,
         trade_off=settings.trade_off, whitening=settings.whitening, momentum_target=settings.ema,
     )  # fmt: skip
-
-
-def method_of(settings: Settings) -> str:
-    """The objective's name as papers write it, or the transformation in its place."""
-    if settings.power is not None:
-        return f"λ^-{settings.power:g}"
-    if settings.transform is not None:
-        return f"g(λ) = {settings.transform}"
-    return TITLES[settings.loss_name]
 
 
 def transformation(settings: Settings) -> SpectralFunction:

@@ -250,6 +250,13 @@ class Settings:
         transformed = self.power is not None or self.transform is not None
         return self.objective or ("power" if transformed else "intl")
 
+    @property
+    def method(self) -> str:
+        """The objective's name as papers write it, or the transformation in its place."""
+        if self.power is not None:
+            return f"λ^-{self.power:g}"
+        return f"g(λ) = {self.transform}" if self.transform is not None else TITLES[self.loss_name]
+
     def per_view(self, name: str) -> list[float]:
         """The values of a per-view setting, one for each view."""
         values = getattr(self, name)

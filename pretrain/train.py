@@ -41,7 +41,7 @@ from pretrain.data.loader import (
 )
 from pretrain.diagnostics import collapse, diagnose
 from pretrain.learner import Learner, choose_dtype
-from pretrain.loss import Loss, floor_of, loss_of, method_of
+from pretrain.loss import Loss, floor_of, loss_of
 from pretrain.metrics import LossLog, MetricsWriter
 from pretrain.network.model import SHALLOW, build_backbone
 from pretrain.optim import ema_momentum_at, lr_at
@@ -163,7 +163,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
             hook=hook
         )  # fmt: skip
         if is_main():
-            source = f"{method_of(settings)} pretraining"
+            source = f"{settings.method} pretraining"
             _write_backbones(settings, learner, step=plan.steps, source=source)
             logger.info(
                 "wrote %s; peak memory %.1f GiB", output / "backbone.safetensors", peak_memory_gib(device)

@@ -254,7 +254,7 @@ def _results(loaded: Backbone, folder: Path | None) -> str:
     if folder is None:
         return "None recorded here; `python -m transfer knn` and `linear` measure them."
     from transfer.report.evidence.collect import collect
-    from transfer.report.evidence.grouping import group
+    from transfer.report.evidence.grouping import SPECTRUM, group
     from transfer.report.pages.statements import verdict
     from transfer.report.pages.tables import to_markdown
 
@@ -262,7 +262,7 @@ def _results(loaded: Backbone, folder: Path | None) -> str:
         return (weights.get("sha256"), weights.get("branch", "online")) == (loaded.sha256, loaded.branch)
 
     evidence = collect([folder])
-    evidence.records = [record for record in evidence.records if of_these(record["weights"] or {})]
+    evidence.records = [r for r in evidence.records if of_these(r["weights"] or {}) and r["task"] != SPECTRUM]
     if not evidence.records:
         raise UserError(
             f"--results {folder}: no result there is of these weights (sha256 {loaded.sha256[:12]}, "

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pretrain.common.collectives import all_reduce
 from pretrain.common.process_group import world_size
-from pretrain.objectives.spectral import no_autocast, product
-from pretrain.objectives.views import ObjectiveLoss, stacked
+from pretrain.objectives.spectral import product
+from pretrain.objectives.views import ObjectiveLoss, checked, stacked
 
 
 def sigreg_loss(
@@ -40,7 +40,7 @@ def sigreg_loss(
     with `momentum_target` view 0 is a constant without SIGReg. Raises ValueError for `global_views` out of
     range.
     """
-    with no_autocast(embeddings[0]):
+    with checked(embeddings):
         z_VnD = stacked(embeddings, momentum_target=momentum_target)
         v, n, d = z_VnD.shape
         if global_views is not None and not 1 <= global_views <= v:

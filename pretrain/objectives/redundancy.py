@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pretrain.objectives.spectral import no_autocast, product
-from pretrain.objectives.views import ObjectiveLoss, Views, joined, of_both
+from pretrain.objectives.spectral import product
+from pretrain.objectives.views import JoinedViews, ObjectiveLoss, checked, joined, of_both
 
 
 def vicreg_loss(
@@ -36,7 +36,7 @@ def vicreg_loss(
     ranks must call, forward and backward. With `momentum_target` view 0 is a constant and has no v and c.
     Raises ValueError as `pretrain.objectives.views.joined` does.
     """
-    with no_autocast(embeddings[0]):
+    with checked(embeddings):
         views = joined(embeddings, momentum_target=momentum_target)
         z_VNd, total, d = views
         n = z_VNd.shape[1]
@@ -62,7 +62,7 @@ def barlow_twins_loss(
     standardisation is that of the BatchNorm layer in https://github.com/facebookresearch/barlowtwins.
     Shapes, ranks and errors as in `vicreg_loss`.
     """
-    with no_autocast(embeddings[0]):
+    with checked(embeddings):
         views = joined(embeddings, momentum_target=momentum_target)
         z_VNd = views.z_VNd - views.z_VNd.mean(1, keepdim=True)
         n = z_VNd.shape[1]
@@ -73,7 +73,7 @@ def barlow_twins_loss(
         return ObjectiveLoss(alignment + penalty, alignment, penalty)
 
 
-def _off_diagonal(views: Views) -> Tensor:
+def _off_diagonal(views: JoinedViews) -> Tensor:
     """Σ_{i≠j} (Zᵀ Z)_ij² of each view (V)."""
     gram_VMM = views.gram()
     if gram_VMM.shape[1] == views.features:
@@ -81,7 +81,7 @@ def _off_diagonal(views: Views) -> Tensor:
     return gram_VMM.square().sum((1, 2)) - views.total(views.z_VNd.square().sum(1).square().sum(1))
 
 
-def _off_diagonal_with_first(views: Views) -> Tensor:
+def _off_diagonal_with_first(views: JoinedViews) -> Tensor:
     """Σ_{i≠j} (Z_0ᵀ Z_a)_ij² of each view a >= 1 (V − 1)."""
     z_VNd = views.z_VNd
     if z_VNd.shape[1] >= views.features:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pretrain.common.collectives import all_reduce, gather_rows, split_features
 from pretrain.common.process_group import world_size
-from pretrain.objectives.spectral import product, wide
+from pretrain.objectives.spectral import no_autocast, product, wide
 
 
 class ObjectiveLoss(NamedTuple):
@@ -27,7 +27,7 @@ class ObjectiveLoss(NamedTuple):
     """What keeps the embeddings from collapsing; 0 where that is no term of its own."""
 
 
-class Views(NamedTuple):
+class JoinedViews(NamedTuple):
     """The embeddings of V views on all ranks: all N images with this rank's share of the features."""
 
     z_VNd: Tensor
@@ -36,7 +36,7 @@ class Views(NamedTuple):
     features: int
     """D."""
 
-    def with_values(self, z_VNd: Tensor) -> Views:
+    def with_values(self, z_VNd: Tensor) -> JoinedViews:
         """Other values of the same images and features."""
         return self._replace(z_VNd=z_VNd)
 
@@ -60,9 +60,14 @@ def check_views(embeddings: Sequence[Tensor]) -> None:
         raise ValueError(f"all views must be N x D embeddings of one shape, got {sorted(shapes)}")
 
 
-def joined(embeddings: Sequence[Tensor], *, momentum_target: bool) -> Views:
-    """The checked views of all ranks in float32, or float64 if given; view 0 a constant with a momentum
-    target.
+def checked(embeddings: Sequence[Tensor]) -> torch.autocast:
+    """A block outside autocast for views that are as `check_views` wants them."""
+    check_views(embeddings)
+    return no_autocast(embeddings[0])
+
+
+def joined(embeddings: Sequence[Tensor], *, momentum_target: bool) -> JoinedViews:
+    """The views of all ranks in float32 (float64 if given), view 0 a constant with a momentum target.
 
     Where N < D each rank gets a share of the features, else all of them. All ranks must call, forward and
     backward, outside autocast. Raises ValueError as `check_views` does, and for fewer than 2 images or
@@ -71,13 +76,12 @@ def joined(embeddings: Sequence[Tensor], *, momentum_target: bool) -> Views:
     z_VnD = stacked(embeddings, momentum_target=momentum_target)
     _, n, d = z_VnD.shape
     if n * world_size() < d:
-        return Views(*all_images(z_VnD), d)
-    return Views(gather_rows(z_VnD), lambda value: value, d)
+        return JoinedViews(*all_images(z_VnD), d)
+    return JoinedViews(gather_rows(z_VnD), lambda value: value, d)
 
 
 def stacked(embeddings: Sequence[Tensor], *, momentum_target: bool) -> Tensor:
-    """The checked views of this rank as one V x n x D tensor; raises as `joined` does."""
-    check_views(embeddings)
+    """The views of this rank as one V x n x D tensor; raises as `joined` does."""
     n, d = embeddings[0].shape[0] * world_size(), embeddings[0].shape[1]
     if min(n, d) < 2:
         raise ValueError(f"embeddings must be N x D with N, D >= 2, got N = {n}, D = {d}")

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pretrain.objectives.spectral import no_autocast, require_finite
-from pretrain.objectives.views import ObjectiveLoss, Views, joined
+from pretrain.objectives.spectral import require_finite
+from pretrain.objectives.views import JoinedViews, ObjectiveLoss, checked, joined
 
 TINY = 1e-12
 """The least length that something is divided by, as in torch.nn.functional.normalize."""
@@ -34,7 +34,7 @@ def frossl_loss(
     length √D. Shapes, ranks and errors as in `pretrain.objectives.redundancy.vicreg_loss`; with
     `momentum_target` view 0 is a constant without entropy.
     """
-    with no_autocast(embeddings[0]):
+    with checked(embeddings):
         views = joined(embeddings, momentum_target=momentum_target)
         v, n, _ = views.z_VNd.shape
         z_VNd = views.z_VNd - views.z_VNd.mean(1, keepdim=True)
@@ -62,7 +62,7 @@ def mmcr_loss(
     `pretrain.objectives.redundancy.vicreg_loss`; raises ValueError also where an embedding is not finite.
     The alignment is the local term: C alone aligns too.
     """
-    with no_autocast(embeddings[0]):
+    with checked(embeddings):
         views = _unit_rows(joined(embeddings, momentum_target=momentum_target))
         z_VNd = views.z_VNd.double()
         penalty = -_nuclear_norm(views.with_values(z_VNd.mean(0, keepdim=True)).gram()).sum()
@@ -90,7 +90,7 @@ def coding_rate_loss(
     by Cholesky, in float64 whatever is given. Shapes, ranks and errors as in `mmcr_loss`; with
     `momentum_target` view 0 is a constant without a rate.
     """
-    with no_autocast(embeddings[0]):
+    with checked(embeddings):
         views = _unit_rows(joined(embeddings, momentum_target=momentum_target))
         z_VNd, total, d = views
         n = z_VNd.shape[1]
@@ -106,7 +106,7 @@ def coding_rate_loss(
         return ObjectiveLoss(alignment + penalty, alignment, penalty)
 
 
-def _unit_rows(views: Views) -> Views:
+def _unit_rows(views: JoinedViews) -> JoinedViews:
     """Each embedding scaled to length 1."""
     squares_VN1 = views.total(views.z_VNd.square().sum(2, keepdim=True))
     return views.with_values(views.z_VNd / squares_VN1.clamp_min(TINY**2).sqrt())

@@ -16,12 +16,11 @@ from pretrain.common.collectives import gather_rows
 from pretrain.objectives.spectral import (
     SpectralFunction,
     Whitening,
-    no_autocast,
     spectral_transform,
     whiten,
     wide,
 )
-from pretrain.objectives.views import ObjectiveLoss, check_views, stacked
+from pretrain.objectives.views import ObjectiveLoss, checked, stacked
 
 
 def spectral_loss(
@@ -36,10 +35,9 @@ def spectral_loss(
     What Section 3 of the paper compares: g = λ^-1/2 is hard whitening. Shapes and ranks as in `intl_loss`;
     every rank transforms the embeddings of all. Raises ValueError as `intl_loss` and `spectral_transform` do.
     """
-    check_views(embeddings)
-    if momentum_target:
-        embeddings = [embeddings[0].detach(), *embeddings[1:]]
-    with no_autocast(embeddings[0]):
+    with checked(embeddings):
+        if momentum_target:
+            embeddings = [embeddings[0].detach(), *embeddings[1:]]
         whole = [gather_rows(wide(z_nD)) for z_nD in embeddings]
         target_ND, *others = (spectral_transform(z_ND, g, whitening=whitening) for z_ND in whole)
         return torch.stack([2 - 2 * cosine_similarity(z, target_ND, dim=1).mean() for z in others]).mean()
@@ -58,7 +56,7 @@ def w_mse_loss(
     Raises ValueError for sub-batches that do not divide N or hold no more than D images, and for a
     covariance that is not positive definite.
     """
-    with no_autocast(embeddings[0]):
+    with checked(embeddings):
         z_VND = gather_rows(stacked(embeddings, momentum_target=momentum_target))
         v, n, d = z_VND.shape
         size = min(n, 2 * d) if sub_batch is None else sub_batch

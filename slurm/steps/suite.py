@@ -166,10 +166,12 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
     targets: list[Target] = []
     images = Images(dataset=asked.labelled, data_dir=Path(asked.data_dir or ".").resolve())
     if asked.recipe:
-        extra, seed = asked.options_of("pretrain"), asked.pretrain_seed
-        steps.append(tasks.pretraining(root, asked.recipe, images, seed, extra, asked.pretraining))
+        extra, seed, settings = asked.options_of("pretrain"), asked.pretrain_seed, asked.pretraining
+        # "INTL" of a power too: so it stands in steps that are recorded as done
+        label = "INTL" if settings is None or settings.power is not None else settings.method
+        steps.append(tasks.pretraining(root, asked.recipe, images, seed, extra, settings))
         targets.append(Target(
-            name="intl", label="INTL", weights=str(root / "pretrain" / BACKBONES[asked.branch]),
+            name="intl", label=label, weights=str(root / "pretrain" / BACKBONES[asked.branch]),
             read=WeightsOptions(branch=asked.branch), depends_on=("pretrain",),
         ))  # fmt: skip
         if asked.control:

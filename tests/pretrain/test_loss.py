@@ -12,7 +12,7 @@ import torch
 from pretrain.checkpoint import load_checkpoint
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import read_jsonl
-from pretrain.loss import floor_of, loss_of, method_of
+from pretrain.loss import floor_of, loss_of
 from pretrain.objectives.gaussian import sigreg_loss
 from pretrain.objectives.intl import intl_loss, loss_floor
 from pretrain.objectives.redundancy import barlow_twins_loss, vicreg_loss
@@ -50,10 +50,10 @@ def test_each_objective_is_the_function_of_its_name(ema: bool) -> None:
 
 
 def test_names_and_floors() -> None:
-    assert method_of(settings()) == method_of(settings(objective="intl")) == "INTL"
-    assert method_of(settings(objective="barlow_twins")) == "Barlow Twins"
-    assert method_of(settings(power=0.5)) == "λ^-0.5" and floor_of(settings(power=0.5)) == 0
-    assert method_of(settings(transform="1/(λ+0.1)^0.5")) == "g(λ) = 1/(λ+0.1)^0.5"
+    assert settings().method == settings(objective="intl").method == "INTL"
+    assert settings(objective="barlow_twins").method == "Barlow Twins"
+    assert settings(power=0.5).method == "λ^-0.5" and floor_of(settings(power=0.5)) == 0
+    assert settings(transform="1/(λ+0.1)^0.5").method == "g(λ) = 1/(λ+0.1)^0.5"
     assert floor_of(settings()) == loss_floor(160, 64) and floor_of(settings(objective="mmcr")) is None
 
 

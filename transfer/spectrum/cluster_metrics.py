@@ -73,6 +73,8 @@ def neural_collapse(x_ND: np.ndarray | Tensor, labels_N: np.ndarray) -> dict[str
     means_KD = means_KD / torch.bincount(index)[:, None]
     centred_KD = means_KD - means_KD.mean(0)
     _, s, v = torch.linalg.svd(centred_KD / k**0.5, full_matrices=False)
+    if not s[0] > 0:  # all classes at one point: no ratio
+        return {}
     kept = s > s[0] * max(centred_KD.shape) * torch.finfo(x.dtype).eps
     within = (x - means_KD[index]) @ v[kept].T  # Σ_B⁺ = V S⁻² Vᵀ: no D x D matrix
     norms = centred_KD.norm(dim=1)
