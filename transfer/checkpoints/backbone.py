@@ -289,7 +289,11 @@ def _listed(value: Any) -> list[Any]:
 def check_metadata(metadata: dict[str, str], path: str | Path) -> None:
     """Raises UserError for metadata that an evaluation cannot go by."""
     whole, three = "a whole number of px", "three numbers, such as 0.5,0.5,0.5"
-    for name, wanted in (("stem_padding", whole), ("image_size", whole), ("mean", three), ("std", three)):
+    heads, ways = "a whole number", "bicubic, bicubic offset or bicubic antialias"
+    for name, wanted in (
+        ("stem_padding", whole), ("image_size", whole), ("mean", three), ("std", three), ("heads", heads),
+        ("positions", ways),
+    ):  # fmt: skip
         text = metadata.get(name)
         if text and not _fits(name, text):
             said = f"its metadata say {name}: {text[:80]!r}; wanted {wanted}: write the file anew"
@@ -297,10 +301,12 @@ def check_metadata(metadata: dict[str, str], path: str | Path) -> None:
 
 
 def _fits(name: str, text: str) -> bool:
+    if name == "positions":
+        return text in ("bicubic", "bicubic offset", "bicubic antialias")
     try:
         numbers = [float(x) for x in text.split(",")]
     except ValueError:
         return False
     if name in ("mean", "std"):
         return len(numbers) == 3 and all(map(math.isfinite, numbers)) and (name == "mean" or min(numbers) > 0)
-    return text.isdigit() and (name == "stem_padding" or numbers[0] > 0)
+    return text.isdigit() and len(text) < 6 and (name == "stem_padding" or numbers[0] > 0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from transfer.checkpoints.families.kinds import FAMILIES, Family, of_arch, places
 from transfer.checkpoints.families.match import Match, is_model
+from transfer.checkpoints.families.resnet import ARCHS
 from transfer.checkpoints.search import Container, Network, networks, scalar
 
 
@@ -34,7 +37,7 @@ def other_networks(
     """
     families = dict(FAMILIES)
     if arch is not None:
-        own = of_arch(arch)
+        own = of_arch(arch) if arch not in ARCHS else None
         families = {"timm": own} if own is not None else {}
         families |= {name: family for name, family in FAMILIES.items() if name != "timm"}
     found: dict[str, Network] = {}
@@ -75,16 +78,29 @@ def _network(
     tensors = {target: scalar(target, container.tensors[key]) for key, target in used.items()}
     try:
         tensors = family.state(tensors)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: shapes that do not go together
-        match = Match(arch=arch, reason=str(error).splitlines()[0])
-    else:
-        shapes = {key: tuple(value.shape) for key, value in tensors.items() if key != "rope.periods"}
-        asked = {"heads": heads} if name == "vit" or (arch is not None and "cls_token" in shapes) else {}
-        match = family.match(shapes, arch=arch, **asked)
-        if match.question and hint is not None and name == "timm" and is_model(hint):
-            named = family.match(shapes, arch=hint)
-            match = match if named.faults else named
+        match = _match(tensors, name, family, arch, heads, hint)
+    except ValueError as error:
+        match = Match(arch=arch, reason=str(error))
+    except (RuntimeError, IndexError, TypeError):  # a vector where a matrix belongs, and their kin
+        match = Match(arch=arch, reason="its tensors have not the dimensions of such a network's")
     return Network(
         container=container, prefix=prefix, used=used, doubled=tuple(doubled), match=match, dialect=dialect,
         family=name, own_tensors=tensors,
     )  # fmt: skip
+
+
+def _match(
+    tensors: dict[str, Tensor],
+    name: str,
+    family: Family,
+    arch: str | None,
+    heads: int | None,
+    hint: str | None,
+) -> Match:
+    shapes = {key: tuple(value.shape) for key, value in tensors.items() if key != "rope.periods"}
+    asked = {"heads": heads} if name == "vit" or (arch is not None and "cls_token" in shapes) else {}
+    match = family.match(shapes, arch=arch, **asked)
+    if match.question and hint is not None and name == "timm" and is_model(hint):
+        named = family.match(shapes, arch=hint)
+        match = match if named.faults else named
+    return match

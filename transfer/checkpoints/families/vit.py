@@ -45,16 +45,16 @@ _TORCHVISION = (
 
 def names(rests: list[str]) -> tuple[dict[str, str], str]:
     """Name behind the prefix -> timm's, and how they were spelt where not as timm's."""
-    rotary = is_rotary(rests)
+    rotary, torchvisions = is_rotary(rests), "conv_proj.weight" in rests
     found, dialects = {}, []
     for rest in rests:
         new = rest
-        if "conv_proj.weight" in rests:
+        if torchvisions:
             for old, name in _TORCHVISION:
                 new = re.sub(old, name, new)
             dialects.append("torchvision's names of a ViT")
         new = re.sub(r"^blocks\.\d{1,3}\.(\d{1,3})\.", r"blocks.\1.", new)
-        if new != rest and "conv_proj.weight" not in rests:
+        if new != rest and not torchvisions:
             dialects.append("blocks in chunks")
         if new in ("register_tokens", "storage_tokens"):
             new = "reg_token"
