@@ -110,8 +110,9 @@ def diagnose_all(settings: SpectrumSettings) -> list[Result]:
         if is_main():
             save_settings(settings, settings.output / "config.yaml")
             spectra = read_spectra(settings.output)
-            if spectra != before:
-                diagnosis_pictures.draw(spectra, settings.output / "pictures")
+            pictures = settings.output / "pictures"
+            if spectra != before or not (pictures / "spectra.svg").exists():
+                diagnosis_pictures.draw(spectra, pictures)
     return found
 
 
@@ -182,18 +183,18 @@ def _judge(
             notes.append(f"no LiDAR of {x_NQD.shape[2]} features: more than {MOST_FEATURES}")
     metrics: dict[str, float] = {}
     ranges: dict[str, tuple[float, float]] = {}
-    with Progress((values.repeats + 1) * len(parts), label="metrics", unit="pass") as bar:
+    with Progress((values.repeats + 1) * len(parts), label="metrics", unit="round") as bar:
         for part, n in parts:
             found, its = intervals(part, n, repeats=values.repeats, told=lambda: bar.update(1))
             metrics, ranges = metrics | found, ranges | its
     notes += [f"{k} cannot be told of these features" for k, v in metrics.items() if not math.isfinite(v)]
     result = evaluation.result(
-        _finite(metrics), extractor.device, warnings=notes,
+        {}, extractor.device, warnings=notes,
         settings={
-            "intervals": {k: [round(v, 4) for v in r] for k, r in ranges.items()}, "features": x_ND.shape[1],
+            "intervals": {k: [_rounded(v) for v in r] for k, r in ranges.items()}, "features": x_ND.shape[1],
         },
     )  # fmt: skip
-    result = replace(result, n=len(x_ND))
+    result = replace(result, n=len(x_ND), metrics={k: _rounded(v) for k, v in _finite(metrics).items()})
     order = epoch_order(len(x_ND), 2, 0)
     sizes = sorted({*(s for s in values.sizes if s < len(x_ND)), len(x_ND)})
     by_images = {str(n): _finite(rank_metrics(x_ND[order[:n]], decay_range=last)) for n in sizes}
@@ -238,6 +239,11 @@ def _view_features(
             rows.append(torch.stack([extractor.of_normalised(v).cpu()[:, last] for v in batch.views], 1))
             bar.update(len(at))
     return torch.cat(rows).numpy()
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: shares of a collapsed spectrum are small, condition numbers large."""
+    return float(f"{value:.6g}")
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

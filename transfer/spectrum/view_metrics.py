@@ -42,17 +42,17 @@ def lidar(x_NQD: np.ndarray | Tensor, *, delta: float = 1e-6) -> float:
 
     Σ_b: covariance of the images' means over views; Σ_w: mean covariance of views around them, + delta·I.
     Thilak et al., "LiDAR", ICLR 2024, https://arxiv.org/abs/2312.04000, Eq. 1 to 4. Between 1 and
-    min(N − 1, D). The paper has N = 1,000 and Q = 50. With Σ_w = L Lᵀ by Cholesky, L⁻¹ Σ_b L⁻ᵀ has the same
-    eigenvalues.
+    min(N − 1, D). The paper has N = 1,000 and Q = 50. Eigenvalues of Σ_w below what float64 tells from zero
+    count as that.
     """
     x = _views(x_NQD)
     n, q, d = x.shape
     mean_ND = x.mean(1)
     within = (x - mean_ND[:, None]).reshape(-1, d)
     between_ND = mean_ND - mean_ND.mean(0)
-    sigma_w = within.T @ within / (n * q) + delta * torch.eye(d, dtype=x.dtype)
-    root = torch.linalg.cholesky(sigma_w)
-    white = torch.linalg.solve_triangular(root, between_ND.T, upper=False)  # D x N
+    values_D, u_DD = torch.linalg.eigh(within.T @ within / (n * q))
+    values_D = values_D.clamp_min(d * torch.finfo(x.dtype).eps * float(values_D[-1])) + delta
+    white = (u_DD / values_D.sqrt()).T @ between_ND.T  # D x N
     gram = white.T @ white if n <= d else white @ white.T
     return entropy_rank(torch.linalg.eigvalsh(gram).clamp_min(0) / n, epsilon=EPSILON)
 

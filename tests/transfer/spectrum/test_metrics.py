@@ -98,6 +98,8 @@ def test_views(n: int, d: int) -> None:
     x = base + 0.3 * generator(1).normal(size=(n, 4, d))
     assert lidar(x, delta=1e-3) == pytest.approx(_plain_lidar(x, 1e-3), rel=1e-3)
     assert lidar(x) < min(n, d) + 1e-3
+    flat = x * (np.arange(d) < 5) * 1e6  # where delta is nothing beside rounding
+    assert lidar(flat) == pytest.approx(lidar(flat[..., :5]), rel=1e-2)
     unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
     assert alignment(x) == pytest.approx(((unit[:, 0] - unit[:, 1]) ** 2).sum(-1).mean())
     assert alignment(np.stack([x[:, 0], -x[:, 0]], 1)) == pytest.approx(4)
