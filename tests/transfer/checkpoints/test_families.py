@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -316,6 +317,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "registers without any position": (
         without(V2, "pos_embed"), "a bias of keys",
     ),
+    "positions that its writer computes": (without(A, "pos_embed"), "a ViT without positions"),
     "positions as a vector": (A | {"pos_embed": torch.ones(5)}, "have not the dimensions"),
     "a number for a matrix": (A | {"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}, "have not the dimensions"),
     "periods as a number": (V3 | {"rope_embed.periods": torch.tensor(1.0)}, "have not the dimensions"),
@@ -407,6 +409,23 @@ def test_timms_own_files(arch: str, asked: dict[str, Any], side: int, tmp_path: 
     with torch.no_grad():
         wanted = model.eval().double()(images)
         assert torch.equal(loaded.network().double()(images), wanted)
+
+
+def test_torchvisions_vit(tmp_path: Path):
+    """Its own file with its classifier, against its own forward pass; lightly has such backbones too."""
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 16, 12, 3, WIDTH, 4 * WIDTH, num_classes=7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    torch.save(model.state_dict(), tmp_path / "m.pth")
+    loaded = load_backbone(tmp_path / "m.pth")
+    assert set(loaded.dropped) == {"heads.head.weight", "heads.head.bias"}
+    model.heads = torch.nn.Identity()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model.double().eval()(images)
+        torch.testing.assert_close(loaded.network().double()(images), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_the_index_is_what_timm_builds():

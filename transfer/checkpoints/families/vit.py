@@ -146,6 +146,12 @@ def match(shapes: Mapping[str, Shape], *, arch: str | None = None, heads: int | 
         return _dinov3(shapes, *known)
     if swiglu and (width, depth) != (1536, 40):
         return Match(arch=None, reason=f"a ViT {width} wide with SwiGLU: --arch says which of timm's it is")
+    if "pos_embed" not in shapes:
+        return Match(
+            arch=None,
+            reason="a ViT without positions: the file has no pos_embed, as where its writer computes them, and "
+            "no rotary or relative ones that are known; save pos_embed with the weights",
+        )
     name = _name(known[0], shapes, swiglu)
     options = _plain(shapes, heads or known[1], swiglu)
     question = ""
@@ -234,8 +240,7 @@ def _plain(shapes: Mapping[str, Shape], heads: int, swiglu: bool) -> Options:
     if not swiglu:
         options["mlp_ratio"] = _hidden(shapes) / width
     options |= {"no_embed_class": False}
-    options |= dict(_grid(shapes)) if has("pos_embed") else {"pos_embed": "none"}
-    return tuple(options.items())
+    return tuple((options | dict(_grid(shapes))).items())
 
 
 def _dinov3(shapes: Mapping[str, Shape], size: str, heads: int) -> Match:
