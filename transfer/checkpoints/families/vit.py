@@ -149,7 +149,7 @@ def match(shapes: Mapping[str, Shape], *, arch: str | None = None, heads: int | 
     if "pos_embed" not in shapes:
         return Match(
             arch=None,
-            reason="a ViT without positions: the file has no pos_embed, as where its writer computes them, and "
+            reason="a ViT without positions: the file has no pos_embed, as where a writer computes it, and "
             "no rotary or relative ones that are known; save pos_embed with the weights",
         )
     name = _name(known[0], shapes, swiglu)
