@@ -69,6 +69,22 @@ def test_protocols_are_those_that_the_field_reports_by(tmp_path: Path, recipe: P
 EMA = ["--pretrain-options", "--ema --max-steps 2 --batch-global 32 --view-sizes [32,32] --hook null"]
 
 
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ("--hook null", "INTL"),
+        ("--objective vicreg", "VICReg"),
+        ("--power 0.5", "INTL"),  # so it stands in steps that are recorded as done
+        ("--transform 'min(λ^-0.5, 10)'", "g(λ) = min(λ^-0.5, 10)"),
+    ],
+)
+def test_the_row_has_the_name_of_the_objective(
+    options: str, label: str, tmp_path: Path, recipe: Path
+) -> None:
+    argv = graph_of(tmp_path, recipe, pretrain_options=options).steps["knn/intl"].argv
+    assert argv[argv.index("--label") + 1] == label
+
+
 def test_the_branch_asked_for_is_the_one_that_is_judged(
     tmp_path: Path, recipe: Path, cifar_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
