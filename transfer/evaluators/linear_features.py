@@ -53,13 +53,17 @@ def held_out_split(
     return np.setdiff1d(np.arange(len(labels_N)), kept), kept
 
 
-def scale(scaling: Literal["none", "standardise", "l2"], fit_ND: np.ndarray, *others: np.ndarray) -> None:
+def scale(
+    scaling: Literal["none", "standardise", "l2", "centred l2"], fit_ND: np.ndarray, *others: np.ndarray
+) -> None:
     """Scale features in place as a protocol says; mean and standard deviation are those of `fit_ND`."""
     if scaling == "standardise":
         mean_D, std_D = mean_and_std(fit_ND)
         for x_ND in (fit_ND, *others):
             standardise(x_ND, mean_D, std_D)
-    elif scaling == "l2":
+    elif scaling in ("l2", "centred l2"):
+        for x_ND in (fit_ND, *others) if scaling == "centred l2" else ():
+            x_ND -= x_ND.mean(1, keepdims=True)
         for x_ND in (fit_ND, *others):
             to_unit_length(x_ND)
 

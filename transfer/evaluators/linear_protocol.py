@@ -48,8 +48,9 @@ class LinearProtocol(ImageValues):
     init: Literal["normal", "uniform"] = "normal"
     pooling: Literal["average", "6x6"] = "average"
     """Of the last stage's map: to one number a channel, or, for svm, by windows of 6 x 6 with stride 1."""
-    scaling: Literal["none", "standardise", "l2"] = "none"
-    """Of cached features: each to mean 0 and variance 1 over training images, or each image to length 1."""
+    scaling: Literal["none", "standardise", "l2", "centred l2"] = "none"
+    """Of cached features: each to mean 0 and variance 1 over training images, or each image to length 1;
+    centred l2: after the mean of its own features is taken out."""
     held_out_percent: float = 0.0
     """Share of the training images kept aside for the choice among heads or costs."""
     held_out: Literal["per_class", "random", "published"] = "per_class"
@@ -61,6 +62,8 @@ class LinearProtocol(ImageValues):
     """last: the choice is among the heads after the last epoch alone."""
     costs: tuple[float, ...] = ()
     """logreg and svm: inverse regularisation strengths C to choose from."""
+    intercept: bool = True
+    """logreg: whether the scores have a free constant."""
     iterations: int = 1000
     """logreg: at most so many of L-BFGS; svm: of the solver."""
     folds: int = 3
@@ -85,8 +88,6 @@ class LinearProtocol(ImageValues):
             want(self.steps_per_epoch >= 1, "steps_per_epoch", self.steps_per_epoch, "1 or more")
         if self.norm_batch is not None:
             want(self.norm_batch >= 2, "norm_batch", self.norm_batch, "2 or more")
-        warm = 0 <= self.warmup_epochs < self.epochs
-        want(warm, "warmup_epochs", self.warmup_epochs, "0 or more, fewer than epochs")
         want(all(k >= 1 for k in self.shots), "shots", self.shots, "numbers of 1 or more")
         exponential = self.schedule == "exponential"
         low = 0 < self.final <= 1 if exponential else 0 <= self.final <= 1
@@ -94,21 +95,32 @@ class LinearProtocol(ImageValues):
         held = self.held_out_percent
         want(0 <= held < 100, "held_out_percent", held, "0 to below 100")
         check_steps(self)
+        warm = 0 <= self.warmup_epochs < self.epochs
+        want(warm, "warmup_epochs", self.warmup_epochs, "0 or more, fewer than epochs")
         stages_of(self.features)
         if self.method == "heads":
             want(bool(self.learning_rates), "learning_rates", self.learning_rates, "at least one")
         else:
             want(bool(self.costs), "costs", self.costs, f"at least one, for method {self.method}")
-        if self.features != LAST and self.method != "heads":
-            raise ValueError(f"features {list(self.features)}: only heads take others than {LAST[0]}")
+        if self.features != LAST and (self.method == "svm" or (self.method == "logreg" and self.several)):
+            raise ValueError(f"features {list(self.features)}: svm takes {LAST[0]} alone, and logreg one set")
         if self.pooling != "average" and self.method != "svm":
             raise ValueError(f"pooling {self.pooling}: only svm takes another than average")
-        if len(self.features) > 1 and self.scaling == "l2":
+        if len(self.features) > 1 and self.scaling in ("l2", "centred l2"):
             raise ValueError("scaling l2 is of an image's whole features: it wants a single set of them")
         if self.grid_size > 1 and self.choose_on == "held-out" and not held:
             raise ValueError("a grid of heads needs held_out_percent above 0, or choose_on: reported")
-        if self.method == "logreg" and not held:
+        if self.method == "logreg" and not held and len(self.costs) > 1:
             raise ValueError("logreg needs held_out_percent above 0, to choose among the costs on")
+        if not self.intercept:
+            want(
+                self.method == "logreg" and len(self.costs) == 1, "intercept", False, "true but for one cost"
+            )
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one set of features."""
+        return len(self.features) > 1
 
     @property
     def stages(self) -> tuple[str, ...]:

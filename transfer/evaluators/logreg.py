@@ -62,8 +62,10 @@ def fit_logreg(
     cost: float,
     iterations: int,
     start: tuple[Tensor, Tensor] | None = None,
+    intercept: bool = True,
 ) -> Fit:
-    """W (D x C) and b (C) that minimise sum_n CE(x_n W + b, y_n) + |W|^2 / (2 cost), by L-BFGS in float64.
+    """W (D x C) and b (C) that minimise sum_n CE(x_n W + b, y_n) + |W|^2 / (2 cost), by L-BFGS in float64;
+    without `intercept` b is 0.
 
     scikit-learn's LogisticRegression(C=cost) has the same minimum; `start` warm-starts. The bias is free, so
     the steps are taken on centred features, each scaled by its curvature, with the penalty of the features as
@@ -74,7 +76,7 @@ def fit_logreg(
     from scipy.optimize import minimize
 
     x_ND = x_ND.double()
-    mean_D = x_ND.mean(0)
+    mean_D = x_ND.mean(0) if intercept else torch.zeros_like(x_ND[0])
     # What a feature's own curvature is about: that of the data, at most N var / 4, and the penalty's.
     scale_D = (x_ND.var(0, correction=0) + 4 / (cost * len(x_ND))).sqrt()
     z_ND = (x_ND - mean_D) / scale_D
@@ -91,7 +93,7 @@ def fit_logreg(
         curvature_C = (p_NC * (1 - p_NC)).sum(0).clamp_min(1e-300)
         delta = p_NC.scatter_add_(1, labels_N[:, None], torch.full_like(p_NC[:, :1], -1.0))
         scaled_gradient = z_ND.T @ delta + weight_DC / scale_D[:, None] / cost
-        bias_gradient = delta.sum(0)
+        bias_gradient = delta.sum(0) if intercept else torch.zeros_like(bias_C)
         gap = cost / 2 * (scaled_gradient * scale_D[:, None]).square().sum()
         gap = gap + (bias_gradient.square() / curvature_C).sum()
         last.update(objective=float(loss), gap=float(gap))
@@ -137,34 +139,36 @@ def sweep(
 
 
 def run_logreg(evaluation: Evaluation, extractor: Extractor, values: LinearProtocol) -> list[Result]:
-    """Choose C on the held-out part by the data set's metric, refit on all training images, evaluate on test.
+    """Choose C on the held-out part by the data set's metric, refit on all training images, evaluate on test;
+    a single C is fitted on them at once.
 
     All ranks must call; rank 0 alone fits.
     """
     from transfer.evaluators.linear_features import cached_parts
 
     train, held, test, _ = cached_parts(evaluation, extractor, values)
-    assert train is not None and held is not None
+    assert train is not None and (held is not None or len(values.costs) == 1)
     found: list[Result] = []
     if is_main():
         classes = len(evaluation.train.classes)
         metric = metric_of(evaluation.test.name)
         file = evaluation.settings.output / "progress.json"
         with Progress(len(values.costs) + 1, label="logistic regression", unit="fit", file=file) as bar:
-            scores = sweep(
-                train.features_ND, train.labels_N, held.features_ND, held.labels_N, classes,
-                costs=values.costs, iterations=values.iterations, metric=metric, bar=bar,
-            )  # fmt: skip
-            chosen = max(range(len(scores)), key=lambda i: (scores[i], -i))
+            chosen, x_ND, labels_N, choice = 0, train.features_ND, train.labels_N, {}
+            if held is not None:
+                scores = sweep(
+                    x_ND, labels_N, held.features_ND, held.labels_N, classes, costs=values.costs,
+                    iterations=values.iterations, metric=metric, bar=bar,
+                )  # fmt: skip
+                chosen = max(range(len(scores)), key=lambda i: (scores[i], -i))
+                x_ND, labels_N = torch.cat([x_ND, held.features_ND]), torch.cat([labels_N, held.labels_N])
+                choice = {f"held_out_{metric}": round(scores[chosen], 4), "chosen_on": "held-out"}
             fit = fit_logreg(
-                torch.cat([train.features_ND, held.features_ND]), torch.cat([train.labels_N, held.labels_N]),
-                classes, cost=values.costs[chosen], iterations=values.iterations,
+                x_ND, labels_N, classes, cost=values.costs[chosen], iterations=values.iterations,
+                intercept=values.intercept,
             )  # fmt: skip
             bar.update(1)
-        extra = {
-            "C": values.costs[chosen], f"held_out_{metric}": round(scores[chosen], 4), "augmentation": False,
-            "chosen_on": "held-out",
-        }  # fmt: skip
+        extra = {"C": values.costs[chosen], "augmentation": False, **choice}
         extra |= {"iterations": fit.iterations, "converged": fit.converged}
         warnings = []
         if not fit.converged:
@@ -177,7 +181,11 @@ def run_logreg(evaluation: Evaluation, extractor: Extractor, values: LinearProto
         metrics = accuracy(fit.scores(test.features_ND), test.labels_N)
         found = [
             evaluation.result(
-                metrics, extractor.device, selection="held-out", settings=extra, warnings=warnings
+                metrics,
+                extractor.device,
+                selection="held-out" if choice else "last",
+                settings=extra,
+                warnings=warnings,
             )
         ]
     barrier()

@@ -39,6 +39,7 @@ dinov2_vit_linear@1 75cfb15f81b5
 mocov3_vit_linear@1 2d7a46318a75
 vicregl_linear@1 815687617999
 mae_linear@1 a2cdd648cc31
+msn_low_shot@1 0c6c164b826c
 dino_knn@1 f75c319560a2
 dino_knn@2 0ffb6b766880
 intl_cifar_5nn@1 6573672138fc

@@ -26,7 +26,7 @@ from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
 from transfer.evaluators.epoch_order import epoch_batches, steps_of
 from transfer.evaluators.heads import HeadGrid, HeadGrids, rate_factor
-from transfer.evaluators.linear_features import held_out_part, held_out_split
+from transfer.evaluators.linear_features import held_out_part, held_out_split, scale
 from transfer.evaluators.logreg import fit_logreg
 
 
@@ -411,7 +411,7 @@ def test_a_choice_needs_held_out_images(protocol: str, cifar_folder: Path, tmp_p
         linear.main(argv("raw-pixels", tmp_path, tmp_path / "o", protocol))
     assert not (tmp_path / "cache").exists()
     with pytest.raises(UserError, match="logreg needs held_out_percent above 0"):
-        mine = own(tmp_path, method="logreg", augmentation=False, costs=[1.0])
+        mine = own(tmp_path, method="logreg", augmentation=False, costs=[1.0, 2.0])
         linear.main(argv("raw-pixels", tmp_path, tmp_path / "o", mine))
 
 
@@ -465,3 +465,26 @@ def test_maes_probe_equals_its_modules() -> None:
     )  # fmt: skip
     again.load(heads.state())  # a probe that goes on has the running statistics too
     torch.testing.assert_close(again.logits(x.float()), heads.logits(x).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_regression_without_intercept_is_scikit_learns_kind_of_minimum() -> None:
+    """MSN's: sum of CE + 0.0025 |W|^2 / 2, no constant; the gradient of that is 0 at what is found."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 6, dtype=torch.float64) + 0.5, torch.randint(0, 3, (40,))
+    fit = fit_logreg(x, y, 3, cost=400, iterations=5000, intercept=False)
+    assert fit.converged and not fit.bias_C.any()
+    weight = fit.weight_DC.clone().requires_grad_(True)
+    loss = cross_entropy(x @ weight, y, reduction="sum") + 0.0025 * weight.square().sum() / 2
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert float(gradient.norm()) < 1e-3 and float(loss) == pytest.approx(fit.objective)
+    free = fit_logreg(x, y, 3, cost=400, iterations=5000)
+    assert free.objective < fit.objective and float(free.bias_C.norm()) > 1e-3
+    values = load_protocol("msn_low_shot@1").settings(linear.LinearProtocol)
+    assert 1 / values.costs[0] == 0.0025 and values.stages == ("block-1.cls.unnormed",)
+
+
+def test_centred_features_have_length_one() -> None:
+    x = np.array([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]], np.float32)  # less 3 and 1: (-2, -1, 3), (-1, -1, 2)
+    scale("centred l2", x)
+    wanted = [[-2 / 14**0.5, -1 / 14**0.5, 3 / 14**0.5], [-1 / 6**0.5, -1 / 6**0.5, 2 / 6**0.5]]
+    np.testing.assert_allclose(x, wanted, rtol=1e-6)
