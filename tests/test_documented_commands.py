@@ -54,6 +54,8 @@ def _make(says: str) -> Way:
     return Way(change={"make": "make -n"}, says=says)
 
 
+# ImageNet's name is kept for its thousand classes, ResNet-50 for COCO's configs.
+SMALLER = {"imagenet": "imagefolder", "{weights}": "{small}"}
 # As many views as the recipe has, each small; two steps; a narrow projector.
 STEPS = "--max-steps 2 --batch-global 16 --projector-hidden 64 --projector-output 64 --workers 0"
 SIX_VIEWS = "--view-sizes [48,48,40,32,32,32]"
@@ -81,23 +83,24 @@ WAYS: dict[str, Way] = {
     # The page that it writes anew is spoilt beforehand.
     "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="3 passed"),
     "intl-transfer inspect": Way(says="complete: the backbone loads"),
-    # ImageNet's name is kept for its thousand classes.
     "intl-transfer knn": Way(
-        change={"imagenet": "imagefolder"}, leaves=("out/knn/results.jsonl", "out/knn/config.yaml")
+        change=SMALLER,
+        runs=("--image-size 64",),
+        leaves=("out/knn/results.jsonl", "out/knn/config.yaml"),
     ),
     # The protocol's 100 epochs, as published, of twenty images.
     "intl-transfer linear": Way(
-        change={"imagenet": "imagefolder"},
-        runs=("--data-dir {few} --workers 0",),
+        change=SMALLER,
+        runs=("--data-dir {few} --image-size 64 --workers 0",),
         leaves=("out/linear/results.jsonl", "out/linear/config.yaml"),
     ),
     # The published lists are of ImageNet's files, and downloaded; other data sets have a draw of their own.
     "intl-transfer semisup": Way(
         runs=("--data-dir {few} --image-size 64 --workers 0",),
-        change={"--lists": "", "download": "", "imagenet": "imagefolder"},
+        change=SMALLER | {"--lists": "", "download": ""},
         leaves=("out/semisup1/results.jsonl", "out/semisup1/config.yaml"),
     ),
-    "intl-transfer export": Way(leaves=("out/hub/config.json", "out/hub/model.safetensors")),
+    "intl-transfer export": Way(change=SMALLER, leaves=("out/hub/config.json", "out/hub/model.safetensors")),
     "intl-transfer report": Way(leaves=("out/report/index.html", "out/report/report.md")),
     "intl-transfer spectrum-study": Way(
         runs=(
@@ -108,7 +111,7 @@ WAYS: dict[str, Way] = {
     ),
     "intl-pretrain --help": Way(says="--view-sizes"),
     "intl-pretrain --recipe imagenet_ep100_multicrop_ema": Way(
-        runs=(f"{STEPS} {SIX_VIEWS} --dataset imagefolder",),
+        runs=(f"{STEPS} {SIX_VIEWS} --arch resnet18 --dataset imagefolder",),
         leaves=tuple(f"out/pretrain/{f}" for f in (*PRETRAINED, "backbone_ema.safetensors")),
     ),
     "intl-pretrain --recipe cifar10_ep1000": Way(
@@ -118,11 +121,11 @@ WAYS: dict[str, Way] = {
         runs=(f"{STEPS} {TWO_VIEWS}",), leaves=tuple(f"out/small/{f}" for f in PRETRAINED)
     ),
     "intl-transfer knn --weights out/small/backbone.safetensors": Way(
-        leaves=("out/small/knn/results.jsonl",)
+        runs=("--image-size 64",), leaves=("out/small/knn/results.jsonl",)
     ),
     # The protocol's epochs, as published, of twenty images.
     "intl-transfer linear --weights out/small/backbone.safetensors": Way(
-        runs=("--dataset imagefolder --data-dir {few} --workers 0",),
+        runs=("--dataset imagefolder --data-dir {few} --image-size 64 --workers 0",),
         leaves=("out/small/linear/results.jsonl",),
     ),
     "torchrun": Way(
@@ -228,18 +231,20 @@ def images(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A ResNet-50 as MoCo's training script saves it; its BatchNorm has counted a batch, so it
-    is not taken for an untrained one."""
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A ResNet-50 and a `small` ResNet-18 as MoCo's training script saves them; their BatchNorm has counted a
+    batch, so they are not taken for untrained ones."""
     torch.manual_seed(0)
-    both = [dict(timm.create_model("resnet50", num_classes=0).state_dict()) for _ in range(2)]
-    for state in both:
-        state |= {key: value + 1 for key, value in state.items() if key.endswith("num_batches_tracked")}
-    build, _ = zoo.ZOO["MoCo v1, v2; PCL"]
-    path = tmp_path_factory.mktemp("weights") / "model.pth.tar"
-    torch.save({**build(*both), "arch": "resnet50"}, path)
-    yield path
-    path.unlink()
+    folder = tmp_path_factory.mktemp("weights")
+    paths = {"weights": folder / "model.pth.tar", "small": folder / "small.pth.tar"}
+    for path, arch in zip(paths.values(), ("resnet50", "resnet18")):
+        both = [dict(timm.create_model(arch, num_classes=0).state_dict()) for _ in range(2)]
+        for state in both:
+            state |= {key: value + 1 for key, value in state.items() if key.endswith("num_batches_tracked")}
+        build, _ = zoo.ZOO["MoCo v1, v2; PCL"]
+        torch.save({**build(*both), "arch": arch}, path)
+    yield paths
+    shutil.rmtree(folder)
 
 
 def few_of_coco(source: Path, folder: Path, count: int = 4) -> tuple[str, int]:
@@ -265,13 +270,13 @@ def login_node(folder: Path) -> Path:
 
 @pytest.mark.parametrize(("page", "section"), SECTIONS, ids=lambda v: v or "(top)")
 def test_commands_of_a_section_run_in_order(
-    page: str, section: str, checkout: Path, images: Path, weights: Path, cifar_folder: Path,
+    page: str, section: str, checkout: Path, images: Path, weights: dict[str, Path], cifar_folder: Path,
     tmp_path: Path, request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
     lines = [c.line for c in commands() if (c.page, c.section) == (page, section)]
     places = {
         "images": str(images / "images"), "few": str(images / "few"), "cifar": str(cifar_folder),
-        "weights": str(weights), "shared": str(tmp_path / "shared" / "intl"),
+        **{name: str(path) for name, path in weights.items()}, "shared": str(tmp_path / "shared" / "intl"),
     }  # fmt: skip
     if any("convert" in line or "train_net" in line for line in lines):
         pytest.importorskip("detectron2")

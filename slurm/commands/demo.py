@@ -1,7 +1,7 @@
 """`slurm demo`: the whole suite, small, on this machine, ending with a report.
 
-pretrain and its untrained control; k-NN and linear probe of both and of raw pixels; conversion; Mask R-CNN
-from the INTL weights and from random initialisation, on the same budget; the report.
+pretrain and its untrained control; k-NN and linear probe of both and of raw pixels; conversion of both; Mask
+R-CNN on each backbone, frozen, on the same budget; the report.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from slurm.steps.tasks import Images, Target
 
 DESCRIPTION = """The whole suite, small, on this machine, ending with a report.
 
-INTL is pretrained and evaluated beside its untrained control and raw pixels by k-NN and linear probe, then
-converted, and Mask R-CNN is trained from it and from random initialisation, on the same budget.
+INTL is pretrained and evaluated beside its untrained control and raw pixels by k-NN and linear probe; both
+backbones are converted, and Mask R-CNN is trained on each, frozen, on the same budget.
 """
 TEXTS = ("--pretrain-options", "--scenes-options", "--detection-options")
 
@@ -55,7 +55,7 @@ class Demo:
     """Recipe name or file; demo_DATASET when not given."""
     pretrain_options: str = ""
     """Further options for pretraining and its control, as one text: "--epochs 2"."""
-    detection_config: str = "scenes_R18_FPN"
+    detection_config: str = "scenes_R18_FPN_frozen"
     """Name of a file in detection_configs, or a file."""
     detection_options: str = ""
     """Further options for detection, as one text: "SOLVER.MAX_ITER 20"."""
@@ -149,9 +149,9 @@ def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
                 tasks.classification(root, target, images, kind=kind, protocol=protocol, seed=seed)
             )
     scenes = _scenes(root, images, asked)
-    converted = tasks.conversion(root, intl)
-    detections = _detections(root, intl, converted, scenes, asked)
-    steps = [trained, scenes, converted, *detections, untrained, *evaluations]
+    converted = {target: tasks.conversion(root, target) for target in (intl, control)}
+    detections = _detections(root, converted, scenes, asked)
+    steps = [trained, scenes, untrained, *converted.values(), *detections, *evaluations]
     told = tasks.report(
         root, [trained, untrained, *detections, *evaluations], title=f"Demo: INTL on {asked.dataset}"
     )
@@ -173,23 +173,19 @@ def _scenes(root: Path, images: Images, asked: Demo) -> Step:
     )
 
 
-def _detections(root: Path, intl: Target, converted: Step, scenes: Step, asked: Demo) -> list[Step]:
-    """Mask R-CNN from INTL and from random initialisation, in pairs of one seed."""
+def _detections(root: Path, converted: dict[Target, Step], scenes: Step, asked: Demo) -> list[Step]:
+    """Mask R-CNN on each converted backbone, in pairs of one seed."""
     sets = [f"scenes_{s}={root / 'scenes' / f'{s}.json'}:{root / 'scenes' / s}" for s in ("train", "test")]
-    random = Target(name="random", label="random init", weights="")
     config = tasks.detection_config(asked.detection_config)
-    extra = tasks.split_words("--detection-options", asked.detection_options)
-    steps = []
-    for seed in range(asked.seed, asked.seed + asked.detection_seeds):
-        for target, weights in ((intl, converted.makes[0]), (random, None)):
-            depends_on = (scenes.name, converted.name) if weights else (scenes.name,)
-            steps.append(
-                tasks.detection(
-                    root, target, task="scenes", config=config, seed=seed, weights=weights,
-                    depends_on=depends_on, datasets=sets, extra=extra,
-                )
-            )  # fmt: skip
-    return steps
+    return [
+        tasks.detection(
+            root, target, task="scenes", config=config, seed=seed, weights=step.makes[0],
+            depends_on=(scenes.name, step.name), datasets=sets,
+            extra=tasks.split_words("--detection-options", asked.detection_options),
+        )
+        for seed in range(asked.seed, asked.seed + asked.detection_seeds)
+        for target, step in converted.items()
+    ]  # fmt: skip
 
 
 REST = 440

@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -170,8 +171,10 @@ def _as_a_program(function: Callable[..., None], *given: Any) -> None:
 
 def main(modules: list[str]) -> None:
     """Import the modules, then fork a controller for each line of standard input and answer with its id."""
-    for name in modules:
-        importlib.import_module(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it shares the driver's terminal
+        for name in modules:
+            importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # jobs that have ended leave no zombies
     while line := sys.stdin.readline():
         asked = json.loads(line)
