@@ -123,14 +123,15 @@ def test_embeddings_that_are_not_finite_end_the_run_in_one_line() -> None:
 def test_another_objective_trains_and_an_older_run_is_known_again(cifar_folder: Path, tmp_path: Path) -> None:
     """A run from before there was a choice goes on; one with another objective is refused."""
     output = tmp_path / "run"
-    train(tiny(cifar_folder, output, objective="sigreg", epochs=1), CPU)
+    small = {"view_sizes": [12, 12], "batch_global": 320, "epochs": 1}
+    train(tiny(cifar_folder, output, objective="sigreg", **small), CPU)
     last = read_jsonl(output / "metrics.jsonl")[-1]
     assert last["loss"] == pytest.approx(last["alignment"] + last["penalty"]) and "trace" not in last
     assert last["rankme"] > 1 and "loss_minus_floor" not in last
     with pytest.raises(UserError, match="objective: sigreg there, mmcr now"):
-        train(tiny(cifar_folder, output, objective="mmcr", epochs=1), CPU)
+        train(tiny(cifar_folder, output, objective="mmcr", **small), CPU)
     state = load_checkpoint(output / "checkpoint.pt")
     for name in ("objective", "transform"):
         del state["config"][name]
     torch.save(state, output / "checkpoint.pt")
-    train(tiny(cifar_folder, output, epochs=1), CPU)  # finished: nothing to do
+    train(tiny(cifar_folder, output, **small), CPU)  # finished: nothing to do

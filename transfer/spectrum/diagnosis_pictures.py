@@ -46,7 +46,7 @@ def _layers(found: list[dict[str, Any]]) -> Figure:
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False, sharey=True, sharex=True
+        rows, columns, figsize=(4.2 * columns, 3.6 * rows), squeeze=False, sharey=True
     )
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
@@ -54,6 +54,9 @@ def _layers(found: list[dict[str, Any]]) -> Figure:
         for i, (stage, values) in enumerate(one["layers"].items()):
             _line(axis, values, LAYERS.get(stage, stage), i / max(len(one["layers"]) - 1, 1))
         axis.set_title(one["name"], fontsize=8)
+    for axis in axes[:, 1:].flat:
+        axis.set_ylabel("")
+    figure.subplots_adjust(hspace=0.45)
     axes.flat[0].legend(fontsize=7)
     return figure
 
@@ -88,6 +91,6 @@ def _label(one: dict[str, Any], found: list[dict[str, Any]]) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as aside:
-        figure.savefig(aside, format="svg", bbox_inches="tight")
+    with atomic_path(path) as aside, plt.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(aside, format="svg")
     plt.close(figure)

@@ -36,7 +36,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def _protocol(folder: Path) -> str:
     values = dict(load_protocol("spectrum@1").values)
-    values |= {"images": 96, "sizes": [40], "view_images": 24, "views": 3, "repeats": 3, "clusters": 4}
+    values |= {"images": 64, "sizes": [40], "view_images": 16, "views": 2, "repeats": 2, "clusters": 4}
     path = folder / "short@1.yaml"
     path.write_text(yaml.safe_dump({"task": "spectrum", "title": "t", "source": "s", "values": values}))
     return str(path)
@@ -52,7 +52,7 @@ def test_checkpoints_are_diagnosed_once(
     ]  # fmt: skip
     diagnosis.main(argv)
     results = read(tmp_path / "out")
-    assert [r.weights["path"] for r in results] == weights and {r.n for r in results} == {96}
+    assert [r.weights["path"] for r in results] == weights and {r.n for r in results} == {64}
     for r in results:
         assert r.task == "spectrum" and r.seed is None and not r.warnings
         assert set(r.metrics) == {
@@ -66,7 +66,7 @@ def test_checkpoints_are_diagnosed_once(
     assert [s["step"] for s in spectra] == [0, 10] and list(spectra[0]["layers"]) == [
         "layer1", "layer2", "layer3", "layer4",
     ]  # fmt: skip
-    assert list(spectra[0]["by_images"]) == ["40", "96"]
+    assert list(spectra[0]["by_images"]) == ["40", "64"]
     # the figures are those of the features that the cache holds
     (cached,) = (np.load(f) for f in [sorted((tmp_path / "out/features").glob("*/features.npy"))[0]])
     ours = [rank_metrics(cached[:, -512:])[k] for k in ("rankme", "stable_rank")]
