@@ -48,16 +48,13 @@ OWN_BACKBONE_EMA = Format(name="this project, EMA backbone file", online=(), ema
 FOREIGN: tuple[Format, ...] = (
     Format(
         name="torchvision or timm",
-        online=_BARE,
-        ema=_at("state_dict_ema", "") + _at("model_ema", ""),
+        online=_BARE, ema=_at("state_dict_ema", "") + _at("model_ema", ""),
         # Barlow Twins', VICReg's and DINO's backbone files are such too
-        drop=(("fc.", "classifier"), ("n_averaged", "count of averaged steps")),
-        families=("resnet",),
+        drop=(("fc.", "classifier"), ("n_averaged", "count of averaged steps")), families=("resnet",),
     ),
     Format(
         name="timm, other networks",
-        online=_BARE,
-        ema=_at("state_dict_ema", "") + _at("model_ema", ""),
+        online=_BARE, ema=_at("state_dict_ema", "") + _at("model_ema", ""),
         # so are DINO's, MAE's, VICRegL's and ConvNeXt V2's backbone files
         drop=(
             ("head.", "classifier"), ("head_dist.", "classifier"), ("classifier.", "classifier"),
@@ -68,36 +65,30 @@ FOREIGN: tuple[Format, ...] = (
     ),
     Format(
         name="INTL",
-        online=_at("state_dict", "backbone."),
-        ema=_at("state_dict", "momentum_backbone."),
+        online=_at("state_dict", "backbone."), ema=_at("state_dict", "momentum_backbone."),
         drop=(("projection.", "projector"), ("momentum_projection.", "EMA projector")),
-        needs=("projection.", "momentum_projection."),
-        cifar_padding=2,
+        needs=("projection.", "momentum_projection."), cifar_padding=2,
         note="INTL's own evaluation uses the online branch",
     ),
     Format(
         name="MoCo v1, v2; PCL",
-        online=_at("state_dict", "encoder_q."),
-        ema=_at("state_dict", "encoder_k."),
+        online=_at("state_dict", "encoder_q."), ema=_at("state_dict", "encoder_k."),
         drop=(("encoder_q.fc.", "projector"), ("encoder_k.fc.", "EMA projector"), ("queue", "queue")),
     ),
     Format(
         name="MoCo v3",
-        online=_at("state_dict", "base_encoder."),
-        ema=_at("state_dict", "momentum_encoder."),
+        online=_at("state_dict", "base_encoder."), ema=_at("state_dict", "momentum_encoder."),
         drop=(
             ("base_encoder.fc.", "projector"), ("base_encoder.head.", "projector"),
             ("momentum_encoder.fc.", "EMA projector"), ("momentum_encoder.head.", "EMA projector"),
             ("predictor.", "predictor"),
         ),
-        many_heads="always",
-        positions="bicubic",
+        many_heads="always", positions="bicubic",
     ),
     Format(
         name="SimSiam",
         online=_at("state_dict", "encoder."),
-        drop=(("encoder.fc.", "projector"), ("predictor.", "predictor")),
-        needs=("encoder.fc.",),
+        drop=(("encoder.fc.", "projector"), ("predictor.", "predictor")), needs=("encoder.fc.",),
     ),
     Format(
         name="Barlow Twins, VICReg",
@@ -106,39 +97,30 @@ FOREIGN: tuple[Format, ...] = (
     ),
     Format(
         name="SwAV, DeepCluster-v2, SeLa-v2",
-        online=_BARE[:2],
-        drop=(("projection_head", "projector"), ("prototypes", "prototypes")),
+        online=_BARE[:2], drop=(("projection_head", "projector"), ("prototypes", "prototypes")),
         needs=("projection_head", "prototypes"),
     ),
     Format(
         name="DINO",
-        online=_at("student", "backbone."),
-        ema=_at("teacher", "backbone."),
-        drop=(("head.", "projector"),),
+        online=_at("student", "backbone."), ema=_at("teacher", "backbone."), drop=(("head.", "projector"),),
         positions="bicubic offset",
         note="DINO's own evaluation uses the teacher: --branch ema",
     ),
     Format(
         name="iBOT",
-        online=_at("student", "backbone."),
-        ema=_at("teacher", "backbone."),
-        drop=(("head.", "projector"), ("backbone.masked_embed", "mask token")),
-        top="ibot_loss",
-        families=("vit", "timm"),
-        positions="bicubic offset",
+        online=_at("student", "backbone."), ema=_at("teacher", "backbone."),
+        drop=(("head.", "projector"), ("backbone.masked_embed", "mask token")), top="ibot_loss",
+        families=("vit", "timm"), positions="bicubic offset",
         note="iBOT's own evaluation uses the teacher: --branch ema",
     ),
     Format(
         name="DINOv2, DINOv3",
-        online=_at("student", "backbone."),
-        ema=_at("teacher", "backbone."),
+        online=_at("student", "backbone."), ema=_at("teacher", "backbone."),
         drop=(
             ("dino_head.", "projector"), ("ibot_head.", "projector of patches"),
             ("backbone.mask_token", "mask token"), ("backbone.local_cls_norm.", "norm of local crops"),
         ),
-        needs=("dino_head.", "backbone.mask_token"),
-        families=("vit",),
-        positions="bicubic offset",
+        needs=("dino_head.", "backbone.mask_token"), families=("vit",), positions="bicubic offset",
         note="their own evaluation uses the teacher: --branch ema",
     ),
     Format(
@@ -147,25 +129,17 @@ FOREIGN: tuple[Format, ...] = (
         drop=(
             ("mask_token", "mask token"), ("local_cls_norm.", "norm of local crops"), ("head.", "classifier"),
         ),
-        needs=("mask_token",),
-        families=("vit",),
-        positions="bicubic offset",
+        needs=("mask_token",), families=("vit",), positions="bicubic offset",
     ),
     Format(
         name="MAE",
-        online=_BARE,
-        drop=(("decoder_", "decoder"), ("mask_token", "mask token")),
-        needs=("decoder_",),
-        families=("vit",),
-        positions="bicubic",
+        online=_BARE, drop=(("decoder_", "decoder"), ("mask_token", "mask token")), needs=("decoder_",),
+        families=("vit",), positions="bicubic",
     ),
     Format(
         name="MSN, I-JEPA",
-        online=_at("encoder", ""),
-        ema=_at("target_encoder", ""),
-        drop=(("fc.", "projector"), ("pred.", "predictor")),
-        families=("vit",),
-        positions="bicubic",
+        online=_at("encoder", ""), ema=_at("target_encoder", ""),
+        drop=(("fc.", "projector"), ("pred.", "predictor")), families=("vit",), positions="bicubic",
         note="their own evaluation uses target_encoder: --branch ema",
     ),
     Format(
@@ -174,8 +148,7 @@ FOREIGN: tuple[Format, ...] = (
         drop=(
             ("decoder.", "decoder"), ("proj.", "decoder"), ("pred.", "decoder"), ("mask_token", "mask token")
         ),
-        needs=("mask_token",),
-        families=("convnext",),
+        needs=("mask_token",), families=("convnext",),
     ),
     Format(
         name="solo-learn",
@@ -192,8 +165,7 @@ FOREIGN: tuple[Format, ...] = (
         also_needs=(
             "projector.", "head.", "prototypes", "momentum_backbone.", "momentum_encoder.", "decoder.",
         ),
-        cifar_padding=2,
-        many_heads="fixed positions",
+        cifar_padding=2, many_heads="fixed positions",
     ),
     Format(
         name="lightly benchmarks",
@@ -206,8 +178,7 @@ FOREIGN: tuple[Format, ...] = (
     Format(
         name="lightly benchmarks: DINO, older MoCo and TiCo",
         online=_at("state_dict", "student_backbone.", "query_backbone."),
-        ema=_at("state_dict", "backbone."),
-        drop=_LIGHTLY_HEADS,
+        ema=_at("state_dict", "backbone."), drop=_LIGHTLY_HEADS,
         needs=("student_backbone.", "query_backbone."),
         note="in these `backbone` is the momentum branch",
     ),
@@ -232,8 +203,7 @@ FOREIGN: tuple[Format, ...] = (
             ("neck.", "projector"), ("head.", "head"), ("data_preprocessor.", "normalisation of images"),
             ("queue", "queue"),
         ),
-        top="meta",
-        cifar_padding=1,
+        top="meta", cifar_padding=1,
     ),
     Format(
         name="mmselfsup, DenseCL and MoCo in training",
@@ -243,20 +213,16 @@ FOREIGN: tuple[Format, ...] = (
             ("neck.", "projector"), ("head.", "head"), ("queue", "queue"), ("encoder_q.1.", "projector"),
             ("encoder_k.1.", "EMA projector"), ("backbone.fc.", "classifier"),
         ),
-        needs=("encoder_q.", "encoder_k."),
-        top="meta",
-        cifar_padding=1,
+        needs=("encoder_q.", "encoder_k."), top="meta", cifar_padding=1,
     ),
     Format(
         name="InfoMin, InsDis, PIRL (PyContrast)",
-        online=_at("model", "encoder."),
-        ema=_at("model_ema", "encoder."),
+        online=_at("model", "encoder."), ema=_at("model_ema", "encoder."),
         drop=(("head", "projector"), ("encoder.fc.", "classifier")),
     ),
     Format(
         name="ReSSL",
-        online=_at("model", "encoder_q.net."),
-        ema=_at("model", "encoder_k.net."),
+        online=_at("model", "encoder_q.net."), ema=_at("model", "encoder_k.net."),
         drop=(
             ("encoder_q.head.", "projector"), ("encoder_q.net.fc.", "projector"), ("queue", "queue"),
             ("encoder_k.head.", "EMA projector"), ("encoder_k.net.fc.", "EMA projector"),
@@ -275,8 +241,7 @@ FOREIGN: tuple[Format, ...] = (
     ),
     Format(
         name="ReSA",
-        online=_at("state_dict", "encoder."),
-        ema=_at("state_dict", "momentum_encoder."),
+        online=_at("state_dict", "encoder."), ema=_at("state_dict", "momentum_encoder."),
         drop=(
             ("projector.", "projector"), ("predictor.", "predictor"),
             ("momentum_projector.", "EMA projector"),
@@ -286,8 +251,7 @@ FOREIGN: tuple[Format, ...] = (
     ),
     Format(
         name="PixPro",
-        online=_at("model", "encoder."),
-        ema=_at("model", "encoder_k."),
+        online=_at("model", "encoder."), ema=_at("model", "encoder_k."),
         drop=(
             ("projector", "projector"), ("projector_k", "EMA projector"), ("predictor", "predictor"),
             ("projector_instance_k", "EMA projector"), ("value_transform", "pixel propagation"),
@@ -305,23 +269,17 @@ FOREIGN: tuple[Format, ...] = (
     ),
     Format(
         name="SupContrast",
-        online=_at("model", "encoder."),
-        drop=(("head.", "projector"),),
-        needs=("encoder.layer2.0.shortcut.",),
-        also_needs=("head.",),
-        cifar_padding=1,
+        online=_at("model", "encoder."), drop=(("head.", "projector"),),
+        needs=("encoder.layer2.0.shortcut.",), also_needs=("head.",), cifar_padding=1,
     ),
     Format(
         name="SimCLR (PyTorch), head in the place of fc",
-        online=_at("state_dict", "backbone."),
-        drop=(("backbone.fc.", "projector"),),
+        online=_at("state_dict", "backbone."), drop=(("backbone.fc.", "projector"),),
         needs=("backbone.fc.",),
     ),
     Format(
         name="SimCLR (PyTorch), f and g",
-        online=_at("", "f."),
-        drop=(("g.", "projector"), ("fc.", "classifier")),
-        needs=("g.", "fc."),
+        online=_at("", "f."), drop=(("g.", "projector"), ("fc.", "classifier")), needs=("g.", "fc."),
         cifar_padding=1,
     ),
     Format(
@@ -338,8 +296,7 @@ FOREIGN: tuple[Format, ...] = (
     ),
     Format(
         name="SeCo",
-        online=_at("state_dict", "encoder_q."),
-        ema=_at("state_dict", "encoder_k."),
+        online=_at("state_dict", "encoder_q."), ema=_at("state_dict", "encoder_k."),
         drop=(("heads_q.", "projector"), ("heads_k.", "EMA projector"), ("queue", "queue")),
         needs=("heads_q.",),
     ),

@@ -156,13 +156,9 @@ def _asked_containers(found: list[Container], asked: WeightsOptions) -> list[Con
 
 
 def _read(
-    container: Container,
-    found: list[Network],
-    everything: list[Network],
-    formats: tuple[Format, ...],
-    raw: RawFile,
-    asked: WeightsOptions,
-) -> list[Reading]:
+    container: Container, found: list[Network], everything: list[Network], formats: tuple[Format, ...],
+    raw: RawFile, asked: WeightsOptions,
+) -> list[Reading]:  # fmt: skip
     """The container's networks that are `found` by every format, and as they lie where no format is complete
     there, beside `everything` else."""
     here = [n for n in found if n.container is container]
