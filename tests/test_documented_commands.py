@@ -102,6 +102,12 @@ WAYS: dict[str, Way] = {
     ),
     "intl-transfer export": Way(change=SMALLER, leaves=("out/hub/config.json", "out/hub/model.safetensors")),
     "intl-transfer report": Way(leaves=("out/report/index.html", "out/report/report.md")),
+    # Twenty images, without the ten views of each.
+    "intl-transfer spectrum": Way(
+        change={"imagenet": "imagefolder"},
+        runs=("--data-dir {few} --no-views --workers 0 --image-size 64",),
+        leaves=("out/spectrum/results.jsonl", "out/spectrum/pictures/spectra.svg"),
+    ),
     "intl-transfer spectrum-study": Way(
         runs=(
             "--dataset imagefolder --data-dir {images} --output out/study --steps 2 --seeds 1 --batch 16 "

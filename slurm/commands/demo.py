@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
 from pretrain.common.output_folder import check_folder
-from slurm.commands.options import spread
+from pretrain.common.word_lists import spread
 from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.snapshot import pin

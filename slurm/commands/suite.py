@@ -9,8 +9,8 @@ from pathlib import Path
 from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
 from pretrain.common.output_folder import check_folder
+from pretrain.common.word_lists import spread
 from pretrain.settings import refuse_code
-from slurm.commands.options import spread
 from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.snapshot import code_files, pin, untracked

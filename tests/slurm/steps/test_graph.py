@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.common.errors import UserError
-from slurm.commands.options import spread
+from pretrain.common.word_lists import spread
 from slurm.execution.local import Machine
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import PROFILES, Resources, load_profile
