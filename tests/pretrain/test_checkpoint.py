@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.common.errors import UserError
 from pretrain.common.files import remove_leftovers
+from tests.helpers.damage import spoilt
 
 
 def test_state_comes_back_as_it_went(tmp_path: Path) -> None:
@@ -78,6 +80,15 @@ def test_a_missing_disk_is_logged_and_raised_only_when_it_must_be_saved(
     writer.save({"step": 2})
     with pytest.raises(NotSaved, match="there is none before it"):
         writer.wait(must_be_saved=True)
+
+
+def test_half_a_tensor_zeroed_on_disk_is_named(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c.pt", {"step": 1, "model": {"w": torch.rand(1000)}})
+    assert load_checkpoint(tmp_path / "c.pt")["step"] == 1
+    with zipfile.ZipFile(tmp_path / "c.pt") as archive:
+        (tensor,) = (name for name in archive.namelist() if name.endswith("data/0"))
+    with pytest.raises(UserError, match=r"c\.pt: damaged, data/0 has other bytes than were written"):
+        load_checkpoint(spoilt(tmp_path / "c.pt", tensor))
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from pretrain.common.errors import UserError
+from tests.helpers.damage import spoilt
 from transfer.checkpoints.safe_load import Placeholder, load_file
 
 STATE = {"weight": torch.arange(12.0).view(3, 4), "bias": torch.tensor([1, 2, 3])}
@@ -444,17 +445,6 @@ def test_what_a_folder_may_be(tmp_path: Path):
 
 
 # ------------------------------------------------------------------ damage and bombs
-
-
-def spoilt(path: Path, record: str) -> Path:
-    """The zip with the latter half of one record zeroed in place; its checksums stay what they were."""
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(record)
-    data = bytearray(path.read_bytes())
-    start = info.header_offset + 30 + sum(struct.unpack("<HH", data[info.header_offset + 26 :][:4]))
-    data[start + info.file_size // 2 : start + info.file_size] = bytes(info.file_size - info.file_size // 2)
-    path.write_bytes(data)
-    return path
 
 
 def test_half_a_record_zeroed_is_named_as_damage(tmp_path: Path):
