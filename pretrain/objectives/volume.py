@@ -55,7 +55,7 @@ def mmcr_loss(
 
         −‖C‖_* + local·mean_n ‖Z_n‖_*,   C: the N x D means over views of embeddings of length 1,  Z_n: V x D
 
-    Eq. 6 and 7 of Yerxa et al., "Learning Efficient Coding of Natural Images with Maximum Manifold Capacity
+    Yerxa et al., "Learning Efficient Coding of Natural Images with Maximum Manifold Capacity
     Representations", NeurIPS 2023, https://arxiv.org/abs/2303.03307; `local` is 0 in their ImageNet runs
     (https://github.com/ThomasYerxa/mmcr, `pretrain_imagenet.py`). ‖C‖_* = Σ √λ of the smaller Gram matrix,
     in float64 whatever is given. Shapes, ranks and errors as in

@@ -50,7 +50,7 @@ def w_mse_loss(
 
     Each view's sub-batches of `sub_batch` consecutive images (2·D unless given, N if that is less) are
     whitened by themselves: ẑ = L⁻¹ (z − mean), L Lᵀ the covariance. Ermolov et al., "Whitening for
-    Self-Supervised Representation Learning", ICML 2021, https://arxiv.org/abs/2007.06346, Eq. 4 and 5;
+    Self-Supervised Representation Learning", ICML 2021, https://arxiv.org/abs/2007.06346;
     their code (https://github.com/htdt/self-supervised, `methods/w_mse.py`) shuffles the batch first: here
     it is for the loader to shuffle. In float64 whatever is given; shapes and ranks as in `spectral_loss`.
     Raises ValueError for sub-batches that do not divide N or hold no more than D images, and for a

@@ -18,7 +18,7 @@ def clid(x_ND: np.ndarray | Tensor, *, clusters: int, neighbours: int, seed: int
 
     cluster_learnability: the share of images whose k-means cluster a majority of their k nearest neighbours
     in the other half of the images tells. Lu et al., "Using Representation Expressiveness and Learnability
-    to Evaluate Self-Supervised Learning Methods", TMLR 2023, https://arxiv.org/abs/2206.01251, who take the
+    to Evaluate Self-Supervised Learning Methods", https://arxiv.org/abs/2206.01251, who take the
     classifier's performance while it is given one image after the other.
     """
     from sklearn.cluster import KMeans
@@ -60,7 +60,7 @@ def neural_collapse(x_ND: np.ndarray | Tensor, labels_N: np.ndarray) -> dict[str
     nc1: tr(Σ_W Σ_B⁺) / K, Σ_W the covariance within classes, Σ_B that of the K class means. nc2_norms: the
     standard deviation of ‖μ_c − μ‖ over their mean. nc2_angles: the mean over pairs of classes of |cos + 1
     / (K − 1)|. Papyan et al., PNAS 2020, https://arxiv.org/abs/2008.08186, and for nc1
-    https://arxiv.org/abs/2105.02375, Eq. 8. Nothing with fewer than two classes, or where each image is its
+    https://arxiv.org/abs/2105.02375. Nothing with fewer than two classes, or where each image is its
     own.
     """
     x = as_matrix(x_ND)

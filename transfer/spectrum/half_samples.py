@@ -3,7 +3,7 @@
 Drawing with replacement, the usual bootstrap, repeats images, and a rank over repeated images is too small
 by construction. The variance of a mean over half of N images, drawn without replacement, around that over
 all is that of the mean itself: half-sampling gives the bootstrap's standard error without repetition
-(Politis, Romano and Wolf, "Subsampling", 1999, Section 2.3).
+(Politis, Romano and Wolf, "Subsampling", 1999).
 """
 
 from __future__ import annotations

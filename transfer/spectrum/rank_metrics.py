@@ -57,12 +57,11 @@ def rankme(x_ND: np.ndarray | Tensor) -> float:
 
 
 def decay(values_M: Tensor, places: tuple[int, int] = (11, 100)) -> float:
-    """α of λ_i ∝ i^−α, by least squares of log λ_i on log i with weights 1 / i over the eigenvalues of
-    `places`.
+    """α of λ_i ∝ i^−α, by least squares of log λ_i on log i with weights 1 / i, over the places given.
 
-    α-ReQ, Agrawal et al., NeurIPS 2022 (https://openreview.net/forum?id=ii9X4vtZGTZ), who fit the 11th to the
-    100th in https://github.com/arnab39/reptrix (`alpha.py`). Where there are fewer the range ends at the last
-    positive one; NaN with fewer than three in it.
+    α-ReQ, Agrawal et al., NeurIPS 2022; https://github.com/arnab39/reptrix (`alpha.py`)
+    fits the 11th to the 100th eigenvalue. Where there are fewer the range ends at the last positive one; NaN
+    with fewer than three in it.
     """
     positive = int((values_M > values_M[0] * torch.finfo(torch.float64).eps).sum())
     last = min(places[1], positive)

@@ -19,7 +19,7 @@ MOST_FEATURES = 8192
 def alignment(x_NQD: np.ndarray | Tensor) -> float:
     """Mean ‖x − x⁺‖² of the first two views of an image, features scaled to length 1; 0 to 4, less is closer.
 
-    Wang and Isola, ICML 2020, https://arxiv.org/abs/2005.10242, Section 4.1 with α = 2. x_NQD: Q >= 2 views.
+    Wang and Isola, ICML 2020, https://arxiv.org/abs/2005.10242, with α = 2. x_NQD: Q >= 2 views.
     """
     first, second = (normalize(_views(x_NQD)[:, q], dim=-1) for q in (0, 1))
     return float((first - second).square().sum(-1).mean())
@@ -28,7 +28,7 @@ def alignment(x_NQD: np.ndarray | Tensor) -> float:
 def uniformity(x_ND: np.ndarray | Tensor) -> float:
     """log of the mean of exp(−2 ‖x − y‖²) over pairs of images, features of length 1; −8 to 0, less is wider.
 
-    Wang and Isola, ICML 2020, https://arxiv.org/abs/2005.10242, Section 4.1 with t = 2. x_ND: two images or
+    Wang and Isola, ICML 2020, https://arxiv.org/abs/2005.10242, with t = 2. x_ND: two images or
     more.
     """
     x = normalize(torch.as_tensor(np.asarray(x_ND)).double(), dim=-1)
@@ -41,7 +41,7 @@ def lidar(x_NQD: np.ndarray | Tensor, *, delta: float = 1e-6) -> float:
     """LiDAR: exp-entropy of λ / Σ λ + 1e-7, λ the eigenvalues of Σ_w^−1/2 Σ_b Σ_w^−1/2, each image a class.
 
     Σ_b: covariance of the images' means over views; Σ_w: mean covariance of views around them, + delta·I.
-    Thilak et al., "LiDAR", ICLR 2024, https://arxiv.org/abs/2312.04000, Eq. 1 to 4. Between 1 and
+    Thilak et al., "LiDAR", ICLR 2024, https://arxiv.org/abs/2312.04000. Between 1 and
     min(N − 1, D). The paper has N = 1,000 and Q = 50. Eigenvalues of Σ_w below what float64 tells from zero
     count as that.
     """
