@@ -522,7 +522,7 @@ def test_a_spectrum_study_is_shown(tmp_path: Path) -> None:
     write_study(runs, tmp_path / "study", title="cifar10, channel whitening")
     command.main([str(tmp_path / "study"), "--output", str(tmp_path / "out")])
     (table,) = list((tmp_path / "out" / "tables").glob("study-*.csv"))
-    assert [r["transformation"] for r in rows(table)] == ["INTL", "λ^-1"]
+    assert [r["trained with"] for r in rows(table)] == ["INTL", "λ^-1"]
     page = (tmp_path / "out" / "index.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == len(list((tmp_path / "study").glob("*.svg"))) >= 3
     assert "Avoided collapse in all seeds: INTL" in page and "λ^-1, seed 0: collapsed: rank 1" in page
