@@ -188,7 +188,7 @@ def _detections(root: Path, converted: dict[Target, Step], scenes: Step, asked: 
     ]  # fmt: skip
 
 
-REST = 440
+REST = 230
 """Steps of pretraining in float32 that take as long as all that comes after it, in float32 too where a CPU
 has nothing faster. Measured on two cores of an AMD EPYC without AVX-512."""
 
