@@ -92,7 +92,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         Section(slug="pretraining", title="Pretraining", plots=tuple(curves)),
         Section(slug="detection", title="Detection and segmentation", plots=tuple(detection)),
         Section(
-            slug="predictions", title="Predictions beside ground truth",
+            slug="predictions", title="Predictions beside ground truth", text=PREDICTIONS_TEXT,
             pictures=tuple(p for p in shown if p.section == "predictions"),
         ),
         Section(
@@ -122,6 +122,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
 
 
 TASKS_TEXT = "One table for each task and protocol; results of different protocols are never ranked."
+PREDICTIONS_TEXT = "Left, the ground truth; right, what was predicted, with scores."
 NEIGHBOURS_TEXT = (
     "Left, a test image; right, its nearest training images in feature space, nearest first. Green: of its "
     "class; red and struck through: of another."

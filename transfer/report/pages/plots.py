@@ -32,6 +32,8 @@ STYLE: dict[Any, Any] = {
     "grid.color": INK, "grid.alpha": 0.15, "grid.linewidth": 0.5, "lines.linewidth": 1.5,
     "legend.frameon": False, "legend.fontsize": 8.0, "axes.titlesize": 9.5, "path.simplify_threshold": 0.4,
 }  # fmt: skip
+WIDTH, HEIGHT = 4.4, 3.0  # inches, without the legend
+LEGEND_LETTERS = 66  # in a line of the legend, a label's line and margins taken as 8
 MAX_POINTS = 400
 FROM_ZERO = ("learning rate", "images / s", "AP, percent")
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
@@ -54,15 +56,17 @@ def draw(name: str, title: str, paint: Callable[..., None], *values: Any, **opti
     """Let `paint(axes, ...)` fill one axes and render it; ids get `name` as prefix, to share a page."""
     name = file_name(name)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.4, 3.0), layout="constrained")
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         axes.set_prop_cycle(color=COLOURS)
         figure.patch.set_alpha(0)
         axes.patch.set_alpha(0)
         paint(axes, *values, **options)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend()
+        if labels := axes.get_legend_handles_labels()[1]:  # above the axes, where it covers no line
+            columns = max(1, min(len(labels), LEGEND_LETTERS // (max(map(len, labels)) + 8)))
+            figure.set_size_inches(WIDTH, HEIGHT + 0.17 * math.ceil(len(labels) / columns))
+            figure.legend(loc="outside upper left", ncols=columns)
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return Plot(name=name, title=title, svg=_inline(out.getvalue(), name, title))
@@ -163,8 +167,10 @@ DETECTION_PLOTS = (
 
 
 def detection_plots(runs: Sequence[Curve], results: Results) -> list[Plot]:
-    """Loss and AP over iterations, AP by object size."""
+    """Loss and AP over iterations, AP by object size; a method has one colour in all of them."""
     runs = [dataclasses.replace(run, label=results.run_names.get(run.folder, run.label)) for run in runs]
+    place = {method: i for i, method in enumerate(results.methods)}
+    runs.sort(key=lambda run: place.get(run.label, len(place)))
     plots = []
     for name, title, key, y in DETECTION_PLOTS:
         series = _curves(runs, "iteration", {key: title})
