@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 import textwrap
 import types
@@ -144,9 +145,12 @@ def _says(doc: str, default: Any, *, needed: bool) -> str:
         or default in (None, "", [], (), dataclasses.MISSING)
     )
     if isinstance(default, (list, tuple)):
-        default = json.dumps(default)
+        words = all(isinstance(value, str) for value in default)
+        default = shlex.join(default) if words else json.dumps(default)
     note = "required" if needed else "" if told else f"default: {default}"
-    return (f"{doc} ({note.replace(' ', FIRM)})" if note else doc).replace("%", "%%")
+    if len(note) <= LONGEST_CHOICES:
+        note = note.replace(" ", FIRM)
+    return (f"{doc} ({note})" if note else doc).replace("%", "%%")
 
 
 def _action(field: Any, hint: Any, says: str, *, positional: bool) -> argparse.Action:

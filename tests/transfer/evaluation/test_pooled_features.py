@@ -89,7 +89,8 @@ def test_windows_of_the_last_map_are_vissls_features() -> None:
         ({"features": ("layer4+layer3",)}, "in order"),
         ({"features": ("layer4", "layer3"), "choose_on": "held-out"}, "held_out_percent"),
         ({"features": ("layer4", "layer3"), "scaling": "l2", "choose_on": "reported"}, "single set"),
-        ({"features": ("layer3",), "method": "logreg", "costs": (1.0,)}, "only heads"),
+        ({"features": ("layer3",), "method": "svm", "costs": (1.0,)}, "svm takes layer4 alone"),
+        ({"features": ("layer4", "layer3"), "method": "logreg", "costs": (1.0,)}, "logreg one set"),
     ],
 )
 def test_a_protocol_that_makes_no_sense_is_refused(values: dict, message: str) -> None:

@@ -117,7 +117,7 @@ def test_a_line_says_on_how_many_ranks_and_gpus(monkeypatch: pytest.MonkeyPatch)
         task="linear", settings=SimpleNamespace(label=None), precision="float32", values=ImageValues(),
         protocol=SimpleNamespace(reference=RESULT.protocol, has_authors=False), seed=0,
         train=Images(notes=(), native_size=32),
-        backbone=SimpleNamespace(weights=RESULT.weights, arch="resnet18"),
+        backbone=SimpleNamespace(weights=RESULT.weights, arch="resnet18", model=None),
         test=Images(name="d", split="test", notes=()), clock=SimpleNamespace(stamp=lambda _: {}),
         transform=EvalTransform(size=32, mean=(0.5,) * 3, std=(0.2,) * 3),
     )  # fmt: skip
