@@ -386,12 +386,9 @@ def test_every_config_loads_and_its_header_names_what_it_is(path: Path) -> None:
     assert f"# Protocol: {cfg.PROTOCOL}" in head
     assert all(any(line.startswith(f"# {word}") for line in head)
                for word in ("Source:", "Command:", "Published score:"))  # fmt: skip
-    assert (
     frozen = path.stem.endswith("frozen")
     assert cfg.TEST.PRECISE_BN.ENABLED and (cfg.MODEL.BACKBONE.FREEZE_AT == 5) == frozen
     assert frozen or cfg.MODEL.BACKBONE.FREEZE_AT == 0
-        and cfg.TEST.PRECISE_BN.ENABLED
-    )
     supervised = path.stem.endswith("supervised")
     assert (cfg.INPUT.FORMAT == "BGR") == cfg.MODEL.RESNETS.STRIDE_IN_1X1 == supervised
     if path.stem.startswith(("coco", "voc")):
