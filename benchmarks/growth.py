@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import Step, Table, interleave
+from benchmarks.harness import FRESH, Step, Table, interleave
 from benchmarks.knn import data, ours
 from benchmarks.loss import ours as our_loss
 from benchmarks.loss import step as loss_step
@@ -120,11 +119,10 @@ def over_processes(quick: bool) -> tuple[str, dict[int, float], float]:
 
 def processor_seconds(world: int, n: int, d: int, repeats: int) -> float:
     """The median over `repeats` of the sum over ranks, one thread each."""
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
+    answers = FRESH.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(
+            FRESH.Process(
                 target=_rank,
                 args=(answers, rank, world, f"{Path(folder) / 'meet'}", n, d, repeats),
                 daemon=True,

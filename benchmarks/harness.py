@@ -17,6 +17,9 @@ from typing import Any
 import torch
 
 Step = Callable[[], object]
+FRESH = multiprocessing.get_context("forkserver")
+"""Processes of their own, forked by one that has done nothing but import the libraries."""
+FRESH.set_forkserver_preload(["torchvision", "timm"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +116,8 @@ def peak_extra_bytes(
     mark, reset just before the call (Linux). `make` must be a module's function; what it builds is held
     before. `warm_up()()` runs first, to load libraries and start threads.
     """
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    child = context.Process(
+    answers = FRESH.Queue()
+    child = FRESH.Process(
         target=_measure_peak, args=(answers, torch.get_num_threads(), make, args, warm_up), daemon=True
     )
     child.start()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import multiprocessing
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,20 @@ from benchmarks.__main__ import measure
 from benchmarks.augment import six_views
 from benchmarks.features import agreement
 from benchmarks.growth import growth
-from benchmarks.harness import Table, as_markdown, as_record
+from benchmarks.harness import (
+    Comparison,
+    Table,
+    Timing,
+    as_markdown,
+    as_record,
+    interleave,
+    peak_extra_bytes,
+)
 from benchmarks.images import natural_images
 from pretrain.data.augment import View, draw_colours, finish, uniforms
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.loader import FIRST_COLOUR_SLOT
+from tests.helpers.held_memory import hold
 from transfer.evaluation.transforms import EvalTransform
 
 
@@ -185,3 +196,22 @@ def test_features_and_growth_run_as_typed(tmp_path: Path, capsys: pytest.Capture
     ratios = [f"{c['speedup']:.2f}x" for c in features["comparisons"]]
     rows = [line.split(" | ") for line in summary.splitlines() if line.startswith("| features | ")]
     assert [row[2] for row in rows][: len(ratios)] == ratios
+
+
+def test_harness_measures_time_and_memory() -> None:
+    times = interleave({"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, repeats=5)
+    assert times["short"].median_s < 0.015 <= times["long"].median_s and times["long"].repeats == 5
+    assert 60 * 2**20 <= peak_extra_bytes(hold, 64, warm_up=None) <= 90 * 2**20
+
+    def timing(s: float) -> Timing:
+        return Timing(median_s=s, lower_s=s, upper_s=s, repeats=1)
+
+    fast = Comparison(case="a", reference=timing(4), ours=timing(2), target_speedup=1.8)
+    slow = Comparison(
+        case="b", reference=timing(4), ours=timing(3), target_speedup=1.8,
+        reference_peak_bytes=100, ours_peak_bytes=60, target_memory_share=0.5,
+    )  # fmt: skip
+    assert fast.met and fast.memory_share is None and math.isclose(fast.speedup, 2)
+    assert not slow.met and math.isclose(slow.memory_share or 0, 0.6)
+    table = as_markdown(as_record("t", [fast, slow]))
+    assert "2.00x" in table and "met |" in table and "MISSED |" in table

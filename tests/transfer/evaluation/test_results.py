@@ -207,7 +207,7 @@ def test_a_backbone_that_was_never_trained_wants_a_word(
 ) -> None:
     from pretrain.network.model import build_backbone
 
-    torch.save(build_backbone("resnet18", stem="cifar").state_dict(), tmp_path / "new.pth")
+    torch.save(build_backbone("resnet18").state_dict(), tmp_path / "new.pth")
     words = ["--weights", str(tmp_path / "new.pth"), "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
     for task, protocol in (("knn", "solo_knn@2"), ("linear", "cached_linear@1"), ("semisup", "finetune@1")):
         more = ["--label-percent", "10"] if task == "semisup" else []

@@ -1,15 +1,12 @@
-"""The spectrum study as a user starts it, on real images; the benchmarks' harness."""
+"""The spectrum study as a user starts it, on real images."""
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.harness import Comparison, Timing, as_markdown, as_record, interleave, peak_extra_bytes
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
 from transfer.options import StudySettings
@@ -143,26 +140,3 @@ def test_statement_tells_where_the_paper_differs() -> None:
     assert "INTL's is no more even than IterNorm's, and far from equal eigenvalues after 600 steps." in far
     short = statement(by_instance([run("hard whitening", "hard", None, [1.0, 1.0], steps=20)]), title="x")
     assert "Too short to judge: after 20 steps" in short and "voided collapse" not in short
-
-
-def _hold(mib: int):
-    return lambda: torch.ones(mib * 2**18).sum()
-
-
-def test_harness_measures_time_and_memory() -> None:
-    times = interleave({"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, repeats=5)
-    assert times["short"].median_s < 0.015 <= times["long"].median_s and times["long"].repeats == 5
-    assert 60 * 2**20 <= peak_extra_bytes(_hold, 64, warm_up=None) <= 90 * 2**20
-
-    def timing(s: float) -> Timing:
-        return Timing(median_s=s, lower_s=s, upper_s=s, repeats=1)
-
-    fast = Comparison(case="a", reference=timing(4), ours=timing(2), target_speedup=1.8)
-    slow = Comparison(
-        case="b", reference=timing(4), ours=timing(3), target_speedup=1.8,
-        reference_peak_bytes=100, ours_peak_bytes=60, target_memory_share=0.5,
-    )  # fmt: skip
-    assert fast.met and fast.memory_share is None and math.isclose(fast.speedup, 2)
-    assert not slow.met and math.isclose(slow.memory_share or 0, 0.6)
-    table = as_markdown(as_record("t", [fast, slow]))
-    assert "2.00x" in table and "met |" in table and "MISSED |" in table
