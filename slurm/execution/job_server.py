@@ -27,6 +27,7 @@ from submitit.local.local import Controller, LocalExecutor, LocalJob
 from pretrain.common.errors import RunFailed
 
 FORK = multiprocessing.get_context("fork")
+GO = "go"
 BEHIND = {"pretrain.__main__": ("pretrain.train",), "transfer.train_net": ("transfer.detection.run",)}
 """What these modules import only once they are called."""
 
@@ -42,6 +43,7 @@ class JobServer:
     def start(self, folder: Path, environment: Mapping[str, str]) -> int:
         """The process id of a new controller of submitit's, for the job that lies in `folder`.
 
+        It waits for `release`, and ends if the driver ends before: no job runs whose id nobody has noted.
         Raises RunFailed where the process cannot be had.
         """
         for _ in range(2):  # it may have been killed since the last job
@@ -65,6 +67,10 @@ class JobServer:
             return ""
         return self._process.stdout.readline()
 
+    def release(self) -> None:
+        """Let the job that was started last begin."""
+        self._ask(GO)
+
     def close(self) -> None:
         """End the process; its jobs go on."""
         if self._process is not None:
@@ -81,6 +87,7 @@ class ForkingExecutor(LocalExecutor):
         self.server, self.threads = server, threads
 
     def _submit_command(self, command: str) -> LocalJob[Any]:
+        """The job, which waits for the server's `release`."""
         asked = self.parameters
         tasks = asked["tasks_per_node"]
         pid = self.server.start(self.folder, {
@@ -151,8 +158,11 @@ def _task(folder: Path, environment: Mapping[str, str], logs: tuple[TextIO, Text
     process_job(folder)
 
 
-def _control(folder: Path, environment: Mapping[str, str]) -> None:
+def _control(folder: Path, environment: Mapping[str, str], gate: tuple[int, int]) -> None:
     os.dup2(2, 1)  # the server's own is the driver's pipe
+    os.close(gate[1])
+    if not os.read(gate[0], 1):
+        return
     os.environ.update(environment)
     ForkingController(folder).run()
 
@@ -176,10 +186,18 @@ def main(modules: list[str]) -> None:
         for name in modules:
             importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # jobs that have ended leave no zombies
+    waiting = -1
     while line := sys.stdin.readline():
-        asked = json.loads(line)
-        job = asked and Fork(_control, Path(asked["folder"]), asked["environment"])
-        print(job and job.pid, flush=True)
+        asked, answer = json.loads(line), None
+        if asked == GO:
+            os.write(waiting, b"x")
+            os.close(waiting)
+        elif asked is not None:
+            gate = os.pipe()
+            answer = Fork(_control, Path(asked["folder"]), asked["environment"], gate).pid
+            os.close(gate[0])
+            waiting = gate[1]
+        print(answer, flush=True)
     os._exit(0)  # without waiting for the jobs
 
 

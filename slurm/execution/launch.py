@@ -76,3 +76,4 @@ def submit_local(
     with handling(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):
         job = executor.submit(job_of(step, graph, root, resources))
     record.submitted_as(job.job_id, logs, process_start(int(job.job_id)))
+    server.release()

@@ -54,6 +54,7 @@ def test_jobs_find_what_was_imported_their_environment_and_their_logs(
     server: JobServer, tmp_path: Path
 ) -> None:
     job = executor(server, tmp_path / "logs", threads=3, tasks=2).submit(told, tmp_path / "found")
+    server.release()
     ended(job.job_id)
     for rank in (0, 1):
         assert Path(f"{tmp_path / 'found'}.{rank}").read_text() == repr(["3", True, SOURCE, ""])
@@ -64,16 +65,26 @@ def test_jobs_find_what_was_imported_their_environment_and_their_logs(
 def test_jobs_outlive_it_and_the_next_one_gets_another(server: JobServer, tmp_path: Path) -> None:
     submits = executor(server, tmp_path / "logs")
     first = submits.submit(time.sleep, 60)
+    server.release()
     process = LocalProcess.of(int(first.job_id))
     assert server._process is not None
     os.kill(server._process.pid, signal.SIGKILL)
     second = submits.submit(os.mkdir, tmp_path / "made")
+    server.release()
     ended(second.job_id)
     assert (tmp_path / "made").is_dir() and process.is_alive
     server.close()
     assert process.is_alive
     kill_job(process)
     ended(first.job_id)
+
+
+def test_a_job_whose_id_was_not_noted_never_runs(server: JobServer, tmp_path: Path) -> None:
+    job = executor(server, tmp_path / "logs").submit(os.mkdir, tmp_path / "made")
+    assert LocalProcess.of(int(job.job_id)).is_alive
+    server.close()  # as when the driver is killed
+    ended(job.job_id)
+    assert not (tmp_path / "made").exists()
 
 
 def test_an_interruption_while_it_imports_leaves_no_job(
