@@ -7,7 +7,7 @@ from torch import Tensor
 from transfer.checkpoints.families.kinds import FAMILIES, Family, of_arch, places
 from transfer.checkpoints.families.match import Match, is_model
 from transfer.checkpoints.families.resnet import ARCHS
-from transfer.checkpoints.search import Container, Network, networks, scalar
+from transfer.checkpoints.search import Container, Network, networks, scalar, taken_once
 
 
 def all_networks(
@@ -64,17 +64,7 @@ def _network(
         key: written[len(prefix) :] for key, written in container.names.items() if written.startswith(prefix)
     }
     targets, dialect = family.names(list(inside.values()))
-    used: dict[str, str] = {}
-    doubled, taken = [], set()
-    for key, rest in inside.items():
-        target = targets[rest]
-        if not family.own.match(target):
-            continue
-        if target in taken:
-            doubled.append(f"{key} (a second {target})")
-        else:
-            taken.add(target)
-            used[key] = target
+    used, doubled = taken_once({key: targets[rest] for key, rest in inside.items()}, family.own)
     tensors = {target: scalar(target, container.tensors[key]) for key, target in used.items()}
     try:
         tensors = family.state(tensors)
@@ -84,7 +74,7 @@ def _network(
     except (RuntimeError, IndexError, TypeError):  # a vector where a matrix belongs, and their kin
         match = Match(arch=arch, reason="its tensors have not the dimensions of such a network's")
     return Network(
-        container=container, prefix=prefix, used=used, doubled=tuple(doubled), match=match, dialect=dialect,
+        container=container, prefix=prefix, used=used, doubled=doubled, match=match, dialect=dialect,
         family=name, own_tensors=tensors,
     )  # fmt: skip
 

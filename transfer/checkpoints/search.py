@@ -212,22 +212,28 @@ def _network(
 ) -> Network:
     inside = {key: name[len(prefix) :] for key, name in names.items() if name.startswith(prefix)}
     targets, dialect = _in_timms_names(inside, container.tensors, first)
+    used, doubled = taken_once(targets, _NETWORK)
+    shapes = {target: tuple(scalar(target, container.tensors[key]).shape) for key, target in used.items()}
+    match = match_arch(shapes, arch=arch, hint=hint)
+    return Network(
+        container=container, prefix=prefix, used=used, doubled=doubled, match=match, dialect=dialect
+    )
+
+
+def taken_once(targets: dict[str, str], own: re.Pattern[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Key -> timm's name, for names that are the network's `own`, each once; and the keys that came again."""
     used: dict[str, str] = {}
     doubled = []
     taken: set[str] = set()
     for key, target in targets.items():
-        if not _NETWORK.match(target):
+        if not own.match(target):
             continue
         if target in taken:
             doubled.append(f"{key} (a second {target})")
         else:
             taken.add(target)
             used[key] = target
-    shapes = {target: tuple(scalar(target, container.tensors[key]).shape) for key, target in used.items()}
-    match = match_arch(shapes, arch=arch, hint=hint)
-    return Network(
-        container=container, prefix=prefix, used=used, doubled=tuple(doubled), match=match, dialect=dialect
-    )
+    return used, tuple(doubled)
 
 
 def _in_timms_names(

@@ -263,16 +263,29 @@ def set_up(
     """
     backbone = backbone_of(settings, backbone)  # before the data, whose listing may take minutes
     train, test = parts or open_pair(settings)
-    doubts = doubts_about(train, test)
+    return settle(
+        settings, values, backbone, train, test, protocol=protocol, clock=clock, task=task, seed=seed,
+        label_percent=label_percent, warnings=tuple(doubts_about(train, test)),
+    )  # fmt: skip
+
+
+def settle(
+    settings: EvaluationSettings,
+    values: ImageValues,
+    backbone: Backbone,
+    train: ImageDataset,
+    test: ImageDataset,
+    **more: Any,
+) -> Evaluation:
+    """The evaluation, its transform and precision by the settings, the protocol's values and the weights."""
     transform = eval_transform(
         values, native_size=train.native_size, image_size=settings.image_size, metadata=backbone.metadata,
         given=[name for name in ("mean", "std") if getattr(settings, name) is not None],
     )  # fmt: skip
     asked = values.precision if settings.precision == "auto" else settings.precision
     return Evaluation(
-        task=task, settings=settings, protocol=protocol, values=values, backbone=backbone, train=train,
-        test=test, transform=transform, clock=clock, seed=seed, label_percent=label_percent,
-        precision="float32" if backbone.model is None else asked, warnings=tuple(doubts),
+        settings=settings, values=values, backbone=backbone, train=train, test=test, transform=transform,
+        precision="float32" if backbone.model is None else asked, **more,
     )  # fmt: skip
 
 

@@ -26,12 +26,12 @@ from pretrain.common.progress import Progress
 from pretrain.data.augment import View
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.data.loader import Views, epoch_order
-from transfer.evaluation.context import Evaluation, backbone_of, judge_frozen, output_of
+from transfer.evaluation.context import Evaluation, backbone_of, judge_frozen, output_of, settle
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.pooled_features import LAST, STAGES, columns
 from transfer.evaluation.protocol import Protocol, load_protocol, want
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluation.transforms import ImageValues, eval_transform
+from transfer.evaluation.transforms import ImageValues
 from transfer.evaluators.voc07 import refuse_voc07
 from transfer.options import EvaluationSettings, SpectrumSettings, parse
 from transfer.spectrum import diagnosis_pictures
@@ -129,17 +129,9 @@ def _evaluation(
     settings: SpectrumSettings, one: EvaluationSettings, protocol: Protocol, values: SpectrumProtocol,
     data: ImageDataset,
 ) -> Evaluation:  # fmt: skip
-    backbone = backbone_of(one)
-    transform = eval_transform(
-        values, native_size=data.native_size, image_size=one.image_size, metadata=backbone.metadata,
-        given=[name for name in ("mean", "std") if getattr(one, name) is not None],
-    )  # fmt: skip
-    asked = values.precision if one.precision == "auto" else one.precision
-    return Evaluation(
-        task="spectrum", settings=one, protocol=protocol, values=values, backbone=backbone, train=data,
-        test=data, transform=transform, clock=Clock(), seed=None,
-        precision="float32" if backbone.model is None else asked,
-        more_conditions={
+    return settle(
+        one, values, backbone_of(one), data, data, task="spectrum", protocol=protocol, clock=Clock(),
+        seed=None, more_conditions={
             "n": min(values.images, len(data)), "views": settings.views, "labelled": _has_labels(data),
         },
     )  # fmt: skip
