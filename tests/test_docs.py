@@ -18,6 +18,7 @@ from pretrain.data import transfer_sets
 from pretrain.data.datasets import DATASETS
 from transfer.checkpoints import formats
 from transfer.evaluation import protocol
+from transfer.zoo import listing
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(p for p in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
@@ -76,6 +77,31 @@ trains on the images of each class whose SHA-256 of `0 CLASS/FILE` comes first (
 
 Written from `pretrain/data/transfer_sets.py` (CONTRIBUTING says how).
 """,
+    "zoo.md": """# Published checkpoints by name
+
+`--weights zoo:NAME` takes a published checkpoint wherever a checkpoint file is taken. It is fetched once into
+the user's cache folder (`$XDG_CACHE_HOME/intl-bench/zoo`), goes on where a download was cut off, is compared
+with the hash that its source states, and is proved complete as any other file. Without a network, the error
+says which file to fetch by hand and where to put it. `intl-transfer zoo dino_resnet50` says where one comes
+from. Where a file holds two networks, the one that was evaluated is read, unless `--branch` names the other.
+None of the files was opened when this was written: a format is what its writer's code says, and
+`inspect zoo:NAME` shows what it really is.
+
+A manifest of your own, `--zoo FILE`, has the form of `transfer/zoo/zoo.yaml`; figures of an entry stand under
+it:
+
+```
+checkpoints:
+  ours_ep100:
+    url: https://example.org/ours_ep100.pth
+    source: https://example.org/paper
+    sha256: "0f1e2d3c"
+    figures:
+      - {task: knn, dataset: imagenet, protocol: dino_knn@2, metrics: {top1_k20: 70.1}}
+```
+
+Written from `transfer/zoo/zoo.yaml` and `transfer/zoo/figures.yaml` (CONTRIBUTING says how).
+""",
 }
 
 
@@ -83,6 +109,7 @@ def generated() -> dict[str, str]:
     return {
         "protocols.md": f"{HEADS['protocols.md']}\n{protocol.as_markdown().strip()}\n",
         "formats.md": f"{HEADS['formats.md']}\n{formats.markdown().strip()}\n",
+        "zoo.md": f"{HEADS['zoo.md']}\n{listing.markdown()}\n",
         "datasets.md": f"{HEADS['datasets.md']}\n{transfer_sets.markdown()}\n",
     }
 

@@ -81,8 +81,9 @@ WAYS: dict[str, Way] = {
     "make env": _make("-m pip install"),
     "make env DETECTRON2=source": _make("git+https://github.com/facebookresearch/detectron2.git"),
     # The page that it writes anew is spoilt beforehand.
-    "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="3 passed"),
+    "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="4 passed"),
     "intl-transfer inspect": Way(says="complete: the backbone loads"),
+    "intl-transfer zoo": Way(says="dino_resnet50"),
     "intl-transfer knn": Way(
         change=SMALLER,
         runs=("--image-size 64",),

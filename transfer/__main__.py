@@ -10,6 +10,7 @@ from transfer.program import Program
 COMMANDS = {
     "inspect": ("transfer.checkpoints.inspect", "what a checkpoint holds, and whether its backbone loads"),
     "formats": ("transfer.checkpoints.formats", "list the checkpoint formats that can be read"),
+    "zoo": ("transfer.zoo.listing", "list the published checkpoints that --weights zoo:NAME fetches"),
     "protocols": ("transfer.evaluation.protocol", "list the evaluation protocols"),
     "knn": ("transfer.evaluators.knn", "classify by nearest neighbours in feature space"),
     "linear": ("transfer.evaluators.linear", "train linear heads on the frozen backbone"),

@@ -19,8 +19,8 @@ from pretrain.objectives.expression import Expression
 class WeightsOptions:
     """How to read a checkpoint where the file does not say it all (docs/reading_checkpoints.md)."""
 
-    branch: Literal["online", "ema"] = "online"
-    """Which backbone, where the file holds two."""
+    branch: Literal["online", "ema"] | None = None
+    """Which backbone, where the file holds two; default: online, of zoo:NAME the one that is published."""
     arch: str | None = None
     """timm's name, where several architectures have the same shapes."""
     container: str | None = None
@@ -47,6 +47,8 @@ class WeightsOptions:
     """Attention heads a block of a ViT, where width and depth do not say it: MoCo v3's ViT-S has 12."""
     weights_format: str | None = None
     """A layout of your own, as YAML (docs/reading_checkpoints.md)."""
+    zoo: str | None = None
+    """Manifest of your own for --weights zoo:NAME, as YAML like transfer/zoo/zoo.yaml."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers out of range."""
@@ -76,17 +78,18 @@ class WeightsOptions:
     def read_with(self) -> str:
         """What was asked for beyond branch and architecture, as it is typed; results record it."""
         said = iter(self.words)
-        return " ".join(f"{name} {v}" for name, v in zip(said, said) if name not in ("--branch", "--arch"))
+        named = ("--branch", "--arch", "--zoo")
+        return " ".join(f"{name} {v}" for name, v in zip(said, said) if name not in named)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings(WeightsOptions):
     """Show what a checkpoint file holds and whether its backbone loads. No code in it is run."""
 
-    file: Path
-    """Checkpoint of any format that `python -m transfer formats` lists."""
-    branch: Literal["online", "ema"] | None = None  # type: ignore[assignment]
-    """Which branch to load; default: online, else ema."""
+    file: str
+    """Checkpoint of any format that `python -m transfer formats` lists, or zoo:NAME."""
+    branch: Literal["online", "ema"] | None = None
+    """Which branch to load; default: online, else ema; of zoo:NAME the one that is published."""
     keys: bool = False
     """List every tensor, used and dropped."""
     json: bool = False
@@ -98,7 +101,8 @@ class EvaluationSettings(WeightsOptions):
     """What every evaluator takes."""
 
     weights: str
-    """Checkpoint file in any known format; raw-pixels: evaluate the pixels themselves (knn and linear)."""
+    """Checkpoint file in any known format, or zoo:NAME (python -m transfer zoo lists them); raw-pixels:
+    evaluate the pixels themselves (knn and linear)."""
     protocol: str
     """Protocol NAME@VERSION (python -m transfer protocols lists them), or a YAML file of your own."""
     dataset: str
@@ -188,7 +192,7 @@ class SemisupSettings(EvaluationSettings):
     """Fine-tune backbone and classifier on 1 %, 10 % or all of the labels."""
 
     weights: str
-    """Checkpoint file in any known format."""
+    """Checkpoint file in any known format, or zoo:NAME."""
     label_percent: Literal[1, 10, 100]
     """Share of the training labels, in percent."""
     lists: str | None = None
@@ -274,7 +278,9 @@ class SpectrumSettings(EvaluationSettings):
     def of(self, weights: str) -> EvaluationSettings:
         """The same for one of the checkpoints."""
         names = (f.name for f in fields(EvaluationSettings))
-        return EvaluationSettings(**{n: getattr(self, n) for n in names} | {"weights": weights})
+        mixed = not weights.startswith("zoo:") and any(w.startswith("zoo:") for w in self.weights)
+        changes: dict[str, Any] = {"weights": weights} | ({"zoo": None} if mixed else {})
+        return EvaluationSettings(**{n: getattr(self, n) for n in names} | changes)
 
 
 @dataclass(frozen=True, kw_only=True)

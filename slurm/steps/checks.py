@@ -70,11 +70,13 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
     from pretrain.network.model import build_backbone
     from transfer.checkpoints.backbone import Backbone, load_backbone
     from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
+    from transfer.zoo.manifest import PREFIX
 
     backbones, problems = {}, []
     for path in asked.weights or []:
         try:
-            loaded = load_backbone(path, asked.reading())
+            read = asked.reading(**({} if path.startswith(PREFIX) else {"zoo": None}))
+            loaded = load_backbone(path, read)
         except UserError as error:
             problems.append(f"--weights {path}: {error}")
         else:

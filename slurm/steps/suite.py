@@ -20,6 +20,8 @@ from transfer.conversion.availability import CONFIGS
 from transfer.evaluation.protocol import FOLDER
 from transfer.evaluators.voc07 import NAME as VOC07
 from transfer.options import WeightsOptions
+from transfer.zoo.download import located
+from transfer.zoo.manifest import PREFIX
 
 CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
 
@@ -33,9 +35,11 @@ class Suite(WeightsOptions):
     recipe: str | None = None
     """Pretrain by this recipe, a name or a YAML file; or give --weights."""
     weights: list[str] | None = None
-    """Checkpoint files to evaluate, in any known format, all read alike: --weights A.pth B.pth."""
-    branch: Literal["online", "ema"] = "online"
-    """Which of two networks to evaluate, of a checkpoint or of a recipe that trains with --ema."""
+    """Checkpoint files to evaluate, in any known format, all read alike, or zoo:NAME, fetched here and now:
+    --weights A.pth B.pth zoo:dino_resnet50."""
+    branch: Literal["online", "ema"] | None = None
+    """Which of two networks to evaluate, of a checkpoint or of a recipe that trains with --ema; default:
+    online, of zoo:NAME the one that is published."""
     control: bool = False
     """With --recipe: also evaluate the same initialisation, untrained."""
     tasks: list[str] | None = None
@@ -86,7 +90,7 @@ class Suite(WeightsOptions):
         super().__post_init__()
         if bool(self.recipe) == bool(self.weights):
             raise UserError("wanted either --recipe NAME|FILE or --weights FILE...")
-        if self.recipe and (self.read_with or self.arch):
+        if self.recipe and (self.read_with or self.arch or self.zoo):
             said = " ".join(self.reading(branch="online").words[2:])
             raise UserError(f"{said}: how to read --weights; a recipe's own weights are read as they are")
         if self.weights_format is not None:
@@ -171,8 +175,8 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
         label = "INTL" if settings is None or settings.power is not None else settings.method
         steps.append(tasks.pretraining(root, asked.recipe, images, seed, extra, settings))
         targets.append(Target(
-            name="intl", label=label, weights=str(root / "pretrain" / BACKBONES[asked.branch]),
-            read=WeightsOptions(branch=asked.branch), depends_on=("pretrain",),
+            name="intl", label=label, weights=str(root / "pretrain" / BACKBONES[asked.branch or "online"]),
+            read=WeightsOptions(branch=asked.branch or "online"), depends_on=("pretrain",),
         ))  # fmt: skip
         if asked.control:
             steps.append(tasks.control(root, asked.recipe, images, seed, extra))
@@ -181,8 +185,8 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
                 Target(name="control", label="random control", weights=weights, depends_on=("control",))
             )
     layout = asked.weights_format and str(Path(asked.weights_format).resolve())
-    for name, path in _files(asked.weights or []).items():
-        read = asked.reading(weights_format=layout)
+    for name, (path, branch) in _weights(asked).items():
+        read = asked.reading(weights_format=layout, branch=branch, zoo=None)
         targets.append(Target(name=name, label=name, weights=str(path), read=read))
     wanted = asked.tasks or []
     detections = [task for task in wanted if task not in CLASSIFICATION]
@@ -206,6 +210,25 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
                     ))  # fmt: skip
     report = tasks.report(root, [*(s for s in steps if s.kind in ("pretrain", "control")), *evaluations])
     return Graph([*steps, *evaluations, report])
+
+
+def _weights(asked: Suite) -> dict[str, tuple[Path, Literal["online", "ema"]]]:
+    """Absolute paths by name, and which branch; what is in the zoo is fetched: jobs may have no network."""
+    given = asked.weights or []
+    names = [w for w in given if w.startswith(PREFIX)]
+    if asked.zoo is not None and not names:
+        raise UserError(f"--zoo {asked.zoo}: goes with --weights zoo:NAME")
+    found: dict[str, tuple[Path, Literal["online", "ema"]]] = {
+        name: (path, asked.branch or "online")
+        for name, path in _files([w for w in given if w not in names]).items()
+    }
+    for word in names:
+        path, read, entry = located(word, asked.reading())
+        assert entry is not None
+        if entry.name in found:
+            raise UserError(f"--weights names {entry.name} twice")
+        found[entry.name] = (path.resolve(), read.branch or "online")
+    return found
 
 
 def _files(weights: list[str]) -> dict[str, Path]:

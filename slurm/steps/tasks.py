@@ -26,7 +26,7 @@ class Target:
     """Absolute path of the file, or raw-pixels."""
     depends_on: tuple[str, ...] = ()
     """The steps that write the file."""
-    read: WeightsOptions = field(default_factory=WeightsOptions)
+    read: WeightsOptions = field(default_factory=lambda: WeightsOptions(branch="online"))
     """How to read the file."""
 
     @property

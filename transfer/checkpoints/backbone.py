@@ -22,6 +22,7 @@ from transfer.checkpoints.reading import OWN_FORMAT, Reading, choose, read_all
 from transfer.checkpoints.safe_load import RawFile, load_file
 from transfer.checkpoints.search import containers
 from transfer.options import WeightsOptions
+from transfer.zoo.download import located
 
 if TYPE_CHECKING:
     from torch import nn
@@ -141,22 +142,29 @@ class Found:
 
 
 def load_backbone(path: str | Path, asked: WeightsOptions | None = None, **options: Any) -> Backbone:
-    """Load a backbone from a checkpoint as `asked`, or as the named `options` of WeightsOptions say.
+    """Load a backbone from a checkpoint, a file or zoo:NAME, as `asked`, or as the named `options` of
+    WeightsOptions say.
 
     Raises UserError when the backbone is not complete, with what is missing, what is left over, and the
     options that take it.
     """
     asked = asked or WeightsOptions(**options)
-    if asked.branch not in ("online", "ema"):
+    if asked.branch not in (None, "online", "ema"):
         raise UserError(f"--branch {asked.branch}: there are online and ema")
-    before = _identity(path)
-    raw = load_file(path)
-    loaded = load_found(find(raw, path, asked))
-    if _identity(path) != before:
+    file, asked, entry = located(path, asked)
+    before = _identity(file)
+    raw = load_file(file)
+    loaded = load_found(find(raw, file, asked))
+    if _identity(file) != before:
         raise UserError(
-            f"{path} was replaced while it was read; wait for the run that writes it, or copy it first"
+            f"{file} was replaced while it was read; wait for the run that writes it, or copy it first"
         )
-    return loaded
+    if entry is None:
+        return loaded
+    doubts = entry.doubts(loaded.arch, loaded.format)
+    return dataclasses.replace(
+        loaded, weights=loaded.weights | {"path": str(path)}, notes=(*loaded.notes, *doubts)
+    )
 
 
 def _identity(path: str | Path) -> tuple[int, ...]:

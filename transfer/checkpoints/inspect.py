@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from transfer.checkpoints.safe_load import RawFile, load_file
 from transfer.checkpoints.sanity import doubts_of
 from transfer.checkpoints.search import unwrap
 from transfer.options import InspectSettings, WeightsOptions, parse
+from transfer.zoo.download import located
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Inspection:
     packed_as: str
     holds: dict[str, str]
     """Top-level key -> what is under it."""
-    branches: dict[str, str]
+    branches: dict[Literal["online", "ema"], str]
     """online, ema -> complete, or what is wrong with the nearest reading."""
     found: Found | None
     """The backbone of the branch asked for, or of the only complete one; None when none is complete."""
@@ -45,7 +46,7 @@ class Inspection:
 
 def inspect_file(path: str | Path, asked: WeightsOptions | None = None) -> Inspection:
     """Look through `path` and check its backbone as evaluations do. Raises UserError for no checkpoint."""
-    asked = asked or WeightsOptions()
+    path, asked, entry = located(path, asked or WeightsOptions())
     raw = load_file(path)
     branches = dict.fromkeys(BRANCHES, "none")
     found, problem, doubts = None, "", []
@@ -56,6 +57,8 @@ def inspect_file(path: str | Path, asked: WeightsOptions | None = None) -> Inspe
         found = find(raw, path, asked.reading(branch=wanted))
         check(found.reading)
         doubts = doubts_of(found.reading.tensors)
+        if entry is not None:
+            doubts += entry.doubts(found.reading.arch, found.reading.format.name)
     except UserError as error:
         found, problem = None, str(error)
     return Inspection(

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from transfer.checkpoints.search import (
 from transfer.options import WeightsOptions
 
 OWN_FORMAT = "intl-bench/"
-BRANCHES = ("online", "ema")
+BRANCHES: tuple[Literal["online", "ema"], ...] = ("online", "ema")
 ANYWHERE = ("", "state_dict", "model", "model_state_dict")
 """Containers of formats whose writer's choice says nothing: others put the same under other names."""
 

@@ -1,0 +1,1 @@
+"""Published checkpoints by name (`--weights zoo:NAME`), fetched once, and the figures published of them."""
