@@ -6,7 +6,7 @@ from pretrain.common.package import __version__ as __version__
 from pretrain.common.package import lazily
 
 if TYPE_CHECKING:
-    from pretrain.diagnostics import diagnose
+    from pretrain.objectives.diagnostics import diagnose
     from pretrain.objectives.expression import expression
     from pretrain.objectives.gaussian import sigreg_loss
     from pretrain.objectives.intl import INTLLoss, intl_loss
@@ -29,7 +29,7 @@ __getattr__, __dir__ = lazily(
         "ObjectiveLoss": "pretrain.objectives.views",
         "barlow_twins_loss": "pretrain.objectives.redundancy",
         "coding_rate_loss": "pretrain.objectives.volume",
-        "diagnose": "pretrain.diagnostics",
+        "diagnose": "pretrain.objectives.diagnostics",
         "expression": "pretrain.objectives.expression",
         "frossl_loss": "pretrain.objectives.volume",
         "intl_loss": "pretrain.objectives.intl",

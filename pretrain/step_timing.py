@@ -12,17 +12,12 @@ import torch
 from pretrain.common.machine import cores
 from pretrain.common.progress import Progress
 from pretrain.data.datasets import ImageDataset, open_dataset
-from pretrain.data.loader import (
-    StepBatches,
-    Views,
-    batches,
-    colour_place,
-    default_workers,
-)
+from pretrain.data.loader import colour_place
+from pretrain.input_pipeline import InputPipeline, workers_of
 from pretrain.learner import Learner, choose_dtype
 from pretrain.loss import loss_of
+from pretrain.plan import Plan
 from pretrain.settings import Settings
-from pretrain.train import Plan, on_device, views_of
 
 LOADER = ("--augment-on", "--workers", "--jpeg-draft")
 WORTH = 1.05
@@ -58,17 +53,13 @@ def report(settings: Settings, steps: int) -> None:
     print(f"worth changing first: {'; '.join(worth) or 'nothing of what was tried'}")
 
 
-def _workers(settings: Settings, device: torch.device) -> int:
-    return default_workers(device) if settings.workers is None else settings.workers
-
-
 def alternatives(settings: Settings, device: torch.device) -> dict[str, Settings]:
     """The same run with one option changed, by that option: those that leave the method as it is.
 
     Batch, views and projector would change a step's time too, but what is trained with it.
     """
     changes: dict[str, Any] = {}
-    workers = _workers(settings, device)
+    workers = workers_of(settings, device)
     if settings.augment_on == "auto" and (device.type == "cuda" or workers > 0):
         changes["augment_on"] = "device" if colour_place("auto", workers, device)[0] else "workers"
     if workers < cores():
@@ -103,7 +94,7 @@ def speedups(seconds: dict[str, float], tried: dict[str, dict[str, float]]) -> d
 
 
 def _said_of_placement(settings: Settings, device: torch.device) -> str:
-    _, where = colour_place(settings.augment_on, _workers(settings, device), device)
+    _, where = colour_place(settings.augment_on, workers_of(settings, device), device)
     return f"colour and blur {where} (--augment-on {settings.augment_on})"
 
 
@@ -115,27 +106,14 @@ def time_parts(
     learner = Learner.build(settings, device, choose_dtype(settings.precision, device))
     learner.start(compiled=settings.compile)
     loss_of_views = loss_of(settings)
-    views = Views(
-        images, views_of(settings), seed=0, mean=settings.mean, std=settings.std,
-        finish_here=colour_place(settings.augment_on, _workers(settings, device), device)[0],
-        jpeg_draft=settings.jpeg_draft,
-    )  # fmt: skip
-    order = StepBatches(
-        len(images),
-        batch_global=settings.batch_global,
-        rank=0,
-        world=1,
-        seed=0,
-        start=0,
-        stop=steps + WARM_UP,
-    )
-    loader = batches(views, order, workers=_workers(settings, device), pin_memory=device.type == "cuda")
+    pipeline = InputPipeline.of(settings, images, device)
+    loader = pipeline.batches(0, steps + WARM_UP)
     seconds = dict.fromkeys(PARTS, 0.0)
     for step in range(steps + WARM_UP):
         marks = [_now(device)]
         batch = next(loader)
         marks.append(_now(device))
-        made = on_device(batch, views, device)
+        made = pipeline.on_device(batch)
         marks.append(_now(device))
         embeddings = learner.embed(made)
         marks.append(_now(device))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import logging
 import resource
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,24 +25,17 @@ from pretrain.common.process_group import barrier, is_main, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.control import estimate_bn
-from pretrain.data.augment import View, finish
 from pretrain.data.corrupt_images import CorruptImages
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.data.images import BrokenImage
-from pretrain.data.loader import (
-    Batch,
-    StepBatches,
-    Views,
-    batches,
-    colour_place,
-    default_workers,
-)
-from pretrain.diagnostics import collapse, diagnose
+from pretrain.input_pipeline import InputPipeline
 from pretrain.learner import Learner, choose_dtype
 from pretrain.loss import Loss, floor_of, loss_of
 from pretrain.metrics import LossLog, MetricsWriter
 from pretrain.network.model import SHALLOW, build_backbone
+from pretrain.objectives.diagnostics import collapse, diagnose
 from pretrain.optim import ema_momentum_at, lr_at
+from pretrain.plan import Plan, StepEvents
 from pretrain.settings import ADDED_SINCE, FREE_TO_CHANGE, Settings
 
 logger = logging.getLogger(__name__)
@@ -52,62 +43,6 @@ logger = logging.getLogger(__name__)
 LOGS_BYTES = 10**7
 
 Hook = Callable[[nn.Module, Settings], Mapping[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What follows from the settings, the data set and the number of ranks."""
-
-    images: int
-    steps_per_epoch: int
-    steps: int
-    warmup: int
-    batch_per_rank: int
-    lr: float
-
-    @staticmethod
-    def of(settings: Settings, images: int, world: int) -> Plan:
-        """The plan for so many images and ranks. Raises UserError for a batch that does not fit them."""
-        per_epoch = images // settings.batch_global
-        if per_epoch == 0 and settings.epochs > 0:
-            raise UserError(
-                f"--batch-global {settings.batch_global} is more than the {images} images there are"
-            )
-        if settings.batch_global % world:
-            raise UserError(f"--batch-global {settings.batch_global} cannot be shared by {world} ranks")
-        steps = settings.epochs * per_epoch
-        steps = min(steps, settings.max_steps or steps)
-        return Plan(
-            images=images, steps_per_epoch=per_epoch, steps=steps,
-            warmup=min(round(settings.warmup_epochs * per_epoch), steps),
-            batch_per_rank=settings.batch_global // world, lr=settings.lr * settings.batch_global / 256,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepEvents:
-    """What the settings want once so many steps are done."""
-
-    epoch: int
-    last: bool
-    log: bool
-    save: bool
-    copy: bool
-    hook: bool
-
-    @staticmethod
-    def after(done: int, plan: Plan, settings: Settings) -> StepEvents:
-        """What is due once `done` steps are done."""
-        epoch, place = divmod(done, plan.steps_per_epoch)
-        last, epoch_ends = done == plan.steps, place == 0
-        keep = settings.keep_every_epochs
-        copy = epoch_ends and keep is not None and epoch % keep == 0
-        return StepEvents(
-            epoch=epoch, last=last, copy=copy,
-            log=done % settings.log_every == 0 or last,
-            save=done % settings.save_every == 0 or last or copy,
-            hook=epoch_ends and epoch % settings.hook_every_epochs == 0,
-        )  # fmt: skip
 
 
 def train(settings: Settings, device: torch.device, *, hook: Hook | None = None) -> None:
@@ -134,8 +69,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
             return
     if saved is None and plan.steps > 0:
         settings = tuning.chosen(
-            settings, device, lambda: _timed_batches(settings, images, device),
-            _timed_loss(settings, loss),
+            settings, device, lambda: InputPipeline.of(settings, images, device)
         )  # fmt: skip
     tuning.use_threads(settings)
     dtype = choose_dtype(settings.precision, device)
@@ -209,12 +143,8 @@ def _loop(
     hook: Hook | None,
 ) -> None:
     output, total = Path(settings.output), plan.steps
-    views, workers, where = _loading(settings, images, device)
-    steps = StepBatches(
-        len(images), batch_global=settings.batch_global, rank=rank(), world=world_size(),
-        seed=settings.seed, start=start, stop=total,
-    )  # fmt: skip
-    loader = batches(views, steps, workers=workers, pin_memory=device.type == "cuda")
+    pipeline = InputPipeline.of(settings, images, device)
+    loader = pipeline.batches(start, total, rank=rank(), world=world_size())
     learner.start(compiled=settings.compile)
     floor = floor_of(settings)
     losses, shown = LossLog(unlogged), {}
@@ -222,7 +152,7 @@ def _loop(
     skipped = CorruptImages(settings.max_broken_images, broken)
     logger.info(
         "training %s on %s: %d steps, %s, %d loader workers, colour and blur %s (--augment-on %s)",
-        settings.arch, device, total, learner.dtype, workers, where, settings.augment_on,
+        settings.arch, device, total, learner.dtype, pipeline.workers, pipeline.where, settings.augment_on,
     )  # fmt: skip
 
     progress = Progress(total, label="pretrain", start=start, file=output / "progress.json")
@@ -242,7 +172,7 @@ def _loop(
                 step, base=plan.lr, warmup=plan.warmup, total=total, final_ratio=settings.lr_final_ratio
             )
             learner.update_target(ema_momentum_at(step, base=settings.ema_momentum, total=total))
-            embeddings = learner.embed(on_device(batch, views, device))
+            embeddings = learner.embed(pipeline.on_device(batch))
             loss = loss_of_views(embeddings, step)
             learner.stepper.backward(loss.total)
             learner.stepper.update(lr)
@@ -281,35 +211,6 @@ def _loop(
         writer.wait(must_be_saved=True)
 
 
-def _loading(settings: Settings, images: ImageDataset, device: torch.device) -> tuple[Views, int, str]:
-    """The views, the number of workers that make them, and where colour and blur run, in words."""
-    workers = default_workers(device) if settings.workers is None else settings.workers
-    finish_here, where = colour_place(settings.augment_on, workers, device)
-    views = Views(
-        images, views_of(settings), seed=settings.seed, mean=settings.mean, std=settings.std,
-        finish_here=finish_here, jpeg_draft=settings.jpeg_draft,
-    )  # fmt: skip
-    return views, workers, where
-
-
-def _timed_batches(settings: Settings, images: ImageDataset, device: torch.device) -> Iterator[list[Tensor]]:
-    """The views of one small batch after the other, loaded as the run's are."""
-    views, workers, _ = _loading(settings, images, device)
-    size = min(tuning.IMAGES, settings.batch_global)
-    steps = StepBatches(
-        len(images), batch_global=size, rank=0, world=1, seed=settings.seed, start=0, stop=10_000
-    )
-    for batch in batches(views, steps, workers=workers):
-        yield on_device(batch, views, device)
-
-
-def _timed_loss(settings: Settings, loss: Loss) -> Callable[[list[Tensor]], Tensor]:
-    """The loss of a timed step's few images; W-MSE, a small part of a step, may have too many features."""
-    if settings.loss_name == "w_mse":
-        return lambda embeddings: torch.stack(embeddings).square().mean()
-    return lambda embeddings: loss(embeddings, 0).total
-
-
 def _metrics_writer(settings: Settings, start: int) -> MetricsWriter:
     return MetricsWriter(
         Path(settings.output), start=start, wandb=settings.wandb, config=settings_as_dict(settings)
@@ -335,23 +236,6 @@ def _record(
     if device.type == "cuda":
         record["peak_memory_gib"] = peak_memory_gib(device)
     return record
-
-
-def on_device(batch: Batch, views: Views, device: torch.device) -> list[Tensor]:
-    """The batch's views, finished, on the device."""
-    moved = [v.to(device, non_blocking=True) for v in batch.views]
-    if not batch.colours:
-        return moved
-    mean, std = (_on(device, tuple(x.tolist())) for x in (views.mean, views.std))
-    return [
-        finish(crops, colours.to(device), mean=mean, std=std) for crops, colours in zip(moved, batch.colours)
-    ]
-
-
-@functools.cache
-def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
-    """Constants, moved once: a copy from pageable memory makes the host wait for what the GPU has to do."""
-    return torch.tensor(values, device=device)
 
 
 def _diagnosis(z_nD: Tensor, *, alarm: bool) -> tuple[dict[str, float], str | None]:
@@ -472,23 +356,6 @@ def _write_control(settings: Settings, learner: Learner, images: ImageDataset, d
         _write_backbones(settings, learner, step=0, source="random initialisation")
         logger.info("wrote the random control %s", Path(settings.output) / "backbone.safetensors")
     barrier()
-
-
-def views_of(settings: Settings) -> list[View]:
-    """The settings of each view."""
-    per_view = zip(
-        settings.view_sizes, *(settings.per_view(k) for k in (
-            "min_scales", "max_scales", "jitter_p", "grey_p", "blur_p", "solarise_p", "flip_p",
-        ))
-    )  # fmt: skip
-    return [
-        View(
-            size=size, min_scale=low, max_scale=high, interpolation=settings.interpolation,
-            jitter=tuple(settings.jitter), jitter_p=jitter_p, grey_p=grey_p, blur_p=blur_p,
-            blur_sigma=tuple(settings.blur_sigma), solarise_p=solarise_p, flip_p=flip_p,
-        )
-        for size, low, high, jitter_p, grey_p, blur_p, solarise_p, flip_p in per_view
-    ]  # fmt: skip
 
 
 def load_hook(name: str | None) -> Hook | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.process_group import world_size
+from pretrain.input_pipeline import InputPipeline
 from pretrain.learner import Learner, choose_dtype
 from pretrain.settings import Settings
 
@@ -30,9 +31,6 @@ ENOUGH = 0.9
 """One thread is taken where it has this share of the speed of all: where another process wants a core, one
 thread shares it, and several wait at every barrier for the one that was put off."""
 
-Batches = Callable[[], Iterator[list[Tensor]]]
-Loss = Callable[[list[Tensor]], Tensor]
-
 
 def taken_over(settings: Settings, saved: Mapping[str, Any]) -> Settings:
     """The settings with what the run, whose saved configuration this is, chose when it began."""
@@ -40,12 +38,11 @@ def taken_over(settings: Settings, saved: Mapping[str, Any]) -> Settings:
     return dataclasses.replace(settings, **left)
 
 
-def chosen(settings: Settings, device: torch.device, batches: Batches, loss: Loss) -> Settings:
+def chosen(settings: Settings, device: torch.device, pipeline: Callable[[], InputPipeline]) -> Settings:
     """The settings without "auto" for precision and threads: on a CPU the fastest choice.
 
-    `batches` starts loading views of `IMAGES` images as the run does; `loss` is the run's, of their
-    embeddings. On a GPU, and where several ranks share a step, nothing is timed: bfloat16 where the device
-    has it, as many threads as torch has.
+    `pipeline` makes the run's own. On a GPU, and where several ranks share a step, nothing is timed:
+    bfloat16 where the device has it, as many threads as torch has.
     """
     native = str(choose_dtype("auto", device)).removeprefix("torch.")
     every: dict[str, list[Any]] = {
@@ -58,10 +55,18 @@ def chosen(settings: Settings, device: torch.device, batches: Batches, loss: Los
     trials = [
         dataclasses.replace(settings, **dict(zip(asked, v))) for v in itertools.product(*asked.values())
     ]
-    return trials[0] if len(trials) == 1 else _fastest(trials, batches(), loss)
+    return trials[0] if len(trials) == 1 else _fastest(trials, _small_steps(pipeline))
 
 
-def _fastest(trials: list[Settings], loader: Iterator[list[Tensor]], loss: Loss) -> Settings:
+def _small_steps(pipeline: Callable[[], InputPipeline]) -> Iterator[list[Tensor]]:
+    """The views of one small step after the other, loaded as the run's are."""
+    of_run = pipeline()
+    few = dataclasses.replace(of_run, batch_global=min(IMAGES, of_run.batch_global))
+    for batch in few.batches(0, 10_000):
+        yield few.on_device(batch)
+
+
+def _fastest(trials: list[Settings], loader: Iterator[list[Tensor]]) -> Settings:
     began, before = time.monotonic(), torch.get_num_threads()
     costs: list[float] = []
     told = []
@@ -69,7 +74,7 @@ def _fastest(trials: list[Settings], loader: Iterator[list[Tensor]], loss: Loss)
         for trial in trials:
             if costs and time.monotonic() - began > LIMIT_S:
                 break
-            seconds = seconds_of_a_step(trial, loader, loss)
+            seconds = seconds_of_a_step(trial, loader)
             costs.append(seconds * (ENOUGH if trial.threads == 1 else 1.0))
             told.append(f"{_words(trial)} {1 / seconds:.2f}")
     finally:
@@ -79,8 +84,11 @@ def _fastest(trials: list[Settings], loader: Iterator[list[Tensor]], loss: Loss)
     return best
 
 
-def seconds_of_a_step(settings: Settings, loader: Iterator[list[Tensor]], loss: Loss) -> float:
-    """Mean seconds of a step of a fresh network, loading included, after one step that does not count."""
+def seconds_of_a_step(settings: Settings, loader: Iterator[list[Tensor]]) -> float:
+    """Mean seconds of a step of a fresh network, loading included, after one step that does not count.
+
+    The mean square stands for the loss, a small part of a step which may want more images than are timed.
+    """
     device = torch.device("cpu")
     use_threads(settings)
     dtype = choose_dtype(settings.precision, device)
@@ -88,7 +96,7 @@ def seconds_of_a_step(settings: Settings, loader: Iterator[list[Tensor]], loss: 
     learner.start(compiled=False)
 
     def step() -> None:
-        learner.stepper.backward(loss(learner.embed(next(loader))))
+        learner.stepper.backward(torch.stack(learner.embed(next(loader))).square().mean())
         learner.stepper.update(0.0)
 
     step()

@@ -1,1 +1,1 @@
-"""Objectives: functions of several views' embeddings, most of them of the spectrum of their covariance."""
+"""Objectives: functions of several views' embeddings, mostly of their covariance's spectrum. Its diagnosis."""

@@ -199,19 +199,17 @@ def _say_how_long(pretrain: Step) -> None:
 
     from pretrain.data.datasets import open_dataset
     from pretrain.learner import choose_dtype
-    from pretrain.loss import loss_of
+    from pretrain.plan import Plan
     from pretrain.settings import parse_recipe
-    from pretrain.train import Plan
     from pretrain.tuning import seconds_of_a_step
 
     settings = parse_recipe(list(pretrain.argv))
     images = len(open_dataset(settings.dataset, settings.data_dir, "train", labelled=False))
     views = [torch.randn(settings.batch_global, 3, side, side) for side in settings.view_sizes]
-    loss = loss_of(settings)
 
     def seconds(precision: Any) -> float:
         changed = dataclasses.replace(settings, precision=precision)
-        return seconds_of_a_step(changed, itertools.repeat(views), lambda z: loss(z, 0).total)
+        return seconds_of_a_step(changed, itertools.repeat(views))
 
     float32 = seconds("float32")
     native = choose_dtype(settings.precision, torch.device("cpu")) != torch.float32

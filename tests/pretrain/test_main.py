@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain.input_pipeline import views_of
 from pretrain.settings import RECIPES, parse_recipe
-from pretrain.train import views_of
 
 
 def pretrain(*argv: str) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.input_pipeline import InputPipeline
 from pretrain.settings import parse_recipe
 
 
@@ -39,13 +40,14 @@ def test_profile_times_both_places_of_colour_and_blur(
     from pretrain import profile, step_timing
 
     used = []
-    views = step_timing.Views
+    pipeline_of = InputPipeline.of
 
-    def noted(*args: Any, **options: Any) -> Any:
-        used.append(options["finish_here"])
-        return views(*args, **options)
+    def noted(*args: Any) -> InputPipeline:
+        made = pipeline_of(*args)
+        used.append(made.views.finish_here)
+        return made
 
-    monkeypatch.setattr(step_timing, "Views", noted)
+    monkeypatch.setattr(InputPipeline, "of", staticmethod(noted))
     monkeypatch.setattr(step_timing.torch.cuda, "is_available", lambda: False)
     tiny = [
         "--steps", "1", "--dataset", "cifar10", "--data-dir", str(cifar_folder), "--arch", "resnet18",

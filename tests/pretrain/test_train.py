@@ -19,8 +19,9 @@ from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import read_jsonl
 from pretrain.common.signals import Stopped
 from pretrain.data.corrupt_images import CorruptImages
+from pretrain.plan import Plan
 from pretrain.settings import Settings
-from pretrain.train import Plan, train
+from pretrain.train import train
 from tests.helpers.ranks import start_ranks, wait_ranks
 from tests.helpers.training import CPU, differing, stop_after_epoch_one, tiny, weights
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ SMALL = {"view_sizes": [12, 12], "batch_global": 320, "log_every": 100}
 AUTO = {"precision": "auto", "threads": "auto"}
 
 
-def no_batches() -> Iterator[list[torch.Tensor]]:
+def untimed(*_: object) -> Any:
     raise AssertionError("nothing is to be timed")
 
 
@@ -41,7 +42,7 @@ def choice(monkeypatch: pytest.MonkeyPatch, seconds: dict[tuple, float], **asked
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     settings = tiny(Path("d"), Path("o"), **(AUTO | asked))
-    found = of(tuning.chosen(settings, CPU, lambda: iter(()), lambda _: torch.zeros(())))
+    found = of(tuning.chosen(settings, CPU, untimed))
     assert len(timed) == len(set(timed)) == len(seconds)
     return found
 
@@ -59,7 +60,7 @@ def test_the_fastest_is_taken_and_one_thread_where_it_is_nearly_as_fast(
 
 def test_what_is_given_is_not_timed() -> None:
     given = tiny(Path("d"), Path("o"), threads=2)
-    assert tuning.chosen(given, CPU, no_batches, lambda _: torch.zeros(())) == given
+    assert tuning.chosen(given, CPU, untimed) == given
     assert tuning.taken_over(given, {"precision": "bfloat16", "threads": 1}) == given
     with pytest.raises(UserError, match="--threads must be at least 1, or auto, got 0"):
         tiny(Path("d"), Path("o"), threads=0)
@@ -87,7 +88,7 @@ def test_a_choice_is_written_down_and_kept_when_the_run_goes_on(
     taken = {k: used[k] for k in AUTO}
     assert "auto" not in taken.values() and taken["threads"] in (1, 2)
     assert {k: load_checkpoint(cut / "checkpoint.pt")["config"][k] for k in AUTO} == taken
-    monkeypatch.setattr(tuning, "seconds_of_a_step", no_batches)
+    monkeypatch.setattr(tuning, "seconds_of_a_step", untimed)
     train(tiny(cifar_folder, cut, **SMALL, **AUTO), CPU)
     train(tiny(cifar_folder, tmp_path / "whole", **SMALL, **taken), CPU)
     assert differing(tmp_path / "whole", cut) == []

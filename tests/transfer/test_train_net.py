@@ -115,6 +115,11 @@ def test_a_run_leaves_results_pictures_and_curves(
     assert best["run"]["selection"] == "best" and best["run"]["protocol"] == lines[0]["protocol"]
 
     argv = words(scene_folder, finished, "MODEL.WEIGHTS", str(weights))
+    (finished / "curves.png").unlink()  # as a kill before the drawing leaves it
+    shutil.rmtree(finished / "pictures")
+    assert run(train_net.main, argv) == 0
+    assert (finished / "pictures" / "predictions_0.png").exists() and (finished / "curves.png").exists()
+    capsys.readouterr()
     assert run(train_net.main, argv) == 0
     assert "finished already" in capsys.readouterr().out
     assert read_jsonl(finished / "results.jsonl") == lines

@@ -238,8 +238,8 @@ def _on_each_rank(trial: Trial) -> None:
                     numbers = "  ".join(f"{k} {v:.2f}" for k, v in result.metrics.items())
                     print(f"{name} {result.task}{' (augmented)' if also else ''}: {numbers}")
     if comm.is_main_process():
-        draw(cfg, model, output / "pictures")
         draw_curves(output / "metrics.json", output / "curves.png")
+        draw(cfg, model, output / "pictures")
         _verify(cfg, outcomes)
 
 
@@ -314,7 +314,7 @@ def _results(
 
 
 def _is_finished(cfg: CfgNode, config_hash: str, origin: Mapping[str, Any]) -> bool:
-    """Whether OUTPUT_DIR holds the results that this command would give, on every test set."""
+    """Whether OUTPUT_DIR holds what this command would give: results on every test set, and pictures."""
     there = {
         f"{r.dataset}_{r.split}" if r.split else r.dataset
         for r in read(cfg.OUTPUT_DIR)
@@ -323,7 +323,7 @@ def _is_finished(cfg: CfgNode, config_hash: str, origin: Mapping[str, Any]) -> b
         and r.weights.get("sha256") == origin["sha256"]
         and cfg.SEED in (-1, r.seed)
     }
-    return set(cfg.DATASETS.TEST) <= there
+    return set(cfg.DATASETS.TEST) <= there and any(Path(cfg.OUTPUT_DIR, "pictures").glob("*.png"))
 
 
 def _log_to(file: Path | None) -> None:

@@ -193,7 +193,8 @@ class Evaluation:
         """What OUTPUT holds of this evaluation already, said to the user; nothing with --force."""
         if self.settings.force:
             return []
-        return results.find(self.settings.output, self.result({}, torch.device("cpu")))
+        like = self.result({}, torch.device("cpu"))
+        return results.find(self.settings.output, like, most_unreadable=self.settings.max_broken_images)
 
     def tell_finished(self, found: list[Result]) -> None:
         """Say that nothing is left to do. Rank 0 only."""

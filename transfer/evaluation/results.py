@@ -110,6 +110,9 @@ def check(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {value!r:.60}, which is no percentage")
     if values.get("n", 1) <= 0:
         raise ValueError("a result over no image")
+    left_out = values.get("settings", {}).get("unreadable", {})
+    if not isinstance(left_out, dict) or not all(type(n) is int for n in left_out.values()):
+        raise ValueError(f"unreadable is {left_out!r:.60}, which are no counts of images")
 
 
 def _plain(value: Any) -> bool:
@@ -146,17 +149,24 @@ def read(path: str | Path) -> list[Result]:
     return found
 
 
-def find(output: str | Path, like: Result) -> list[Result]:
-    """The results in `output` of the same evaluation. A precision "auto" of `like` stands for any."""
-    return [r for r in read(output) if _same(r, like)]
+def find(output: str | Path, like: Result, *, most_unreadable: int = 0) -> list[Result]:
+    """The results in `output` of the same evaluation. A precision "auto" of `like` stands for any.
+
+    `like` counts all images; a result may have left out `most_unreadable` of them.
+    """
+    return [r for r in read(output) if _same(r, like, most_unreadable)]
 
 
-def _same(found: Result, like: Result) -> bool:
+def _same(found: Result, like: Result, most_unreadable: int) -> bool:
     """What one result is: task, data, protocol, weights, seed and share of labels, under equal conditions."""
-    under = found.evaluated_under
-    if like.evaluated_under.get("precision") == "auto" and under:
+    under, wanted = found.evaluated_under, like.evaluated_under
+    if wanted.get("precision") == "auto" and under:
         under = under | {"precision": "auto"}
-    return _identity(found) == _identity(like) and under == like.evaluated_under
+    left_out = found.settings.get("unreadable")
+    if isinstance(left_out, dict) and 0 < sum(left_out.values()) <= most_unreadable:
+        parts = {"n": "test", "n_train": "train"}
+        wanted = wanted | {key: wanted[key] - left_out.get(part, 0) for key, part in parts.items()}
+    return _identity(found) == _identity(like) and under == wanted
 
 
 def _identity(r: Result) -> tuple[Any, ...]:

@@ -33,8 +33,8 @@ from pretrain.common.signals import StopSignals
 from pretrain.data.augment import View
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.data.loader import StepBatches, Views, batches, epoch_order
-from pretrain.diagnostics import collapse, diagnose
 from pretrain.network.model import Encoder, build_projector
+from pretrain.objectives.diagnostics import collapse, diagnose
 from pretrain.objectives.expression import expression
 from pretrain.objectives.gaussian import sigreg_loss
 from pretrain.objectives.intl import intl_loss, loss_floor

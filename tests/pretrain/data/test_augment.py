@@ -29,6 +29,7 @@ from pretrain.data.augment import (
 )
 from pretrain.data.datasets import open_dataset
 from pretrain.data.loader import FIRST_COLOUR_SLOT, StepBatches, Views, batches
+from pretrain.input_pipeline import InputPipeline
 
 HALF_LEVEL = 0.5 / 255
 ZERO, ONE = torch.zeros(3), torch.ones(3)
@@ -201,12 +202,13 @@ def test_workers_and_placement_change_nothing(cifar_folder: Path) -> None:
     for a, b in zip(here, there, strict=True):
         assert [v.shape for v in a.views] == [(64, 3, 32, 32), (64, 3, 24, 24)]
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views))
-    from pretrain.train import on_device
-
     later = _views(cifar_folder, finish_here=False)
+    pipeline = InputPipeline(
+        views=later, batch_global=64, workers=0, where="on the device", device=torch.device("cpu")
+    )
     for a, b in zip(here, batches(later, steps, workers=0), strict=True):
         assert b.views[0].dtype == torch.uint8
-        finished = on_device(b, later, torch.device("cpu"))
+        finished = pipeline.on_device(b)
         assert all(torch.equal(x, y) for x, y in zip(a.views, finished))
 
 

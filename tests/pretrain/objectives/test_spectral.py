@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.diagnostics import collapse, diagnose
+from pretrain.objectives.diagnostics import collapse, diagnose
 from pretrain.objectives.spectral import (
     centred,
     covariance,

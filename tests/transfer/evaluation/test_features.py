@@ -321,7 +321,9 @@ def test_nan_features_name_the_image(backbone, images, tmp_path) -> None:
         extract(Extractor(broken.eval(), TRANSFORM, CPU, "float32"), backbone, images, cache=tmp_path)
 
 
-def test_a_broken_image_met_by_a_worker_is_one_line(cifar_folder: Path, tmp_path: Path) -> None:
+def test_a_broken_image_met_by_a_worker_is_one_line(
+    cifar_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, output = tmp_path / "data", tmp_path / "out"
     shutil.copytree(cifar_folder, data)
     broken = sorted((data / "train").rglob("*.jpg"))[123]
@@ -340,6 +342,9 @@ def test_a_broken_image_met_by_a_worker_is_one_line(cifar_folder: Path, tmp_path
     knn.main([*words, "--max-broken-images", "1"])
     (result,) = results.read(output)
     assert (result.n, result.settings["bank"], result.settings["unreadable"]) == (160, 639, {"train": 1})
+    capsys.readouterr()
+    knn.main([*words, "--max-broken-images", "2"])
+    assert "finished already" in capsys.readouterr().out and results.read(output) == [result]
 
 
 def test_bfloat16_keeps_the_neighbours(backbone, images) -> None:

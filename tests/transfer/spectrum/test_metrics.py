@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.diagnostics import diagnose
+from pretrain.objectives.diagnostics import diagnose
 from transfer.spectrum.cluster_metrics import clid, intrinsic_dimension, neural_collapse
 from transfer.spectrum.half_samples import intervals
 from transfer.spectrum.rank_metrics import decay, rank_metrics, rankme, spectrum
