@@ -87,8 +87,21 @@ from. Where a file holds two networks, the one that was evaluated is read, unles
 None of the files was opened when this was written: a format is what its writer's code says, and
 `inspect zoo:NAME` shows what it really is.
 
-A manifest of your own, `--zoo FILE`, has the form of `transfer/zoo/zoo.yaml`; figures of an entry stand under
-it:
+## Is a published figure reproduced?
+
+```sh
+intl-transfer reproduce dino_resnet50 --data-dir /data/imagenet --output out/dino
+```
+
+evaluates it by each protocol that repeats how one of its figures was made, and says of every figure:
+reproduced; outside tolerance, and by how much; or not comparable, and why. What counts as within tolerance
+stands in `transfer/zoo/figures.yaml`. A figure is set beside a result only where the report would do so: the
+protocol unaltered, the same images, the epoch chosen in the same way. `reproduction.json` holds the outcome,
+one entry a figure; run again, it goes on.
+
+## A manifest of your own
+
+`--zoo FILE` has the form of `transfer/zoo/zoo.yaml`; figures of an entry stand under it:
 
 ```
 checkpoints:
@@ -99,6 +112,8 @@ checkpoints:
     figures:
       - {task: knn, dataset: imagenet, protocol: dino_knn@2, metrics: {top1_k20: 70.1}}
 ```
+
+## What comes with the project
 
 Written from `transfer/zoo/zoo.yaml` and `transfer/zoo/figures.yaml` (CONTRIBUTING says how).
 """,

@@ -84,6 +84,13 @@ WAYS: dict[str, Way] = {
     "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="4 passed"),
     "intl-transfer inspect": Way(says="complete: the backbone loads"),
     "intl-transfer zoo": Way(says="dino_resnet50"),
+    # A manifest whose file is at hand, with a figure by a protocol of small images.
+    "intl-transfer reproduce": Way(
+        change={"dino_resnet50": "small --zoo {zoo}"},
+        runs=("--dataset imagefolder --data-dir {few} --workers 0",),
+        says="1 not comparable",
+        leaves=("out/dino/reproduction.json", "out/dino/knn-small_knn-v1/results.jsonl"),
+    ),
     "intl-transfer knn": Way(
         change=SMALLER,
         runs=("--image-size 64",),
@@ -240,16 +247,31 @@ def images(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """A ResNet-50 and a `small` ResNet-18 as MoCo's training script saves them; their BatchNorm has counted a
-    batch, so they are not taken for untrained ones."""
+    batch, so they are not taken for untrained ones. `zoo`: a manifest of the small one."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
     paths = {"weights": folder / "model.pth.tar", "small": folder / "small.pth.tar"}
-    for path, arch in zip(paths.values(), ("resnet50", "resnet18")):
+    for path, arch in zip([*paths.values()], ("resnet50", "resnet18")):
         both = [dict(timm.create_model(arch, num_classes=0).state_dict()) for _ in range(2)]
         for state in both:
             state |= {key: value + 1 for key, value in state.items() if key.endswith("num_batches_tracked")}
         build, _ = zoo.ZOO["MoCo v1, v2; PCL"]
         torch.save({**build(*both), "arch": arch}, path)
+    values = {
+        "ks": [1],
+        "temperature": 0.07,
+        "vote": "weighted",
+        "metric": "cosine",
+        "resize": 32,
+        "crop": 32,
+    }
+    protocol = {"task": "knn", "title": "of a test", "source": "a test", "values": values}
+    (folder / "small_knn@1.yaml").write_text(json.dumps(protocol))
+    figure = {"task": "knn", "dataset": "imagefolder", "n": 10, "protocol": "small_knn@1.yaml"}
+    entry = {"url": paths["small"].as_uri(), "source": "https://example.org"}
+    entry |= {"figures": [figure | {"metrics": {"top1_k1": 50.0}}]}
+    paths["zoo"] = folder / "zoo.yaml"
+    paths["zoo"].write_text(json.dumps({"checkpoints": {"small": entry}}))
     yield paths
     shutil.rmtree(folder)
 
@@ -295,6 +317,8 @@ def test_commands_of_a_section_run_in_order(
     node = login_node(tmp_path / "bin")
     path = os.pathsep.join([str(node), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "MAKE", "MFLAGS"))}
+    if any("zoo" in line or "reproduce" in line for line in lines):
+        environment["INTL_BENCH_DATA"] = str(tmp_path / "cache")
     environment |= {"PATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for line in lines:
         key, said = way_of(line), ""

@@ -15,6 +15,7 @@ COMMANDS = {
     "knn": ("transfer.evaluators.knn", "classify by nearest neighbours in feature space"),
     "linear": ("transfer.evaluators.linear", "train linear heads on the frozen backbone"),
     "semisup": ("transfer.evaluators.semisup", "fine-tune with 1 %, 10 % or all of the labels"),
+    "reproduce": ("transfer.reproduce", "evaluate a published checkpoint, and compare with its figures"),
     "convert": ("transfer.conversion.convert", "convert a checkpoint to detectron2 weights, with proof"),
     "train-net": ("transfer.train_net", "fine-tune a detector in detectron2, or evaluate one"),
     "plan": ("transfer.detection.schedule", "scale a detection schedule to your GPUs, estimate its cost"),

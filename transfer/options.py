@@ -381,16 +381,42 @@ class ScenesSettings:
             raise ValueError(f"--size {self.size}: wanted 32 to 4096 pixels")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReproduceSettings:
+    """Evaluate a published checkpoint by the protocols of its figures, and say which it reproduces."""
+
+    name: str
+    """Its name in the zoo (python -m transfer zoo lists them)."""
+    data_dir: Path
+    """Folder of the data set."""
+    output: Path
+    """Folder for reproduction.json and the evaluations; run again on it to go on."""
+    task: Literal["knn", "linear"] | None = None
+    """Only the figures of this task; default: all that can be run."""
+    dataset: str = "imagenet"
+    """The data set in DATA_DIR: only figures of it are run."""
+    zoo: str | None = None
+    """Manifest of your own, as YAML like transfer/zoo/zoo.yaml."""
+    seed: int = 0
+    """Seed of the linear probe."""
+    batch_size: int = 256
+    """Images a forward pass when features are extracted."""
+    workers: int | None = None
+    """Processes that decode images; default: none for small images, else the cores up to 8."""
+    stage_to: Path | None = None
+    """First copy the data set to this node-local folder."""
+
+
 SETTINGS: dict[str, type] = {
     "inspect": InspectSettings, "knn": KnnSettings, "linear": LinearSettings, "semisup": SemisupSettings,
     "convert": ConvertSettings, "export": ExportSettings, "spectrum": SpectrumSettings,
     "spectrum-study": StudySettings,
-    "report": ReportSettings, "scenes": ScenesSettings,
+    "report": ReportSettings, "reproduce": ReproduceSettings, "scenes": ScenesSettings,
 }  # fmt: skip
 """By the names of their commands."""
 LISTS = {"spectrum": ("--weights",)}
 """Options that take several words."""
-POSITIONAL = {"inspect": ["file"], "report": ["dirs"]}
+POSITIONAL = {"inspect": ["file"], "report": ["dirs"], "reproduce": ["name"]}
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:

@@ -25,7 +25,7 @@ FIRM = "\xa0"  # a space at which no line ends
 
 VALUES = {
     "output": "PATH", "weights": "FILE", "lists": "FILE", "dirs": "DIR", "results": "DIR", "stage_to": "DIR",
-    "tasks": "TASK", "force": "STEP", "every_s": "SECONDS",
+    "zoo": "FILE", "tasks": "TASK", "force": "STEP", "every_s": "SECONDS",
     "detection_data": "NAME=JSON:IMAGES", "override": "KIND.KEY=VALUE", "profile": "NAME|FILE",
     "image_size": "PX", "eval_size": "PX", "size": "PX", "view_sizes": "PX",
 }  # fmt: skip

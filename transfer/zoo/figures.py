@@ -26,7 +26,7 @@ class Published:
     split: str = ""
     """The split as results say it, where it is another than the data set's own test images as a whole."""
     protocol: str = ""
-    """name@version of our file of the same protocol; empty where there is none."""
+    """name@version of our file of the same protocol, or a file of your own; empty where there is none."""
     note: str = ""
     metrics: Mapping[str, float]
     spread: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -60,6 +60,11 @@ class Published:
     def name(self) -> str:
         """The row's name: method, architecture, pretraining."""
         return f"{self.method}, {self.arch}, {self.pretraining}"
+
+    @property
+    def protocol_name(self) -> str:
+        """name@version, of a file of your own as well."""
+        return Path(self.protocol).stem if self.protocol.endswith(".yaml") else self.protocol
 
     def within(self, metric: str) -> float:
         """Points within which a re-run counts as reproduced."""

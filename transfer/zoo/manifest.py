@@ -76,8 +76,8 @@ class Entry:
 TEXTS = ("url", "source", "arch", "format", "branch", "sha256", "md5", "note")
 
 
-def _read(name: object, raw: Any, own: Mapping[str, list[Published]]) -> Entry:
-    """An entry as the file has it. Raises ValueError."""
+def _read(name: object, raw: Any, own: Mapping[str, list[Published]], folder: Path) -> Entry:
+    """An entry as the file in `folder` has it. Raises ValueError."""
     known = [f.name for f in dataclasses.fields(Entry) if f.name != "name"]
     if not isinstance(raw, Mapping):
         raise ValueError(f"{name}: wanted entries such as url: https://...")
@@ -92,9 +92,17 @@ def _read(name: object, raw: Any, own: Mapping[str, list[Published]]) -> Entry:
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"{name}: figures: wanted a list of rows as in figures.yaml")
     said = {"method": str(name), "pretraining": "", "arch": raw.get("arch", ""), "source": raw["source"]}
-    figures = [read_figure({**said, **row, "checkpoint": str(name)}) for row in rows]
+    figures = [read_figure({**said, **_placed(row, folder), "checkpoint": str(name)}) for row in rows]
     values = {**raw, "source": source_of(raw["source"]), "name": str(name)}
     return Entry(**values | {"figures": (*own.get(str(name), ()), *figures)})
+
+
+def _placed(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A figure whose protocol, where it is a file, is looked for beside the manifest."""
+    protocol = row.get("protocol", "")
+    if not isinstance(protocol, str):
+        raise ValueError(f"protocol {protocol!r}: wanted NAME@VERSION or a file")
+    return {**row, "protocol": str(folder / protocol) if protocol.endswith(".yaml") else protocol}
 
 
 def _load(path: Path, own: Mapping[str, list[Published]]) -> dict[str, Entry]:
@@ -106,7 +114,7 @@ def _load(path: Path, own: Mapping[str, list[Published]]) -> dict[str, Entry]:
             raise ValueError("wanted one entry, checkpoints, with NAME: {url: ..., source: ...} under it")
         if not isinstance(said["checkpoints"], Mapping):
             raise ValueError("checkpoints: wanted NAME: {url: ..., source: ...}")
-        return {str(name): _read(name, raw, own) for name, raw in said["checkpoints"].items()}
+        return {str(name): _read(name, raw, own, path.parent) for name, raw in said["checkpoints"].items()}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--zoo {path}: {error}") from error
 

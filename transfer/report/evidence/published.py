@@ -20,10 +20,10 @@ def why_not(p: Published, task: Task) -> str:
     """Why a figure and a task's results are not comparable; empty where they are."""
     if not p.protocol:
         return f"no protocol here repeats what its source did{f' ({p.note})' if p.note else ''}"
-    if p.protocol != task.protocol:
-        return f"it is by {p.protocol}, ours by {task.protocol}"
+    if p.protocol_name != task.protocol:
+        return f"it is by {p.protocol_name}, ours by {task.protocol}"
     if task.altered:
-        return f"ours was not by {p.protocol} as it is published: {task.altered}"
+        return f"ours was not by {p.protocol_name} as it is: {task.altered}"
     if not _same_images(p, task):
         ours = f"ours of {task.images:,} of {task.dataset} {task.split}"
         return f"it is of {p.n:,} images of {p.dataset}, {ours}"
