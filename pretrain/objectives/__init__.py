@@ -1,1 +1,1 @@
-"""Objectives: functions of several views' embeddings, mostly of their covariance's spectrum. Its diagnosis."""
+"""Objectives: functions of several views' embeddings, mostly of their covariance's spectrum; a diagnosis."""
