@@ -109,6 +109,7 @@ WAYS: dict[str, Way] = {
         leaves=("out/semisup1/results.jsonl", "out/semisup1/config.yaml"),
     ),
     "intl-transfer export": Way(change=SMALLER, leaves=("out/hub/config.json", "out/hub/model.safetensors")),
+    "intl-transfer leaderboard": Way(leaves=("out/leaderboard/index.html", "out/leaderboard/report.md")),
     "intl-transfer report": Way(leaves=("out/report/index.html", "out/report/report.md")),
     # Twenty images, without the ten views of each.
     "intl-transfer spectrum": Way(

@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": ("transfer.detection.schedule", "scale a detection schedule to your GPUs, estimate its cost"),
     "export": ("transfer.export", "write the backbone as files of another library"),
     "report": ("transfer.report.command", "tables and plots of all results, beside published numbers"),
+    "leaderboard": ("transfer.report.leaderboard", "rank many people's results, like with like alone"),
     "scenes": ("transfer.detection.scenes", "compose a small detection data set from labelled images"),
     "spectrum": ("transfer.spectrum.diagnosis", "what the spectrum of features says, without labels"),
     "spectrum-study": ("transfer.spectrum.study", "which transformations g(λ) avoid collapse"),

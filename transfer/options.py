@@ -382,6 +382,24 @@ class ScenesSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeaderboardSettings:
+    """One ranked table for each protocol and its conditions, from all results under DIR ..."""
+
+    output: str
+    """Folder for index.html, report.md and tables/."""
+    dirs: list[str] = field(default_factory=list)
+    """Folders to search for results.jsonl, such as one of each group."""
+    title: str = "Leaderboard"
+    """Heading of the page."""
+    pool: bool = False
+    """Treat the same label in several DIRs as seeds of one method instead of as separate methods."""
+
+    def __post_init__(self) -> None:
+        if not self.dirs:
+            raise UserError("no folder given; usage: python -m transfer leaderboard DIR... --output DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReproduceSettings:
     """Evaluate a published checkpoint by the protocols of its figures, and say which it reproduces."""
 
@@ -411,12 +429,13 @@ SETTINGS: dict[str, type] = {
     "inspect": InspectSettings, "knn": KnnSettings, "linear": LinearSettings, "semisup": SemisupSettings,
     "convert": ConvertSettings, "export": ExportSettings, "spectrum": SpectrumSettings,
     "spectrum-study": StudySettings,
-    "report": ReportSettings, "reproduce": ReproduceSettings, "scenes": ScenesSettings,
+    "report": ReportSettings, "leaderboard": LeaderboardSettings, "reproduce": ReproduceSettings,
+    "scenes": ScenesSettings,
 }  # fmt: skip
 """By the names of their commands."""
 LISTS = {"spectrum": ("--weights",)}
 """Options that take several words."""
-POSITIONAL = {"inspect": ["file"], "report": ["dirs"], "reproduce": ["name"]}
+POSITIONAL = {"inspect": ["file"], "report": ["dirs"], "leaderboard": ["dirs"], "reproduce": ["name"]}
 
 
 def parse(command: str, argv: Sequence[str]) -> Any:

@@ -33,7 +33,8 @@ def when(record: Record) -> str:
     return "" if record["iteration"] is None else f"iteration {record['iteration']}"
 
 
-def _published_value(p: Published, metric: str) -> Cell:
+def published_value(p: Published, metric: str) -> Cell:
+    """A published figure's cell: with its spread, the number of trials and how the epoch was chosen."""
     if metric not in p.metrics:
         return cell("–", kind=MISSING)
     spread = p.spread.get(metric)
@@ -83,7 +84,7 @@ def _published_rows(results: Results) -> list[list[Cell]]:
                     (p.name, p.source, told[p.name, p.source]),
                     [head, *(cell("", kind=MISSING) for _ in results.tasks)],
                 )
-                row[1 + index] = _published_value(p, metric)
+                row[1 + index] = published_value(p, metric)
                 told[p.name, p.source] += 1
     return list(rows.values())
 
@@ -138,7 +139,7 @@ def task_table(results: Results, task: Task) -> Table:
             rows.append([name, cell(selection), *values, *tail])
     published = same_protocol(task)
     for p in published:
-        values = [_published_value(p, m) for m in metrics]
+        values = [published_value(p, m) for m in metrics]
         tail = [
             cell(p.trials or "not given"),
             cell("-"),
