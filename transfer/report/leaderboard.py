@@ -7,23 +7,19 @@ results of unlike conditions side by side and says so; here they are never ranke
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import urllib.parse
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pretrain.common.cli import save_settings
 from pretrain.common.files import file_name
 from pretrain.common.output_folder import output_folder
-from transfer.evaluation.results import FILE, hash_of
 from transfer.options import LeaderboardSettings, parse
 from transfer.report.command import WRITES, show
+from transfer.report.evidence.boards import Board, boards_of, key_of, numbered, results_of
 from transfer.report.evidence.collect import Evidence, collect
-from transfer.report.evidence.grouping import SPECTRUM, Results, Task, condition, group, metric_name, task_of
+from transfer.report.evidence.grouping import Results, Task, group, metric_name, task_of
 from transfer.report.evidence.labels import printable
 from transfer.report.evidence.pairs import leading
 from transfer.report.evidence.published import same_protocol
@@ -38,78 +34,6 @@ TEXT = (
 )
 UNKNOWN = "the lines do not say what they were evaluated under (an older version wrote them)"
 MOST_LINES = 6
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Board:
-    """Results that may be ranked."""
-
-    task: Task
-    selection: str
-    conditions: tuple[str, ...]
-    """What parts it from other boards of the same task."""
-    under: str
-    """Hash of the conditions."""
-    results: Results
-
-    @property
-    def title(self) -> str:
-        """What was measured, and how."""
-        chosen = {"last": "last epoch", "best": "best epoch on the images reported"}.get(
-            self.selection, f"epoch chosen on {self.selection} images"
-        )
-        return ", ".join([f"{self.task.title}: {self.task.setting}", chosen, *self.conditions])
-
-    @property
-    def metric(self) -> str:
-        """What is ranked by."""
-        return self.results.headline_metric(self.results.tasks[0])
-
-    def means(self) -> dict[str, float]:
-        """Of the methods that may be ranked, the best first: none that is stale or warned of."""
-        task = self.results.tasks[0]
-        found = {}
-        for method in self.results.methods:
-            summary = self.results.headline(method, task)
-            records = self.results.records(method, task, self.selection)
-            if summary and not self.results.warnings(method, task) and not any(r.stale for r in records):
-                found[method] = summary.mean
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def boards_of(evidence: Evidence, *, pool: bool) -> tuple[list[Board], list[Record]]:
-    """The boards in the report's order of tasks, and the records that say too little to be ranked."""
-    found: dict[tuple[Task, str, str], list[Record]] = defaultdict(list)
-    unranked = []
-    for record in evidence.records:
-        under = record["evaluated_under"]
-        if record["task"] == SPECTRUM:
-            continue
-        if not isinstance(under, dict) or not under:
-            unranked.append(record)
-            continue
-        ambiguous = frozenset([record.protocol])  # by its hash, whatever it is called
-        task = task_of(record, ambiguous)
-        found[task, str(record["selection"] or "last"), hash_of(under)].append(record)
-    boards = []
-    for task, selection, under in sorted(found):
-        others = [records for (t, _, _), records in found.items() if t == task]
-        parting = _parting([records[0] for records in others])
-        records = found[task, selection, under]
-        boards.append(Board(
-            task=task, selection=selection, under=under,
-            conditions=tuple(condition(records[0], key) for key in parting),
-            results=group(dataclasses.replace(evidence, records=records), pool=pool),
-        ))  # fmt: skip
-    return boards, unranked
-
-
-def _parting(records: Sequence[Record]) -> list[str]:
-    """The conditions in which any two of the records differ."""
-    keys = sorted({key for r in records for key in r.conditions})
-    return [
-        key for key in keys if len({json.dumps(r.conditions.get(key), sort_keys=True) for r in records}) > 1
-    ]
 
 
 def board_table(board: Board, output: Path, lines: Mapping[Path, Mapping[str, int]]) -> Table:
@@ -152,31 +76,12 @@ def _links(
     records: Sequence[Record], output: Path, lines: Mapping[Path, Mapping[str, int]]
 ) -> tuple[str, str]:
     """Where the first record's line stands, from the board's folder, and in words where all of them do."""
-    places = [(r.folder / FILE, lines[r.folder].get(_key(r.values), 0)) for r in records]
+    places = [(results_of(r), lines[r.folder].get(key_of(r.values), 0)) for r in records]
     file, number = places[0]
     link = urllib.parse.quote(os.path.relpath(file.resolve(), output.resolve()))
     told = [f"{path}:{n}" for path, n in places[:MOST_LINES]]
     more = [f"and {len(places) - MOST_LINES} more"] if len(places) > MOST_LINES else []
     return f"{link}#L{number}", ", ".join([*told, *more])
-
-
-def _key(line: dict[str, Any]) -> str:
-    """A line's content but its label, which the report may have changed."""
-    return json.dumps(printable({k: v for k, v in line.items() if k != "label"}), sort_keys=True)
-
-
-def _numbered(folder: Path) -> dict[str, int]:
-    """The number of each line of a folder's results, by its content."""
-    found: dict[str, int] = {}
-    text = (folder / FILE).read_text(encoding="utf-8-sig", errors="replace")
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            found.setdefault(_key(value), number)
-    return found
 
 
 def overview(boards: Sequence[Board]) -> Table:
@@ -198,11 +103,11 @@ def overview(boards: Sequence[Board]) -> Table:
 def compose(evidence: Evidence, output: Path, *, title: str, pool: bool) -> Page:
     """The page of all boards."""
     boards, unranked = boards_of(evidence, pool=pool)
-    lines = {folder: _numbered(folder) for folder in {r.folder for r in evidence.records}}
+    lines = {folder: numbered(folder) for folder in {r.folder for r in evidence.records}}
     tables = tuple(board_table(board, output, lines) for board in boards)
     gaps = inventory.gaps(evidence)
     apart = [
-        [cell(r.label), cell(task_of(r).title), cell(r.protocol), cell(str(r.folder / FILE)), cell(UNKNOWN)]
+        [cell(r.label), cell(task_of(r).title), cell(r.protocol), cell(str(results_of(r))), cell(UNKNOWN)]
         for r in unranked
     ]
     columns: list[str | Cell] = ["weights", "task", "protocol", "file", "why"]
