@@ -30,7 +30,13 @@ LAYERS = {
     "transfer.evaluation": ("transfer.checkpoints",),
     "transfer.evaluators": ("transfer.evaluation", "transfer.checkpoints"),
     "transfer.conversion": ("transfer.checkpoints",),
-    "transfer.detection": ("transfer.conversion", "transfer.evaluation", "transfer.checkpoints"),
+    "transfer.detection": (
+        "transfer.detection.pixels",
+        "transfer.conversion",
+        "transfer.evaluation",
+        "transfer.checkpoints",
+    ),
+    "transfer.detection.pixels": (),
     "transfer.spectrum": ("transfer.evaluators", "transfer.evaluation", "transfer.checkpoints"),
     "transfer.report": ("transfer.report.pages", "transfer.report.evidence"),
     "transfer.report.pages": ("transfer.report.evidence", "transfer.evaluators", "transfer.evaluation"),
@@ -131,7 +137,7 @@ def test_every_package_says_what_it_is_for():
 
 def test_detectron2_is_imported_by_detection_alone():
     users = {name_of(path.parent) for path in FILES if uses(path, "detectron2")}
-    assert users == {"transfer/conversion", "transfer/detection"}
+    assert users == {"transfer/conversion", "transfer/detection", "transfer/detection/pixels"}
 
 
 def test_submitit_is_imported_by_slurm_alone():

@@ -23,7 +23,8 @@ def parser() -> argparse.ArgumentParser:
     """detectron2's command line, and this project's additions."""
     p = Parser(
         prog="python -m transfer train-net",
-        description="Fine-tune and evaluate a detector in detectron2. Run again, it goes on.",
+        description="Fine-tune and evaluate a detector or a semantic segmentation in detectron2. Run again, "
+        "it goes on.",
     )
     p.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE",
                    help="Any key of detectron2's config, after the options.")  # fmt: skip
@@ -45,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dataset", action="append", default=[], metavar="NAME=JSON:IMAGES",
                    help="A COCO-format folder under a name of yours: NAME=ANNOTATIONS.json:IMAGES; may be "
                    "given several times.")  # fmt: skip
+    p.add_argument("--sem-seg", action="append", default=[], metavar="NAME=IMAGES:MASKS",
+                   help="Two folders of files with the same names, images and masks (PNGs of class numbers), "
+                   "under a name of yours; may be given several times.")  # fmt: skip
     p.add_argument("--seeds", type=int, default=None, metavar="N",
                    help="N trials one after the other, of SEED, SEED + 1 ..., in OUTPUT_DIR/seed0 ...; "
                    "published figures of VOC are means of 5.")  # fmt: skip

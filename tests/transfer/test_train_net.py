@@ -32,6 +32,7 @@ from transfer.conversion.weights_file import read_pickle
 from transfer.detection import precise_bn, scenes, train_loop
 from transfer.detection.config import load_config, shipped
 from transfer.detection.data import check, index_batches, register
+from transfer.detection.pixels.keys import is_semantic
 from transfer.detection.protocol import protocol_of
 
 TINY = [
@@ -391,11 +392,14 @@ def test_every_config_loads_and_its_header_names_what_it_is(path: Path) -> None:
     assert f"# Protocol: {cfg.PROTOCOL}" in head
     assert all(any(line.startswith(f"# {word}") for line in head)
                for word in ("Source:", "Command:", "Published score:"))  # fmt: skip
-    frozen = path.stem.endswith("frozen")
-    assert cfg.TEST.PRECISE_BN.ENABLED and (cfg.MODEL.BACKBONE.FREEZE_AT == 5) == frozen
+    frozen = path.stem.endswith("frozen") or "linear" in path.stem
+    assert is_semantic(cfg) != cfg.TEST.PRECISE_BN.ENABLED and (cfg.MODEL.BACKBONE.FREEZE_AT == 5) == frozen
     assert frozen or cfg.MODEL.BACKBONE.FREEZE_AT == 0
     supervised = path.stem.endswith("supervised")
     assert (cfg.INPUT.FORMAT == "BGR") == cfg.MODEL.RESNETS.STRIDE_IN_1X1 == supervised
+    if path.stem.startswith("sem_seg"):
+        assert cfg.MODEL.RESNETS.NORM == cfg.MODEL.SEM_SEG_HEAD.NORM == "SyncBN"
+        assert re.search(r"# Source:   https://github.com/[^/]+/[^/]+/blob/[0-9a-f]{40}/", "\n".join(head))
     if path.stem.startswith(("coco", "voc")):
         norm = "naiveSyncBN" if "naive" in path.stem else "SyncBN"
         assert norm == cfg.MODEL.RESNETS.NORM and cfg.SOLVER.IMS_PER_BATCH == 16

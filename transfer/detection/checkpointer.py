@@ -24,13 +24,14 @@ from transfer.conversion.weights_file import read_pickle
 # New in a detector that starts from a backbone file: of R-CNNs, Cascade R-CNN and RetinaNet.
 HEADS = re.compile(
     r"(proposal_generator\.|roi_heads\.(box_head|box_predictor|mask_head|keypoint_head)\.|head\."
-    r"|roi_heads\.res5\.norm\.|backbone\.(fpn_(lateral|output)\d|top_block\.p\d)\.|pixel_(mean|std)$)"
+    r"|roi_heads\.res5\.norm\.|sem_seg_head\.|backbone\.(fpn_(lateral|output)\d|top_block\.p\d)\.|pixel_(mean|std)$)"
 )
 # New in one that starts from a detector of other categories: as many outputs as there are categories.
 PREDICTORS = re.compile(
-    r"(roi_heads\.(box_predictor|mask_head\.predictor|keypoint_head\.score_lowres)|head\.(cls_score|bbox_pred))\."
+    r"(roi_heads\.(box_predictor|mask_head\.predictor|keypoint_head\.score_lowres)|head\.(cls_score|bbox_pred)"
+    r"|sem_seg_head\.(auxiliary\.)?predictor)\."
 )
-DETECTOR = ("proposal_generator.", "roi_heads.box_predictor", "head.cls_score")
+DETECTOR = ("proposal_generator.", "roi_heads.box_predictor", "head.cls_score", "sem_seg_head.")
 """Beginnings of names that a whole detector has and a backbone has not."""
 BACKBONE = ("backbone.bottom_up.", "backbone.res2.", "res2.")
 """The same of a backbone."""

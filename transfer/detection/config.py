@@ -20,13 +20,14 @@ from detectron2.engine import DefaultTrainer
 from pretrain.common.errors import UserError
 from transfer.conversion.availability import CONFIGS, find_config
 from transfer.detection import heads  # noqa: F401 - registers the head that C4 configs name
+from transfer.detection.pixels import keys, networks  # noqa: F401 - registers the networks of scenes
 from transfer.detection.protocol import flat, shipped_name, spell
 
 # What may differ when a run goes on where it stopped: none of it changes what is learned.
 NOT_THE_RUN = ("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE",
                "DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
                "TEST.EXPECTED_RESULTS")  # fmt: skip
-SCENES = "boxes, masks and keypoints are evaluated, not whole scenes, which need annotations of every pixel"
+SCENES = f"whole scenes are labelled by MODEL.META_ARCHITECTURE {keys.SEGMENTOR} here"
 # Keys without effect here, and why: refused where they are not at their default.
 REFUSED = {
     "MODEL.LOAD_PROPOSALS": "proposals come from the network alone",
@@ -40,12 +41,13 @@ REFUSED = {
     "GLOBAL.HACK": "nothing reads it",
 }
 CHOICES = {
-    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "RetinaNet"),
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "RetinaNet", keys.SEGMENTOR),
     "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
     "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
 }
 """The values that this project can train and evaluate; detectron2 has others."""
+CHOICES_OF_SCENES = {"MODEL.META_ARCHITECTURE": (keys.SEGMENTOR,), **keys.CHOICES}
 
 
 def load_config(
@@ -61,9 +63,9 @@ def load_config(
     `record` is what `convert` wrote into the weights file, if it did.
     """
     path = find_config(file)
-    cfg = get_cfg()
-    cfg.PROTOCOL = f"{path.stem}@1"  # the name under which results may be compared
     try:
+        cfg = _default(semantic=keys.is_semantic(CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)))
+        cfg.PROTOCOL = f"{path.stem}@1"  # the name under which results may be compared
         cfg.merge_from_file(str(path), allow_unsafe=False)  # a YAML tag may otherwise run any code
         if record:
             _merge_record(cfg, record)
@@ -85,6 +87,14 @@ def load_config(
         _suit_the_machine(cfg)
     _check(cfg, record, ranks)
     cfg.freeze()
+    return cfg
+
+
+def _default(*, semantic: bool) -> CfgNode:
+    """detectron2's own values, and those of this project's keys."""
+    cfg = get_cfg()
+    if semantic:
+        keys.add_keys(cfg)
     return cfg
 
 
@@ -158,7 +168,8 @@ def _suit_the_machine(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu":
-        for node in (cfg.MODEL.RESNETS, cfg.MODEL.FPN, cfg.MODEL.ROI_BOX_HEAD, cfg.MODEL.ROI_MASK_HEAD):
+        parts = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
+        for node in (cfg.MODEL[part] for part in parts):
             if node.NORM == "SyncBN":
                 node.NORM = "naiveSyncBN"
         if not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
@@ -169,7 +180,7 @@ def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
     """Refuse what would have no effect, what detectron2 would build and half-load, or fail on late."""
     _refuse_without_effect(cfg)
     depth = cfg.MODEL.RESNETS.DEPTH
-    if depth < 50 and "Res5ROIHeads" in cfg.MODEL.ROI_HEADS.NAME:
+    if depth < 50 and not keys.is_semantic(cfg) and "Res5ROIHeads" in cfg.MODEL.ROI_HEADS.NAME:
         raise UserError(
             f"a C4 config with a ResNet-{depth}: detectron2's res5 head is built of bottleneck blocks and "
             "would be left unloaded; use an FPN config with ResNet-18 and 34"
@@ -199,6 +210,12 @@ def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
         raise UserError("DATALOADER.SAMPLER_TRAIN RepeatFactorTrainingSampler repeats nothing with "
                         "DATALOADER.REPEAT_THRESHOLD 0: set the share of images below which a category is "
                         "rare (LVIS: 0.001)")  # fmt: skip
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and len(sizes) != 2:
+        raise UserError(
+            f"INPUT.MIN_SIZE_TRAIN {tuple(sizes)} MIN_SIZE_TRAIN_SAMPLING range: wanted the least and the "
+            "largest size"
+        )
     steps = list(cfg.SOLVER.STEPS)
     if cfg.SOLVER.MAX_ITER < 1 or steps != sorted(steps):
         raise UserError(
@@ -209,20 +226,31 @@ def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
 
 def _refuse_without_effect(cfg: CfgNode) -> None:
     """A key that nothing reads, or a choice that this project cannot evaluate, would go unnoticed."""
-    ours, default = flat(cfg), flat(get_cfg())
+    semantic = keys.is_semantic(cfg)
+    ours, default = flat(cfg), flat(_default(semantic=semantic))
     if cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor"):
         raise UserError(
-            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: {SCENES}; take a Mask R-CNN of "
-            "detection_configs for the same backbone, or detectron2's own tools for whole scenes"
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: {SCENES}; take a sem_seg config "
+            "of detection_configs for the same backbone, or detectron2's own tools for its other networks"
         )
-    for key, why in REFUSED.items():
-        changed = [k for k in ours if (k == key or (key[-1] == "." and k.startswith(key)))
+    refused, choices = (keys.REFUSED, CHOICES_OF_SCENES) if semantic else (REFUSED, CHOICES)
+    if cfg.MODEL.SEM_SEG_HEAD.NAME == keys.LINEAR:
+        refused = {**refused, **{f"MODEL.SEM_SEG_HEAD.{k}": why for k, why in keys.OF_THE_FCN.items()}}
+    if semantic != ("OUTPUT_STRIDE" in cfg.MODEL.RESNETS):
+        raise UserError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE}: detectors and {keys.SEGMENTOR} have "
+            "keys of their own; take a --config-file of the one wanted instead of changing this key"
+        )
+    for key, why in refused.items():
+        changed = [k for k in ours if (k == key or (key[-1] in "._" and k.startswith(key)))
                    and ours[k] != default.get(k)]  # fmt: skip
         if changed:
             raise UserError(
                 f"{changed[0]} {spell(ours[changed[0]])} would have no effect: {why}; leave it at "
                 f"{spell(default[changed[0]])}"
             )
-    for key, known in CHOICES.items():
+    for key, known in choices.items():
         if ours[key] not in known:
-            raise UserError(f"{key} {ours[key]}: can be {' or '.join(known)} here")
+            raise UserError(f"{key} {ours[key]}: can be {' or '.join(map(str, known))} here")
+    if semantic:
+        keys.check(cfg)

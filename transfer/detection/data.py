@@ -13,7 +13,6 @@ import random
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +21,32 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
-    DatasetMapper,
     MetadataCatalog,
-    detection_utils,
     get_detection_dataset_dicts,
 )
 from detectron2.data.common import DatasetFromList
 from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.data.samplers import RepeatFactorTrainingSampler
-from PIL import ExifTags, Image
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import sha256_of, write_json
 from pretrain.data.workers import set_up_worker
 from transfer.detection import coco_file
+from transfer.detection.pixels import sets
+from transfer.detection.pixels.image_files import check_images
+from transfer.detection.pixels.keys import is_semantic
+from transfer.detection.pixels.mapper import mapper_of
 
-SAMPLED_IMAGES = 32  # of each set, decoded before training; the headers of all are read
-HEADER_THREADS = 8
 NEEDS_PACKAGE = {"lvis": "lvis", "cityscapes_instance": "cityscapesscripts"}
 """What detectron2's evaluator of a kind of data set cannot do without."""
 JUDGED = ("coco", "pascal_voc", *NEEDS_PACKAGE)
 
 
-def register(definitions: Sequence[str], *, option: str = "--dataset") -> None:
-    """Register each NAME=ANNOTATIONS.json:IMAGES, given by `option`, as a COCO-format data set."""
+def register(definitions: Sequence[str], sem_seg: Sequence[str] = (), *, option: str = "--dataset") -> None:
+    """Register each NAME=ANNOTATIONS.json:IMAGES, given by `option`, as a COCO-format data set, and each
+    NAME=IMAGES:MASKS of `sem_seg` as one of label masks."""
+    sets.register(sem_seg, option="--sem-seg")
     for definition in definitions:
         match = re.fullmatch(r"([^=]+)=(.+\.json):(.+)", definition)
         if match is None:
@@ -103,6 +103,8 @@ def also_trained_on(test: str, records: Sequence[Mapping[str, Any]], digests: Co
 def categories(name: str) -> list[tuple[Any, str]]:
     """(id in the annotation file, name) of a checked set's categories, in the classifier's order."""
     metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") in sets.KINDS:
+        return list(enumerate(metadata.stuff_classes))
     ids = {v: k for k, v in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
     return [(ids.get(i, i + 1), str(label)) for i, label in enumerate(metadata.thing_classes)]
 
@@ -150,12 +152,15 @@ def _read_originals(names: Sequence[str]) -> None:
 
 def _check_one(name: str, cfg: CfgNode, option: str, mended: Path) -> str:
     if name not in DatasetCatalog.list():
+        how = "--sem-seg {0}=IMAGES:MASKS" if is_semantic(cfg) else option + " {0}=ANNOTATIONS.json:IMAGES"
         raise UserError(
-            f"data set {name!r} is not known: give {option} {name}=ANNOTATIONS.json:IMAGES, or put a "
+            f"data set {name!r} is not known: give {how.format(name)}, or put a "
             "standard set under the folder that DETECTRON2_DATASETS names"
         )
     metadata = MetadataCatalog.get(name)
     kind, keypoints = metadata.get("evaluator_type", "none"), cfg.MODEL.KEYPOINT_ON
+    if is_semantic(cfg):
+        return _check_masks(name, kind, cfg)
     if kind not in JUDGED:
         raise UserError(
             f"data set {name!r}: sets of kind {kind} are not evaluated here, only {', '.join(JUDGED)}"
@@ -170,12 +175,7 @@ def _check_one(name: str, cfg: CfgNode, option: str, mended: Path) -> str:
         notes = _check_annotations(name, option, mended, masks=cfg.MODEL.MASK_ON, keypoints=keypoints)
     elif metadata.get("dirname"):
         _check_voc_folder(name, Path(metadata.dirname), metadata.split)
-    try:
-        records = DatasetCatalog.get(name)
-    except (OSError, KeyError, ValueError, AttributeError, AssertionError, SyntaxError) as error:
-        raise UserError(f"data set {name!r} cannot be read: {error}") from error
-    if not records:
-        raise UserError(f"data set {name!r} holds no images")
+    records = _records(name)
     classes = len(MetadataCatalog.get(name).thing_classes)
     key = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     wanted = cfg.MODEL[key].NUM_CLASSES
@@ -184,7 +184,7 @@ def _check_one(name: str, cfg: CfgNode, option: str, mended: Path) -> str:
             f"data set {name!r} has {classes} categories, the config's model {wanted}: add "
             f"MODEL.{key}.NUM_CLASSES {classes}"
         )
-    _check_images(name, records)
+    check_images(name, records)
     objects = [a for r in records for a in r.get("annotations", ())]
     if not any(not a.get("iscrowd") for a in objects):
         raise UserError(f"data set {name!r} holds no object to train on or to evaluate with")
@@ -195,6 +195,29 @@ def _check_one(name: str, cfg: CfgNode, option: str, mended: Path) -> str:
     if run_length and cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
         raise UserError(f"{name}: its masks are run-length encoded: add INPUT.MASK_FORMAT bitmask")
     return "; ".join([f"{name}: {len(records)} images, {len(objects)} objects, {classes} categories", *notes])
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    try:
+        records = DatasetCatalog.get(name)
+    except (OSError, KeyError, ValueError, AttributeError, AssertionError, SyntaxError) as error:
+        raise UserError(f"data set {name!r} cannot be read: {error}") from error
+    if not records:
+        raise UserError(f"data set {name!r} holds no images")
+    return records
+
+
+def _check_masks(name: str, kind: str, cfg: CfgNode) -> str:
+    """The images and label masks of a set for semantic segmentation."""
+    if kind not in sets.KINDS:
+        raise UserError(
+            f"data set {name!r} has no label mask for every image: take one of detectron2's sem_seg sets, or "
+            "give --sem-seg NAME=IMAGES:MASKS"
+        )
+    records = _records(name)
+    sets.name_classes(cfg, [name])
+    check_images(name, records)
+    return sets.check(name, cfg, records)
 
 
 def name_keypoints(name: str) -> None:
@@ -221,46 +244,6 @@ def _check_keypoints(name: str, cfg: CfgNode, objects: Sequence[Mapping[str, Any
                 f"data set {name!r} has objects of {count} keypoints, the config's model {wanted}: set "
                 "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS"
             )
-
-
-def _check_images(name: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """The header of every image, and the whole of a sample, as detectron2 will read them."""
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        faults = [fault for fault in pool.map(_fault_of_header, records, chunksize=64) if fault]
-    if faults:
-        more = f" ({len(faults)} of {len(records)} images)" if len(faults) > 1 else ""
-        raise UserError(f"{name}: {faults[0]}{more}")
-    for record in records[:: max(1, len(records) // SAMPLED_IMAGES)]:
-        try:
-            detection_utils.read_image(record["file_name"], "RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{record['file_name']}: not a readable image ({error}); replace it") from error
-
-
-def _fault_of_header(record: Mapping[str, Any]) -> str | None:
-    """Why detectron2 would fail on an image or misread it, seen from its header; None where it would not."""
-    file = record["file_name"]
-    try:
-        with Image.open(file) as image:
-            size, mode = image.size, image.mode
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    except FileNotFoundError:
-        return f"{file} is missing"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"{file} is not a readable image ({error})"
-    if mode[0] in "IF":
-        return f"{file} has more than 8 bits a pixel, of which detectron2 makes white: convert it to 8 bits"
-    shown = size[::-1] if turned else size
-    said = (record.get("width", shown[0]), record.get("height", shown[1]))
-    if said == shown:
-        return None
-    wanted = f"its annotation says {said[0]} x {said[1]}"
-    if turned:
-        return (
-            f"{file} is shown as {shown[0]} x {shown[1]} by its EXIF orientation, {wanted}: detectron2 turns "
-            "such images, and wants annotations of the turned one"
-        )
-    return f"{file} is {shown[0]} x {shown[1]}, {wanted}"
 
 
 def _check_voc_folder(name: str, folder: Path, split: str) -> None:
@@ -386,7 +369,7 @@ def train_loader(
     )
     workers = cfg.DATALOADER.NUM_WORKERS if num_workers is None else num_workers
     return iter(DataLoader(
-        _Positioned(records, DatasetMapper(cfg, is_train=True), seed),
+        _Positioned(records, mapper_of(cfg, train=True), seed),
         batch_sampler=sampler,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=list,

@@ -1,4 +1,4 @@
-"""COCO and VOC average precision of a detector, in percent.
+"""COCO and VOC average precision of a detector, the mean IoU of a labelling of every pixel, in percent.
 
 COCO's numbers come from faster-coco-eval, a C++ implementation equal to pycocotools (tests compare all 24);
 VOC's from detectron2's own evaluator.
@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,10 +33,14 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
 from pretrain.common.progress import Progress
+from transfer.detection.pixels.keys import is_semantic
+from transfer.detection.pixels.mapper import mapper_of
+from transfer.detection.pixels.scores import MeanIoU
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
-CATEGORY = "AP-"  # detectron2's prefix of a category's own AP
+CATEGORY = re.compile(r"(AP|IoU|ACC)-(.*)")
+"""detectron2's names of a single category's numbers: AP of objects, IoU and accuracy of pixels."""
 
 Task = Literal["bbox", "segm", "keypoints"]
 Outcome = dict[str, dict[str, float]]
@@ -98,7 +103,7 @@ class CocoAP(COCOEvaluator):
             if len(self._metadata.thing_classes) > 1:
                 names_by_id = {i: self._metadata.thing_classes[n] for n, i in to_dataset_id.items()}
                 aps = zip(evaluation.params.catIds, category_precisions(evaluation).tolist())
-                numbers |= {CATEGORY + names_by_id[i]: ap for i, ap in aps}
+                numbers |= {f"AP-{names_by_id[i]}": ap for i, ap in aps}
             self._results[task] = {name: 100 * v for name, v in numbers.items()}
 
 
@@ -119,7 +124,7 @@ class VocAP(PascalVOCDetectionEvaluator):
         with _replaced(pascal_voc_evaluation, parse_rec=by_file, voc_eval=noted):
             outcome = super().evaluate()
         if outcome:
-            outcome["bbox"] |= {CATEGORY + name: float(np.mean(values)) for name, values in aps.items()}
+            outcome["bbox"] |= {f"AP-{name}": float(np.mean(values)) for name, values in aps.items()}
         return outcome
 
 
@@ -165,14 +170,15 @@ class _Counted:
 
 
 def evaluate(cfg: CfgNode, model: nn.Module, name: str, *, augmented: bool = False) -> Outcome:
-    """Average precision on the data set `name`: {"bbox": {...}}, and "segm" and "keypoints" where trained.
+    """Average precision on the data set `name`: {"bbox": {...}}, and "segm" and "keypoints" where trained;
+    {"sem_seg": {"mIoU": ...}} of semantic segmentation.
 
     `augmented`: with detectron2's test-time augmentation as TEST.AUG has it. A number that the set has no
     objects for is left out. All ranks must call; the main one gets the numbers.
     """
     if augmented:
         model = GeneralizedRCNNWithTTA(cfg, model.module if hasattr(model, "module") else model)
-    loader = build_detection_test_loader(cfg, name)
+    loader = build_detection_test_loader(cfg, name, mapper=mapper_of(cfg, train=False))
     with Progress(
         len(loader), label=f"evaluating on {name}{' (augmented)' if augmented else ''}", unit="image",
         file=Path(cfg.OUTPUT_DIR) / "progress.json",
@@ -187,6 +193,8 @@ def evaluate(cfg: CfgNode, model: nn.Module, name: str, *, augmented: bool = Fal
 def _evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     """detectron2's evaluator for the kind of data set that `name` is."""
     kind = MetadataCatalog.get(name).evaluator_type
+    if is_semantic(cfg):
+        return MeanIoU(name)
     switches: tuple[tuple[Task, bool], ...] = (
         ("bbox", True), ("segm", cfg.MODEL.MASK_ON), ("keypoints", cfg.MODEL.KEYPOINT_ON)
     )  # fmt: skip

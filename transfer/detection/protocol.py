@@ -35,18 +35,22 @@ OF_THE_ARCHITECTURE = (
 OF_EACH_RESULT = re.compile(r"DATASETS\.TEST$|TEST\.AUG\.")
 """Results name their own test set, and whether test-time augmentation was used."""
 JUDGING = re.compile(
-    r"INPUT\.(MIN|MAX)_SIZE_TEST$|TEST\.(DETECTIONS_PER_IMAGE|KEYPOINT_OKS_SIGMAS)$"
+    r"INPUT\.(MIN|MAX)_SIZE_TEST$|TEST\.(DETECTIONS_PER_IMAGE|KEYPOINT_OKS_SIGMAS|FLIP|SLIDE\.\w+)$"
     r"|MODEL\..*(_TEST|PIXEL_MEAN|PIXEL_STD|STRIDE_IN_1X1|NMS_THRESH|ANCHOR_GENERATOR\..*|BBOX_REG_WEIGHTS"
-    r"|POOLER_\w+)$|INPUT\.FORMAT$"
+    r"|POOLER_\w+|OUTPUT_STRIDE|ALIGN_CORNERS|IGNORE_VALUE)$|INPUT\.FORMAT$"
 )
 """What changes the numbers of a model that is trained already."""
 IMAGES = {
     "coco_2014_train": 82783, "coco_2014_val": 40504, "coco_2017_train": 118287, "coco_2017_val": 5000,
     "keypoints_coco_2017_train": 118287, "keypoints_coco_2017_val": 5000,
     "voc_2007_trainval": 5011, "voc_2007_test": 4952, "voc_2012_trainval": 11540,
+    "voc_2012_sem_seg_train": 1464, "voc_2012_sem_seg_aug": 9118, "voc_2012_sem_seg_val": 1449,
+    "ade20k_sem_seg_train": 20210, "ade20k_sem_seg_val": 2000,
+    "cityscapes_fine_sem_seg_train": 2975, "cityscapes_fine_sem_seg_val": 500,
 }  # fmt: skip
 """Images of the public sets, as counted in their own files (https://cocodataset.org/#download,
-http://host.robots.ox.ac.uk/pascal/VOC/voc2012/dbstats.html)."""
+http://host.robots.ox.ac.uk/pascal/VOC/voc2012/dbstats.html, https://www.cityscapes-dataset.com/dataset-overview/,
+https://github.com/CSAILVision/sceneparsing)."""
 UNKNOWN: dict[str, Any] = {"name": "unknown", "version": None, "hash": "unknown"}
 """Of a detector whose file does not say how it was trained."""
 

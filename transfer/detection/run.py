@@ -28,13 +28,15 @@ from transfer.detection.config import load_config, pairs, shipped
 from transfer.detection.evaluation import CATEGORY, evaluate
 from transfer.detection.launch import launch, world_size
 from transfer.detection.pictures import draw, draw_curves, show
+from transfer.detection.pixels import sets
+from transfer.detection.pixels.keys import is_semantic
 from transfer.detection.protocol import UNKNOWN, flat, judged, judged_otherwise, protocol_of, spell
 from transfer.detection.train_loop import fine_tune
 from transfer.evaluation.results import Clock, Result, append, find, read
 
 logger = logging.getLogger(__name__)
-TASKS: dict[str, Literal["detection", "segmentation", "keypoints"]] = {
-    "bbox": "detection", "segm": "segmentation", "keypoints": "keypoints"
+TASKS: dict[str, Literal["detection", "segmentation", "keypoints", "semantic"]] = {
+    "bbox": "detection", "segm": "segmentation", "keypoints": "keypoints", "sem_seg": "semantic"
 }  # fmt: skip
 RANDOM = {"path": None, "sha256": None, "format": "random initialisation", "branch": None}
 JUDGED = ("config.yaml", "results.jsonl", "progress.json", "pictures", "curves.png")
@@ -87,7 +89,7 @@ def _start_one(args: argparse.Namespace) -> None:
     opts = pairs(args.opts)
     on_cpu = args.num_gpus == 0 or opts.get("MODEL.DEVICE") == "cpu"
     ranks = world_size(args.num_gpus, args.num_machines, on_cpu=on_cpu)
-    data.register(args.dataset)
+    data.register(args.dataset, args.sem_seg)
     cfg = load_config(args.config_file, args.opts, ranks=ranks)
     if args.show:
         _run_one(args, cfg, ranks, on_cpu)
@@ -191,8 +193,10 @@ def _on_each_rank(trial: Trial) -> None:
     output = Path(cfg.OUTPUT_DIR)
     output.mkdir(parents=True, exist_ok=True)
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
-    data.register(args.dataset)  # a spawned process starts with detectron2's own data sets only
+    data.register(args.dataset, args.sem_seg)  # a spawned process starts with detectron2's own data sets only
     data.use_mended(output / MENDED, names)
+    if is_semantic(cfg):
+        sets.name_classes(cfg, names)
     if cfg.MODEL.KEYPOINT_ON:
         for name in names:
             data.name_keypoints(name)
@@ -264,11 +268,15 @@ def _results(
     trial: Trial, name: str, outcome: Mapping[str, Mapping[str, float]], iteration: int, seed: int,
     selection: Literal["last", "best"], clock: Clock,
 ) -> list[Result]:  # fmt: skip
-    """A result each for boxes, masks, keypoints. coco_2017_val is data set coco_2017, split val."""
+    """A result each for boxes, masks, keypoints, or for the labels of pixels.
+
+    coco_2017_val is data set coco_2017, split val.
+    """
     cfg, origin = trial.cfg, trial.origin
     dataset, _, split = name.rpartition("_")
     ranks, images = comm.get_world_size(), len(DatasetCatalog.get(name))
-    parts = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET")
+    heads = ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "RETINANET")
+    parts = ("RESNETS", *(("SEM_SEG_HEAD",) if is_semantic(cfg) else heads))
     order = slice(None, None, -1 if cfg.INPUT.FORMAT == "BGR" else 1)  # mean and std are noted red first
     weights = {
         **{k: origin.get(k) for k in RANDOM},
@@ -281,7 +289,7 @@ def _results(
             dataset=dataset or name,
             split=split,
             n=images,
-            metrics={k: v for k, v in numbers.items() if not k.startswith(CATEGORY)},
+            metrics={k: v for k, v in numbers.items() if not CATEGORY.match(k)},
             protocol=judged(trial.protocol, name, images, trial.also),
             weights=weights,
             arch=origin["arch"],
@@ -299,11 +307,7 @@ def _results(
                 "format": cfg.INPUT.FORMAT,
                 "stride_in_1x1": cfg.MODEL.RESNETS.STRIDE_IN_1X1,
                 "world_size": ranks,
-                "AP_by_category": {
-                    k.removeprefix(CATEGORY): round(v, 4)
-                    for k, v in numbers.items()
-                    if k.startswith(CATEGORY)
-                },
+                **_by_category(numbers),
                 **({"gpus": ranks} if cfg.MODEL.DEVICE.startswith("cuda") else {}),
             },
             **clock.stamp(torch.device(cfg.MODEL.DEVICE)),
@@ -311,6 +315,15 @@ def _results(
         for task, numbers in outcome.items()
         if numbers
     ]
+
+
+def _by_category(numbers: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """ "AP_by_category", or "IoU_by_category" and "ACC_by_category", each by the category's name."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in numbers.items():
+        if match := CATEGORY.match(key):
+            found.setdefault(f"{match[1]}_by_category", {})[match[2]] = round(value, 4)
+    return found or {"AP_by_category": {}}
 
 
 def _is_finished(cfg: CfgNode, config_hash: str, origin: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, TrainerBase, create_ddp_model, hooks
-from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -41,6 +41,8 @@ from pretrain.metrics import start_wandb
 from transfer.detection import config
 from transfer.detection.checkpointer import StrictCheckpointer
 from transfer.detection.data import seed_of, train_loader
+from transfer.detection.pixels.keys import is_semantic
+from transfer.detection.pixels.learning_rate import build_schedule
 from transfer.detection.precise_bn import precise_statistics
 from transfer.detection.protocol import flat
 
@@ -144,7 +146,7 @@ class DetectionTrainer(TrainerBase):
         self.cfg, self.model, self.parallel = cfg, model, model
         self.on_gpu = cfg.MODEL.DEVICE != "cpu"
         self.optimizer = build_optimizer(cfg, model)
-        self.scheduler = build_lr_scheduler(cfg, self.optimizer)
+        self.scheduler = build_schedule(cfg, self.optimizer)
         self.scaler = torch.amp.GradScaler("cuda", enabled=cfg.SOLVER.AMP.ENABLED and self.on_gpu)
         self.precision = (
             torch.float16 if self.on_gpu else torch.bfloat16
@@ -270,7 +272,7 @@ class Checkpoints(HookBase):
 
 
 def _best(cfg: CfgNode, model: nn.Module, run: Mapping[str, Any]) -> hooks.BestCheckpointer:
-    """detectron2's keeper of model_best.pth, by box AP on the first test set, from where the run stopped."""
+    """detectron2's keeper of model_best.pth, by box AP or mIoU on the first test set."""
     file = StrictCheckpointer(
         model,
         cfg.OUTPUT_DIR,
@@ -278,7 +280,8 @@ def _best(cfg: CfgNode, model: nn.Module, run: Mapping[str, Any]) -> hooks.BestC
         run={k: v for k, v in run.items() if k != "best"} | {"selection": "best"},
     )
     several = len(cfg.DATASETS.TEST) > 1
-    metric = f"{cfg.DATASETS.TEST[0]}/bbox/AP" if several else "bbox/AP"
+    metric = "sem_seg/mIoU" if is_semantic(cfg) else "bbox/AP"
+    metric = f"{cfg.DATASETS.TEST[0]}/{metric}" if several else metric
     hook = hooks.BestCheckpointer(cfg.TEST.EVAL_PERIOD, file, metric)
     hook.best_metric, hook.best_iter = run.get("best", (None, None))
     return hook

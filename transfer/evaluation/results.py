@@ -38,7 +38,9 @@ LARGEST = 2**63
 class Result:
     """One figure or set of figures that one evaluation gave, with all that is needed to compare it."""
 
-    task: Literal["knn", "linear", "semisup", "detection", "segmentation", "keypoints", "spectrum"]
+    task: Literal[
+        "knn", "linear", "semisup", "detection", "segmentation", "keypoints", "semantic", "spectrum"
+    ]
     dataset: str
     split: str
     """test, and in brackets which split of several, and what is missing of the set."""
@@ -47,7 +49,8 @@ class Result:
     metrics: dict[str, float]
     """In percent: knn top1_k20, top5_k20 … (and mean_per_class_k20 … where the data set is reported in it);
     linear and semisup top1, top5, mean_per_class or mAP; detection, segmentation and keypoints COCO's or
-    VOC's AP and AR. Of task spectrum in units of their own (transfer/spectrum/)."""
+    VOC's AP and AR; semantic mIoU, mACC, pACC and fwIoU. Of task spectrum in units of their
+    own (transfer/spectrum/)."""
     protocol: dict[str, Any]
     """name, version and hash of its content; `differs`: what a detector's run has otherwise than the
     config of that name as it ships (the hash is then that of both)."""

@@ -19,6 +19,9 @@ from pretrain.common.cli import run
 from pretrain.common.errors import UserError
 from transfer.detection import config, schedule
 from transfer.detection.config import load_config
+from transfer.detection.pixels import keys
+from transfer.detection.pixels.learning_rate import build_schedule
+from transfer.detection.pixels.mapper import mapper_of
 from transfer.detection.protocol import flat
 
 ELSEWHERE = {"VERSION"}
@@ -81,14 +84,38 @@ def test_every_key_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             DatasetMapper(cfg, is_train=True)
             DatasetMapper(cfg, is_train=False)
     DatasetMapperTTA(cfg)
-    # The rest is read where a run reads it: this project's own modules, named as they name it.
-    ours = "\n".join(
-        (Path(config.__file__).parent / f"{name}.py").read_text()
-        for name in ("config", "data", "evaluation", "run", "train_loop", "precise_bn", "protocol")
-    )
-    unread = {key for key in flat(get_cfg()) if key not in reads.keys and f"cfg.{key}" not in ours}
-    refused = {k for k in unread for r in config.REFUSED if k == r or (r[-1] == "." and k.startswith(r))}
-    assert unread - refused == ELSEWHERE
+    assert unused(reads, get_cfg(), config.REFUSED) == ELSEWHERE
+
+
+def unused(reads: Reads, default: CfgNode, refused: Mapping[str, str]) -> set[str]:
+    """The keys that neither a mark has seen read nor a run reads, and that are not refused either."""
+    folder = Path(config.__file__).parent  # a run reads them in these modules, named as they name it
+    names = ("config", "data", "evaluation", "run", "train_loop", "precise_bn", "protocol", "pixels/sets")
+    ours = "\n".join((folder / f"{name}.py").read_text() for name in names)
+    unread = {key for key in flat(default) if key not in reads.keys and f"cfg.{key}" not in ours}
+    return unread - {k for k in unread for r in refused if k == r or (r[-1] in "._" and k.startswith(r))}
+
+
+def test_every_key_of_semantic_segmentation_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = Reads(monkeypatch)
+    for words in (
+        ["SOLVER.CLIP_GRADIENTS.ENABLED", "True"],
+        ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"],
+        ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"], ["SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"],
+        ["SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"],
+    ):  # fmt: skip
+        cfg = reads.mark(load_config("small_R18_FCN", ["MODEL.SEM_SEG_HEAD.CONVS_DIM", "8", *words]).clone())
+        model = build_model(cfg)
+        optimizer = build_optimizer(cfg, model)
+        build_schedule(cfg, optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        for train in (True, False):
+            mapper_of(cfg, train=train)
+    default = get_cfg()
+    keys.add_keys(default)
+    assert unused(reads, default, keys.REFUSED) == ELSEWHERE
 
 
 OTHER_VALUES = {"bool": lambda v: not v, "int": lambda v: v + 1, "float": lambda v: v + 0.5,
@@ -113,10 +140,11 @@ def test_keys_without_effect_are_refused_when_changed() -> None:
             "can be TrainingSampler or RepeatFactor",
         ),
         (["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"], "REPEAT_THRESHOLD 0"),
-        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "can be GeneralizedRCNN or RetinaNet here"),
-        (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "not whole scenes.*annotations of every pixel"),
+        (["MODEL.META_ARCHITECTURE", "ProposalNetwork"], "can be GeneralizedRCNN or RetinaNet or Dil"),
+        (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "DilatedSegmentor here; take a sem_seg config"),
         (["MODEL.PROPOSAL_GENERATOR.NAME", "RRPN"], "can be RPN here"),
         ([*KEYPOINTS, "TEST.AUG.ENABLED", "True"], "boxes and masks of an R-CNN alone"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"], "wanted the least and the largest size"),
         (["SOLVER.REFERENCE_WORLD_SIZE", "3"], "share SOLVER.IMS_PER_BATCH 8"),
     ],
 )
@@ -128,7 +156,7 @@ def test_what_cannot_be_judged_is_refused(words: list[str], said: str) -> None:
 def test_detectron2s_own_panoptic_config_is_refused_as_a_whole() -> None:
     """Not for one of its keys, whose default would help nobody."""
     shipped = Path(detectron2.__file__).parent / "model_zoo/configs/COCO-PanopticSegmentation"
-    with pytest.raises(UserError, match=r"MODEL.META_ARCHITECTURE PanopticFPN: .* not whole scenes"):
+    with pytest.raises(UserError, match=r"MODEL.META_ARCHITECTURE PanopticFPN: whole scenes are"):
         load_config(shipped / "panoptic_fpn_R_50_1x.yaml", [])
 
 

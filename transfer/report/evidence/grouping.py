@@ -23,6 +23,7 @@ TASK_NAMES = {
     "detection": "Box",
     "segmentation": "Mask",
     "keypoints": "Keypoint",
+    "semantic": "Semantic",
     "spectrum": "Spectrum",
 }
 SPECTRUM = "spectrum"
@@ -125,12 +126,12 @@ class Results:
         return list(names)
 
     def headline_metric(self, task: Task) -> str:
-        """The metric that stands for the task: AP, or what the data set is reported in (top-1, mean per
+        """The metric that stands for the task: AP, mIoU, or what the data set is reported in (top-1, mean per
         class); of several k, 20 or else the first."""
         names = self.metrics(task)
         kept = metric_of(task.dataset)
         of_set = [kept, f"{kept}_k20", *(n for n in names if n.startswith(f"{kept}_k"))]
-        wanted = ("AP", *of_set, "top1", "top1_k20", "mean_per_class", "mAP")
+        wanted = ("AP", "mIoU", *of_set, "top1", "top1_k20", "mean_per_class", "mAP")
         return next((n for n in wanted if n in names), names[0])
 
     def summary(self, method: str, task: Task, selection: str, metric: str) -> Summary | None:

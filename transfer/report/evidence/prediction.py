@@ -12,7 +12,7 @@ from transfer.correlation import kendall
 from transfer.report.evidence.grouping import Results, Task
 from transfer.report.evidence.records import Record
 
-DENSE = ("detection", "segmentation", "keypoints")
+DENSE = ("detection", "segmentation", "keypoints", "semantic")
 BETTER = {
     "rankme": 1, "decay": 0, "stable_rank": 1, "entropy_rank": 1, "condition_number": -1, "largest_share": -1,
     "uniformity": -1, "cluster_learnability": 1, "intrinsic_dimension": 1, "clid": 1, "alignment": -1,

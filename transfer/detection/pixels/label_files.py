@@ -1,0 +1,85 @@
+"""Label masks: grey or palette PNGs whose pixels are class numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pretrain.common.errors import UserError
+
+THREADS = 8
+MODES = ("1", "L", "P", "I", "I;16")
+"""Pillow's modes of images with one number a pixel; P holds numbers into a palette, which are the labels."""
+
+
+def read_labels(file: str, dtype: Any = None, **_: Any) -> np.ndarray:
+    """The labels of a mask file, height x width, a palette's numbers and not its colours.
+
+    Raises UserError for an image of colours, which holds no class numbers.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode not in MODES:
+                raise UserError(
+                    f"{file} is an image of colours ({image.mode}); wanted class numbers in a grey or "
+                    "palette PNG. One that was read and saved as RGB has lost them: take the original"
+                )
+            if image.mode in ("1", "I;16"):  # bool and uint16, which neither PyTorch nor OpenCV resizes
+                dtype = dtype or (np.uint8 if image.mode == "1" else np.int32)
+            return np.array(image, dtype=dtype)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} is not a readable mask ({error})") from error
+
+
+def size_of(file: str) -> tuple[int, int]:
+    """Width and height from a mask's header. Raises UserError for what is no image."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} is not a readable mask ({error})") from error
+
+
+def sizes_of(files: Sequence[str]) -> list[tuple[int, int]]:
+    """Width and height of each."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(size_of, files, chunksize=64))
+
+
+def check_masks(name: str, records: Sequence[Mapping[str, Any]], *, classes: int, ignored: int) -> np.ndarray:
+    """Decode every mask; pixels of each class in all of them.
+
+    Raises UserError for labels that are neither a class nor `ignored`, and where nothing is labelled.
+    """
+
+    def counted(record: Mapping[str, Any]) -> tuple[np.ndarray, dict[int, int]]:
+        labels, counts = np.unique(read_labels(record["sem_seg_file_name"]), return_counts=True)
+        pixels = np.zeros(classes, np.int64)
+        known = (labels >= 0) & (labels < classes)
+        pixels[labels[known]] = counts[known]
+        return pixels, {int(v): int(n) for v, n in zip(labels[~known], counts[~known]) if v != ignored}
+
+    pixels_K, faults = np.zeros(classes, np.int64), []
+    with ThreadPoolExecutor(THREADS) as pool:
+        for record, (pixels, beyond) in zip(records, pool.map(counted, records, chunksize=8)):
+            pixels_K += pixels
+            faults += [(record["sem_seg_file_name"], beyond)] if beyond else []
+    if faults:
+        file, beyond = faults[0]
+        values = sorted({v for _, found in faults for v in found})
+        say = f"{', '.join(map(str, values[:5]))}{' ...' if len(values) > 5 else ''}"
+        mend = (
+            f"if its pixels are to be left out, add MODEL.SEM_SEG_HEAD.IGNORE_VALUE {values[0]}, else "
+            if len(values) == 1 else ""
+        )  # fmt: skip
+        raise UserError(
+            f"{name}: {len(faults)} of {len(records)} masks hold labels beyond 0 to {classes - 1} and the "
+            f"ignored {ignored}: {say}, first in {file}; {mend}set MODEL.SEM_SEG_HEAD.NUM_CLASSES"
+        )
+    if not pixels_K.any():
+        raise UserError(f"{name}: no pixel of its {len(records)} masks is labelled")
+    return pixels_K
