@@ -10,12 +10,13 @@ import torch
 
 from pretrain.checkpoint import load_checkpoint
 from pretrain.settings import Settings
+from tests.helpers.tiny_resnet import ARCH
 
 CPU = torch.device("cpu")
 
 
 TINY = {
-    "dataset": "cifar10", "arch": "resnet18", "view_sizes": [24, 16], "min_scales": [0.2],
+    "dataset": "cifar10", "arch": ARCH, "view_sizes": [16, 12], "min_scales": [0.2],
     "projector_hidden": 32, "projector_output": 64, "projector_layers": 2,
     "epochs": 2, "batch_global": 160, "lr": 0.2,
     "warmup_epochs": 0.25, "workers": 0, "log_every": 2, "save_every": 100, "seed": 1, "precision": "float32",

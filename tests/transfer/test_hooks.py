@@ -20,6 +20,7 @@ from pretrain.train import load_hook, train
 from slurm.steps import tasks
 from slurm.steps.tasks import Images
 from tests.helpers.ranks import start_ranks, wait_ranks
+from tests.helpers.tiny_resnet import ARCH
 from tests.helpers.training import CPU, differing, tiny, weights
 from transfer import hooks
 from transfer.evaluation import results
@@ -53,7 +54,7 @@ def test_it_logs_what_the_finished_weights_get(watched: Path, cifar_folder: Path
     words += ["--dataset", "cifar10", "--data-dir", str(cifar_folder), "--output", str(tmp_path)]
     assert knn.main([*words, "--precision", "float32"]) == 0
     (found,) = results.read(tmp_path)
-    assert found.image_size == 24
+    assert found.image_size == 16
     # rounded to four digits in the result; a control: the first epoch's backbone gets another number
     assert found.metrics["top1_k20"] == pytest.approx(logged[1]["knn_top1"], abs=1e-4)
     assert found.metrics["top5_k20"] == pytest.approx(logged[1]["knn_top5"], abs=1e-4)
@@ -78,7 +79,7 @@ def test_one_of_two_ranks_looks_on_while_the_other_waits(cifar_folder: Path, tmp
 def test_backbone_and_random_states_are_left_alone(cifar_folder: Path, tmp_path: Path) -> None:
     """A backbone with SyncBatchNorm, as several ranks have it."""
     torch.manual_seed(0)
-    backbone = convert_sync_batchnorm(build_backbone("resnet18"), CPU).eval()
+    backbone = convert_sync_batchnorm(build_backbone(ARCH), CPU).eval()
     assert any(isinstance(m, SyncBatchNorm) for m in backbone.modules())
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     states = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
@@ -100,7 +101,7 @@ def test_large_sets_are_thinned_out_evenly(
     monkeypatch.setattr(hooks, "MOST_BANK", 80)
     monkeypatch.setattr(hooks, "MOST_QUERIES", 30)
     with caplog.at_level("INFO"):
-        assert "knn_top1" in hooks.knn(build_backbone("resnet18"), tiny(cifar_folder, tmp_path))
+        assert "knn_top1" in hooks.knn(build_backbone(ARCH), tiny(cifar_folder, tmp_path))
     assert "80 of 640 bank images, 30 of 160 queries" in caplog.text
 
 
@@ -111,7 +112,7 @@ def test_a_broken_image_is_left_out_and_no_test_images_are_a_warning(
     shutil.copytree(cifar_folder, data)
     broken = sorted((data / "train").rglob("*.jpg"))[100]
     broken.write_bytes(broken.read_bytes()[:200])
-    backbone = build_backbone("resnet18")
+    backbone = build_backbone(ARCH)
     with caplog.at_level("INFO"):
         assert "knn_top1" in hooks.knn(backbone, tiny(data, tmp_path))
     assert "639 of 640 bank images, 160 of 160 queries" in caplog.text
@@ -128,7 +129,7 @@ def test_a_run_told_to_stop_does_not_wait_for_it(
 ) -> None:
     monkeypatch.setattr(StopSignals, "heard", 15)
     monkeypatch.setattr(hooks.Extractor, "__call__", lambda *_: pytest.fail("went on"))
-    assert hooks.knn(build_backbone("resnet18"), tiny(cifar_folder, tmp_path)) == {}
+    assert hooks.knn(build_backbone(ARCH), tiny(cifar_folder, tmp_path)) == {}
 
 
 def test_pretraining_steps_have_it_unless_told_otherwise(tmp_path: Path, cifar_folder: Path) -> None:

@@ -20,9 +20,9 @@ from sklearn.metrics import balanced_accuracy_score
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import CLASS_COUNTS, DATASETS, ImageDataset, open_dataset
 from pretrain.data.transfer_sets import SETS, class_wise, metric_of
-from pretrain.network.model import build_backbone
 from tests.helpers.forked import run_command
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny_resnet import save_tiny
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import accuracy, percentages, places
 from transfer.evaluation.local_copy import stage
@@ -432,13 +432,7 @@ def test_two_ranks_have_the_mean_per_class_of_one(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "w.pth"
-    model = build_backbone("resnet18", zero_init_last=False).train()
-    with torch.no_grad():
-        model(torch.randn(8, 3, 32, 32))  # BatchNorm has seen a batch
-    torch.save(model.state_dict(), path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("weights") / "w.safetensors", image_size=32)
 
 
 def call(main: Callable[[list[str]], int | None], words: list[str], output: Path) -> None:

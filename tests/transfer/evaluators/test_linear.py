@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.signals import Stopped, StopSignals
 from pretrain.data.datasets import ImageDataset
-from pretrain.network.model import build_backbone
+from tests.helpers.tiny_resnet import save_tiny
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import accuracy
 from transfer.evaluation.augment import drawn_box
@@ -178,14 +178,7 @@ def test_crops_lie_within_the_image() -> None:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = build_backbone("resnet18", zero_init_last=False).train()
-    with torch.no_grad():
-        for _ in range(20):
-            model(torch.randn(8, 3, 32, 32))
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    torch.save(model.state_dict(), path)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("weights") / "random.safetensors", image_size=32)
 
 
 def argv(weights: object, folder: Path, output: Path, protocol: object) -> list[str]:

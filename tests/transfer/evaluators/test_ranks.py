@@ -16,8 +16,8 @@ import yaml
 import transfer.evaluation.feature_cache
 from pretrain.common.process_group import rank
 from pretrain.data.datasets import ImageDataset, open_dataset
-from pretrain.network.model import build_backbone
 from tests.helpers.ranks import finish_ranks, fork_ranks, kill_ranks, run_on_ranks
+from tests.helpers.tiny_resnet import save_tiny
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import results
 from transfer.evaluation.feature_cache import FeatureFolder
@@ -181,13 +181,7 @@ def test_a_linear_probe_on_two_ranks_scores_as_on_one(
     augmentation: bool, cifar_folder: Path, tmp_path: Path
 ) -> None:
     """580 images in batches of 193, 193, 193 and 1: the last has none for the second rank."""
-    weights = tmp_path / "w.pth"
-    torch.manual_seed(0)
-    model = build_backbone("resnet18", zero_init_last=False).train()
-    with torch.no_grad():
-        for _ in range(10):  # BatchNorm statistics
-            model(torch.randn(8, 3, 16, 16))
-    torch.save(model.state_dict(), weights)
+    weights = save_tiny(tmp_path / "w.safetensors")
     values = {
         "augmentation": augmentation, "learning_rates": [0.01, 0.001], "batch": 193, "epochs": 2,
         "held_out_percent": 10, "scaling": "none" if augmentation else "standardise",

@@ -15,13 +15,13 @@ import torch
 import yaml
 from torch import nn
 
-from pretrain.checkpoint import load_checkpoint, save_backbone
+from pretrain.checkpoint import load_checkpoint
 from pretrain.common.collectives import sum_over_ranks
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.process_group import rank
 from pretrain.common.signals import Stopped
-from pretrain.network.model import build_backbone
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny_resnet import save_tiny
 from transfer.evaluation import results
 from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.protocol import load_protocol
@@ -33,17 +33,7 @@ from transfer.evaluators.semisup import SemisupProtocol, main
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "backbone.safetensors"
-    torch.manual_seed(0)
-    model = build_backbone("resnet18").train()
-    with torch.no_grad():
-        model(torch.randn(8, 3, 32, 32))  # BatchNorm has seen a batch
-    metadata = {
-        "arch": "resnet18", "stem": "imagenet", "branch": "online", "image_size": 16,
-        "source": "random initialisation",
-    }  # fmt: skip
-    save_backbone(path, model.state_dict(), metadata)
-    return path
+    return save_tiny(tmp_path_factory.mktemp("weights") / "backbone.safetensors")
 
 
 def _protocol(folder: Path, **values: object) -> str:
