@@ -33,7 +33,7 @@ GROUPS = {
     "cluster": "where it runs", "dry_run": "this call",
 }  # fmt: skip
 """The first option of each group of --help, and the group's title."""
-LISTS = ("--weights", "--include", "--tasks", "--override", "--force", "--detection-data")
+LISTS = ("--weights", "--include", "--tasks", "--override", "--force", "--detection-data", "--sem-seg-data")
 TEXTS = ("--pretrain-options", "--linear-options", "--semisup-options", "--detection-options")
 
 

@@ -170,7 +170,7 @@ def _detection(asked: Suite, backbones: Mapping[str, Backbone]) -> list[str]:
             except UserError as error:
                 problems.append(f"--tasks {task} with {name}: {error}")
         try:
-            data.register(asked.detection_data or [], option="--detection-data")
+            data.register(asked.detection_data or [], asked.sem_seg_data or [], option="--detection-data")
             data.check(cfg, option="--detection-data")
         except UserError as error:
             problems.append(f"--tasks {task}: {error}")

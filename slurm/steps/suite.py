@@ -43,8 +43,8 @@ class Suite(WeightsOptions):
     control: bool = False
     """With --recipe: also evaluate the same initialisation, untrained."""
     tasks: list[str] | None = None
-    """How to evaluate: knn, linear, semisup1, semisup10, and for detection coco_c4_2x, other names in
-    detection_configs/ or a YAML file."""
+    """How to evaluate: knn, linear, semisup1, semisup10, for detection coco_c4_2x, for semantic segmentation
+    sem_seg_voc12_linear, other names in detection_configs/ or a YAML file."""
     seeds: int = 1
     """Runs of every task that has randomness, with seeds 0, 1 ...; k-NN has none and runs once."""
     pretrain_seed: int = 0
@@ -55,6 +55,8 @@ class Suite(WeightsOptions):
     """Folder of the data set."""
     detection_data: list[str] | None = None
     """COCO-format folders by name: NAME=ANNOTATIONS.json:IMAGES, where not in DETECTRON2_DATASETS."""
+    sem_seg_data: list[str] | None = None
+    """Folders of images and label masks by name: NAME=IMAGES:MASKS, where not in DETECTRON2_DATASETS."""
     knn_protocol: str | None = None
     """Protocol of k-NN: solo_knn@2, or INTL's intl_cifar_5nn@2 for a recipe with the CIFAR stem."""
     linear_protocol: str | None = None
@@ -70,7 +72,7 @@ class Suite(WeightsOptions):
     semisup_options: str = ""
     """Further options for the semi-supervised evaluation."""
     detection_options: str = ""
-    """Further options for detection: "SOLVER.MAX_ITER 100"."""
+    """Further options for detection and semantic segmentation: "SOLVER.MAX_ITER 100"."""
     cluster: Literal["local", "slurm"] = "local"
     """This machine, or SLURM."""
     profile: str | None = None
@@ -156,6 +158,15 @@ class Suite(WeightsOptions):
         ]
 
     @property
+    def mask_sets(self) -> list[str]:
+        """--sem-seg-data with absolute paths."""
+        found = (re.fullmatch(r"([^=]+)=(.+):(.+)", word) for word in self.sem_seg_data or [])
+        return [
+            f"{match[1]}={Path(match[2]).resolve()}:{Path(match[3]).resolve()}" if match else word
+            for match, word in zip(found, self.sem_seg_data or [])
+        ]
+
+    @property
     def own_files(self) -> list[Path]:
         """What jobs need of the project beside the files that git tracks."""
         protocols = [FOLDER / f"{name}.yaml" for name in self.protocols.values()]
@@ -206,7 +217,8 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
                     evaluations.append(tasks.detection(
                         root, target, task=Path(task).stem, config=tasks.detection_config(task), seed=seed,
                         weights=converted.makes[0], depends_on=(converted.name,), num_gpus=gpus,
-                        datasets=asked.detection_sets, extra=asked.options_of("detection"),
+                        datasets=asked.detection_sets, masks=asked.mask_sets,
+                        extra=asked.options_of("detection"),
                     ))  # fmt: skip
     report = tasks.report(root, [*(s for s in steps if s.kind in ("pretrain", "control")), *evaluations])
     return Graph([*steps, *evaluations, report])

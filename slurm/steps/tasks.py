@@ -58,8 +58,12 @@ DETECTION = {
     "coco_fpn_2x": "coco_R50_FPN_2x",
     "voc_c4": "voc_R50_C4_24k",
     "voc_fpn": "voc_R50_FPN_24k",
+    "sem_seg_voc12_linear": "sem_seg_voc12_R50_linear_40k",
+    "sem_seg_voc12_fcn": "sem_seg_voc12_R50_FCN_20k",
+    "sem_seg_cityscapes_fcn": "sem_seg_cityscapes_R50_FCN_769_40k",
+    "sem_seg_ade20k_fcn": "sem_seg_ade20k_R50_FCN_80k",
 }
-"""Detection tasks by their short names, and the file in detection_configs."""
+"""Tasks of detection and semantic segmentation by their short names, and the file in detection_configs."""
 
 
 def detection_config(task: str) -> str:
@@ -217,6 +221,7 @@ def detection(
     weights: Path | None,
     depends_on: tuple[str, ...],
     datasets: Sequence[str] = (),
+    masks: Sequence[str] = (),
     num_gpus: int = 0,
     extra: Sequence[str] = (),
 ) -> Step:
@@ -226,6 +231,8 @@ def detection(
     words = ["--config-file", config, "--num-gpus", str(num_gpus)]
     for dataset in datasets:
         words += ["--dataset", dataset]
+    for mask_set in masks:
+        words += ["--sem-seg", mask_set]
     words += ["--label", target.label]
     words += ["--random-init"] if weights is None else ["MODEL.WEIGHTS", str(weights)]
     words += ["OUTPUT_DIR", str(output), "SEED", str(seed), *extra]

@@ -41,12 +41,14 @@ from transfer.detection.pixels.mapper import mapper_of
 NEEDS_PACKAGE = {"lvis": "lvis", "cityscapes_instance": "cityscapesscripts"}
 """What detectron2's evaluator of a kind of data set cannot do without."""
 JUDGED = ("coco", "pascal_voc", *NEEDS_PACKAGE)
+OF_MASKS = {"--dataset": "--sem-seg", "--detection-data": "--sem-seg-data"}
+"""The option that gives sets of label masks, beside each that gives sets in COCO's format."""
 
 
 def register(definitions: Sequence[str], sem_seg: Sequence[str] = (), *, option: str = "--dataset") -> None:
     """Register each NAME=ANNOTATIONS.json:IMAGES, given by `option`, as a COCO-format data set, and each
     NAME=IMAGES:MASKS of `sem_seg` as one of label masks."""
-    sets.register(sem_seg, option="--sem-seg")
+    sets.register(sem_seg, option=OF_MASKS[option])
     for definition in definitions:
         match = re.fullmatch(r"([^=]+)=(.+\.json):(.+)", definition)
         if match is None:
@@ -152,15 +154,17 @@ def _read_originals(names: Sequence[str]) -> None:
 
 def _check_one(name: str, cfg: CfgNode, option: str, mended: Path) -> str:
     if name not in DatasetCatalog.list():
-        how = "--sem-seg {0}=IMAGES:MASKS" if is_semantic(cfg) else option + " {0}=ANNOTATIONS.json:IMAGES"
+        how = f"{option} {name}=ANNOTATIONS.json:IMAGES"
+        if is_semantic(cfg):
+            how = f"{OF_MASKS[option]} {name}=IMAGES:MASKS"
         raise UserError(
-            f"data set {name!r} is not known: give {how.format(name)}, or put a "
-            "standard set under the folder that DETECTRON2_DATASETS names"
+            f"data set {name!r} is not known: give {how}, or put a standard set under the folder that "
+            "DETECTRON2_DATASETS names"
         )
     metadata = MetadataCatalog.get(name)
     kind, keypoints = metadata.get("evaluator_type", "none"), cfg.MODEL.KEYPOINT_ON
     if is_semantic(cfg):
-        return _check_masks(name, kind, cfg)
+        return _check_masks(name, kind, cfg, OF_MASKS[option])
     if kind not in JUDGED:
         raise UserError(
             f"data set {name!r}: sets of kind {kind} are not evaluated here, only {', '.join(JUDGED)}"
@@ -207,12 +211,12 @@ def _records(name: str) -> list[dict[str, Any]]:
     return records
 
 
-def _check_masks(name: str, kind: str, cfg: CfgNode) -> str:
+def _check_masks(name: str, kind: str, cfg: CfgNode, option: str) -> str:
     """The images and label masks of a set for semantic segmentation."""
     if kind not in sets.KINDS:
         raise UserError(
             f"data set {name!r} has no label mask for every image: take one of detectron2's sem_seg sets, or "
-            "give --sem-seg NAME=IMAGES:MASKS"
+            f"give {option} NAME=IMAGES:MASKS"
         )
     records = _records(name)
     sets.name_classes(cfg, [name])

@@ -75,6 +75,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     need_detectron2()
     from transfer.conversion.availability import find_config
     from transfer.detection.config import flat, load_config
+    from transfer.detection.pixels.keys import is_semantic
 
     path = find_config(settings.config_file)
     cfg = load_config(path, [], to_run_here=False)
@@ -84,10 +85,12 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     after = equivalent(before, batch=batch)
     k = batch / before["IMS_PER_BATCH"]
     precise = max(1, round(cfg.TEST.PRECISE_BN.NUM_ITER / k))
-    norms = {f"MODEL.{part}.NORM": cfg.MODEL[part].NORM for part in
-             ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}  # fmt: skip
+    heads = ("SEM_SEG_HEAD",) if is_semantic(cfg) else ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+    norms = {f"MODEL.{part}.NORM": cfg.MODEL[part].NORM for part in ("RESNETS", *heads)}
     overrides: dict[str, Any] = {f"SOLVER.{name}": value for name, value in after.items()}
     overrides["TEST.EVAL_PERIOD"] = round(cfg.TEST.EVAL_PERIOD / k)
+    if cfg.SOLVER.BASE_LR_END:
+        overrides["SOLVER.BASE_LR_END"] = cfg.SOLVER.BASE_LR_END * k
     if cfg.TEST.PRECISE_BN.ENABLED:
         overrides["TEST.PRECISE_BN.NUM_ITER"] = precise
     rule = (
@@ -159,6 +162,13 @@ def cost(result: dict[str, Any], iterations: int) -> dict[str, Any]:
 def _made_up(cfg: Any) -> dict[str, Any]:
     """A training image of the config's size with as many objects as COCO's have (860,001 in 117,266)."""
     import torch
+
+    from transfer.detection.pixels.keys import is_semantic
+
+    if is_semantic(cfg):
+        height, width = (int(side) for side in cfg.INPUT.CROP.SIZE)
+        labels = torch.randint(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, (height, width))
+        return {"image": torch.randint(256, (3, height, width), dtype=torch.uint8), "sem_seg": labels}
     from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 
     sizes = sorted(cfg.INPUT.MIN_SIZE_TRAIN)

@@ -22,6 +22,7 @@ from slurm.steps.resources import load_profile
 from slurm.steps.suite import Suite, _files, suite_graph
 from slurm.steps.tasks import DETECTION, detection_config
 from tests.helpers import checkpoint_zoo as zoo
+from tests.helpers.pixel_data import write_pixels
 from transfer.__main__ import main as transfer
 
 
@@ -326,6 +327,29 @@ def test_a_detector_that_the_backbone_does_not_suit_is_refused(
     elsewhere = f"{suits} DATASETS.TEST \"('elsewhere',)\""
     (told,) = problems(*from_weights, "--tasks", "small_R18_FPN", options=elsewhere)
     assert "give --detection-data elsewhere=ANNOTATIONS.json:IMAGES" in told
+
+
+def test_semantic_segmentation_is_checked_and_run_beside_other_tasks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("detectron2")
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "w.pth")
+    write_pixels(tmp_path / "pixels", 2)
+    data = [f"small_{s}={tmp_path / 'pixels/images'}:{tmp_path / 'pixels/masks'}" for s in ("train", "test")]
+    words = ["suite", "--weights", str(tmp_path / "w.pth"), "--output", str(tmp_path / "out"), "--dry-run"]
+    words += ["--tasks", "small_R18_linear", "--seeds", "2", "--sem-seg-data", *data, "--detection-options"]
+    assert main([*words, "MODEL.SEM_SEG_HEAD.NUM_CLASSES 4"]) == 0
+    (line, _) = [x for x in capsys.readouterr().out.splitlines() if "--config-file small_R18_linear" in x]
+    assert all(f"--sem-seg {one}" in line for one in data)
+    assert main([*words, "MODEL.SEM_SEG_HEAD.NUM_CLASSES 3"]) == 2
+    assert "2 of 2 masks hold labels beyond 0 to 2" in capsys.readouterr().out
+    assert main([*words, "DATASETS.TEST \"('nowhere',)\""]) == 2
+    assert "give --sem-seg-data nowhere=IMAGES:MASKS" in capsys.readouterr().out
+    wanted = ["knn", "sem_seg_voc12_linear"]
+    asked = Suite(output=str(tmp_path), weights=[str(tmp_path / "w.pth")], tasks=wanted, data_dir=".")
+    steps = suite_graph(tmp_path, asked, load_profile("local", [])).steps
+    argv = steps["detection/sem_seg_voc12_linear/w/seed0"].argv
+    assert argv[:2] == ("--config-file", "sem_seg_voc12_R50_linear_40k") and "knn/w" in steps
 
 
 def test_a_share_of_labels_without_rates_is_refused_before_anything_is_submitted(

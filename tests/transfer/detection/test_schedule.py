@@ -31,6 +31,20 @@ def test_half_the_batch_is_half_the_rate_and_twice_the_steps() -> None:
     assert third["BASE_LR"] == pytest.approx(0.015)
 
 
+def test_the_last_rate_of_a_polynomial_schedule_is_scaled_too() -> None:
+    words = {"config_file": "sem_seg_voc12_R50_FCN_20k", "num_gpus": 2}
+    found = schedule.plan(schedule.PlanSettings(**words, ims_per_gpu=4))
+    assert found["overrides"]["SOLVER.BASE_LR_END"] == pytest.approx(5e-5)  # batch 8 of 16
+    assert found["overrides"]["SOLVER.MAX_ITER"] == 40000
+    assert found["norm"] == {"MODEL.RESNETS.NORM": "SyncBN", "MODEL.SEM_SEG_HEAD.NORM": "SyncBN"}
+
+
+def test_semantic_segmentation_is_timed_on_crops(tmp_path: Path) -> None:
+    settings = schedule.PlanSettings(config_file="small_R18_linear", num_gpus=1, ims_per_gpu=1)
+    found = schedule.cost(schedule.plan(settings), 1)
+    assert found["hours"] == pytest.approx(found["seconds"] * 1200 / 3600)  # 300 iterations of 4 images
+
+
 def test_the_number_of_images_seen_is_kept() -> None:
     for batch in (1, 2, 4, 8, 32, 64):
         scaled = schedule.equivalent(VOC, batch=batch)
