@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -23,11 +24,38 @@ def mapper_of(cfg: CfgNode, *, train: bool) -> Mapper:
     return SemanticMapper(cfg, train=train) if is_semantic(cfg) else DatasetMapper(cfg, is_train=train)
 
 
+class OpenCVResize(T.ResizeTransform):
+    """Resized by OpenCV, bilinearly without antialiasing and labels to the nearest, as mmsegmentation does:
+    detectron2 resizes by Pillow (https://github.com/open-mmlab/mmcv/blob/v1.7.1/mmcv/image/geometric.py)."""
+
+    def apply_image(self, img: np.ndarray, interp: Any = None) -> np.ndarray:
+        """H x W x C of another size."""
+        return cv2.resize(img, (self.new_w, self.new_h), interpolation=cv2.INTER_LINEAR)
+
+    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
+        """H x W of another size."""
+        return cv2.resize(segmentation, (self.new_w, self.new_h), interpolation=cv2.INTER_NEAREST)
+
+
+class ShortestEdge(T.ResizeShortestEdge):
+    """detectron2's choice of a size, by OpenCV."""
+
+    def get_transform(self, image: np.ndarray) -> OpenCVResize:
+        """The resizing of one image."""
+        found = super().get_transform(image)
+        return OpenCVResize(found.h, found.w, found.new_h, found.new_w)
+
+
 class SemanticMapper:
     """Image and labels resized, in training also cropped, mirrored and of changed colours."""
 
     def __init__(self, cfg: CfgNode, *, train: bool) -> None:
-        augmentations: list[Any] = detection_utils.build_augmentation(cfg, train)
+        resize, *augmentations = detection_utils.build_augmentation(cfg, train)
+        shortest = resize.short_edge_length
+        augmentations = [
+            ShortestEdge(shortest, resize.max_size, "range" if resize.is_range else "choice"),
+            *augmentations,
+        ]
         if train and cfg.INPUT.CROP.ENABLED:
             crop = cfg.INPUT.CROP
             augmentations.insert(1, T.RandomCrop_CategoryAreaConstraint(
