@@ -19,10 +19,11 @@ DATA ?=
 SEED ?= 0
 OUTPUT ?= runs/demo_$(DATASET)_seed$(SEED)
 
-.PHONY: help env demo test test-bare test-matrix test-faults bench lint
+.PHONY: help env demo test test-commands test-bare test-matrix test-faults bench lint
 help:
 	@echo "make demo         set up, run everything small on this machine, end with a report (DATASET=fashion_mnist|cifar10, DATA=DIR, SEED=0)"
 	@echo "make test         set up and run the tests"
+	@echo "make test-commands  every command of the documentation, made small, and the demo"
 	@echo "make test-bare    the tests that touch their surroundings, as on a stranger's machine (TESTS='tests/slurm ...': others)"
 	@echo "make test-matrix  numerically delicate tests by instruction set, threads and order (VENV=DIR: with other versions)"
 	@echo "make test-faults  tests that kill processes, fill disks and start a SLURM cluster"
@@ -63,7 +64,10 @@ demo: $(STAMP)
 	@$(PY) -m slurm demo --dataset $(DATASET) $(if $(DATA),--data-dir '$(DATA)') --seed $(SEED) --output '$(OUTPUT)'
 
 test: $(STAMP)
-	$(PY) -m pytest -n $(JOBS) -m "not faults"
+	$(PY) -m pytest -n $(JOBS) -m "not faults and not commands"
+
+test-commands: $(STAMP)
+	$(PY) -m pytest -n $(JOBS) -m commands
 
 # What of the tests starts commands, looks for programs, or reads and writes outside the test's own folder.
 TESTS ?= tests/slurm/commands/test_status.py tests/slurm/commands/test_suite.py tests/slurm/execution/test_job.py tests/pretrain/common/test_cli.py tests/pretrain/common/test_files.py tests/transfer/evaluation/test_local_copy.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import tempfile
 from dataclasses import dataclass
@@ -116,8 +117,13 @@ def extractor(case: Case, backbone: Backbone, device: torch.device, precision: s
     return make_extractor(backbone, case.images, case.transform, device, precision)  # type: ignore[arg-type]
 
 
-def cases(folder: Path, quick: bool) -> list[Case]:
+_folder = functools.cache(tempfile.TemporaryDirectory)  # of the images, until the process ends
+
+
+@functools.cache
+def cases(quick: bool) -> list[Case]:
     """Photographs cropped to 224 px by a ResNet-50; small images as they are by a ResNet-18."""
+    folder = Path(_folder().name)
     gpu = torch.cuda.is_available()
     photos = photographs(folder, 16 if quick else 128 if gpu else 48)
     crop = EvalTransform(size=64, resize=72) if quick else EvalTransform(size=224, resize=256)
@@ -146,56 +152,54 @@ def measure(quick: bool) -> list[Comparison]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     comparisons = []
-    with tempfile.TemporaryDirectory() as folder:
-        for case in cases(Path(folder), quick):
-            backbone = case.backbone()
-            assert backbone.model is not None
-            model = backbone.model.to(device)
-            chosen = extractor(case, backbone, device, "auto").precision
-            count = (256 if quick else GPU_IMAGES) if on_gpu else len(case.indices)
-            batches = decoded(case, count) if on_gpu else []
-            steps: dict[str, Step] = {
-                "plain": partial(plain_from_pixels, batches, model, device)
-                if on_gpu
-                else partial(plain_loop, case, model, device)
-            }
-            for name in dict.fromkeys((chosen, "float32")):
-                by = extractor(case, backbone, device, name)
-                steps[name] = (
-                    partial(ours_from_pixels, batches, by) if on_gpu else partial(ours, case, backbone, by)
+    for case in cases(quick):
+        backbone = case.backbone()
+        assert backbone.model is not None
+        model = backbone.model.to(device)
+        chosen = extractor(case, backbone, device, "auto").precision
+        count = (256 if quick else GPU_IMAGES) if on_gpu else len(case.indices)
+        batches = decoded(case, count) if on_gpu else []
+        steps: dict[str, Step] = {
+            "plain": partial(plain_from_pixels, batches, model, device)
+            if on_gpu
+            else partial(plain_loop, case, model, device)
+        }
+        for name in dict.fromkeys((chosen, "float32")):
+            by = extractor(case, backbone, device, name)
+            steps[name] = (
+                partial(ours_from_pixels, batches, by) if on_gpu else partial(ours, case, backbone, by)
+            )
+        times = interleave(steps, repeats=2 if quick else 3, warm_up=1)
+        for name in list(steps)[1:]:
+            # In float32 both compute with the same kernels: the target is for what the device offers.
+            aimed = not quick and name == "bfloat16"
+            comparisons.append(
+                Comparison(
+                    case=f"{case.arch}, {count} of {case.images.name}, {case.transform.size} px, {name}, "
+                    f"{device.type}{' from decoded pixels' if on_gpu else ''}",
+                    reference=times["plain"], ours=times[name], target_speedup=TARGET if aimed else None,
+                    note=f"{count / times[name].median_s:.0f} images a second"
+                    + (", chosen by auto" if name == chosen else ""),
                 )
-            times = interleave(steps, repeats=2 if quick else 3, warm_up=1)
-            for name in list(steps)[1:]:
-                # In float32 both compute with the same kernels: the target is for what the device offers.
-                aimed = not quick and name == "bfloat16"
-                comparisons.append(
-                    Comparison(
-                        case=f"{case.arch}, {count} of {case.images.name}, {case.transform.size} px, {name}, "
-                        f"{device.type}{' from decoded pixels' if on_gpu else ''}",
-                        reference=times["plain"], ours=times[name], target_speedup=TARGET if aimed else None,
-                        note=f"{count / times[name].median_s:.0f} images a second"
-                        + (", chosen by auto" if name == chosen else ""),
-                    )
-                )  # fmt: skip
+            )  # fmt: skip
     return comparisons
 
 
 def tables(quick: bool) -> list[Table]:
     """What the speed costs: k-NN by each precision's features beside that by plain float32's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        case = cases(Path(folder), quick)[-1]
-        if len(case.images.classes) < 2:
-            return []
-        backbone = case.backbone()
-        assert backbone.model is not None
-        labels = torch.from_numpy(case.images.labels_N[case.indices])
-        wanted = plain_loop(case, backbone.model.to(device), device)
-        rows = [agreement("plain float32", wanted, wanted, labels)]
-        for precision in ("float32", "auto"):
-            made = extractor(case, backbone, device, precision)
-            name = f"ours, {precision} ({made.precision})" if precision == "auto" else f"ours, {precision}"
-            rows.append(agreement(name, ours(case, backbone, made), wanted, labels))
+    case = cases(quick)[-1]
+    if len(case.images.classes) < 2:
+        return []
+    backbone = case.backbone()
+    assert backbone.model is not None
+    labels = torch.from_numpy(case.images.labels_N[case.indices])
+    wanted = plain_loop(case, backbone.model.to(device), device)
+    rows = [agreement("plain float32", wanted, wanted, labels)]
+    for precision in ("float32", "auto"):
+        made = extractor(case, backbone, device, precision)
+        name = f"ours, {precision} ({made.precision})" if precision == "auto" else f"ours, {precision}"
+        rows.append(agreement(name, ours(case, backbone, made), wanted, labels))
     return [
         Table(
             title=f"Agreement of the features with plain float32 ones: {case.arch} (random weights), "

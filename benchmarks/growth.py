@@ -72,7 +72,7 @@ def in_one_process(quick: bool) -> list[tuple[str, dict[int, float], float]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = choose_dtype("auto", device)
     encoder = build("resnet18", hidden=128, output=128)
-    n, d, m = (64, 256, 20) if quick else (128, 2048, 500)
+    n, d, m = (32, 64, 20) if quick else (128, 2048, 500)
 
     def step_of(batch: int) -> Step:
         return our_step(encoder, make_views(batch, 16 if quick else 32, device), dtype)
@@ -88,7 +88,7 @@ def in_one_process(quick: bool) -> list[tuple[str, dict[int, float], float]]:
         ),
         (
             "training step, ResNet-18, batch",
-            {k: step_of(k) for k in doubled(16 if quick else 32, 3, quick)}, 1.0,
+            {k: step_of(k) for k in doubled(10 if quick else 32, 3, quick)}, 1.0,
         ),
         (
             f"k-NN, bank, {m} queries, 256 features",
@@ -99,7 +99,7 @@ def in_one_process(quick: bool) -> list[tuple[str, dict[int, float], float]]:
     for what, steps, limit in cases:
         named: dict[str, Step] = {str(size): step for size, step in steps.items()}
         clock = time.perf_counter if device.type == "cuda" else time.process_time
-        times = interleave(named, repeats=2 if quick else 7, clock=clock)
+        times = interleave(named, repeats=2 if quick else 7, clock=clock, warm_up=1 if quick else 2)
         found.append((what, {int(size): t.median_s for size, t in times.items()}, limit))
     torch.set_num_threads(threads)
     return found

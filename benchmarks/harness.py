@@ -84,6 +84,7 @@ def interleave(
     """Time the steps in turns (a b, b a, a b …), so that what else the machine does falls on all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
+    gc.freeze()  # collecting looks at what the steps leave alone
     for turn in range(warm_up + repeats):
         for name in names if turn % 2 == 0 else reversed(names):
             gc.collect()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
+import shutil
 import signal
 import tarfile
 from collections.abc import Iterator
@@ -29,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for file in files:
         order.shuffle(file)
     items[:] = itertools.chain(*files)
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: a collection need not look at it again, nor a forked process copy it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,6 +109,20 @@ def cifar_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixtu
             _write_some_fashion_mnist(request.getfixturevalue("fashion_mnist_dir"), folder)
 
     return _shared_once("cifar_folder", make, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def few_images(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 and 2 images a class of `cifar_folder`: as many as the largest k of a k-NN protocol wants."""
+
+    def make(folder: Path) -> None:
+        for split, count in (("train", 20), ("test", 2)):
+            for kind in (cifar_folder / split).iterdir():
+                (folder / split / kind.name).mkdir(parents=True)
+                for file in sorted(kind.iterdir())[:count]:
+                    shutil.copyfile(file, folder / split / kind.name / file.name)
+
+    return _shared_once("few_images", make, tmp_path_factory)
 
 
 def _unpack_some_cifar(archive: Path, folder: Path) -> None:

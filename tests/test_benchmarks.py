@@ -35,6 +35,7 @@ from pretrain.data.augment import View, draw_colours, finish, uniforms
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.loader import FIRST_COLOUR_SLOT
 from tests.helpers.held_memory import hold
+from tests.helpers.tiny_resnet import ARCH
 from transfer.evaluation.transforms import EvalTransform
 
 
@@ -101,7 +102,7 @@ def test_agreement_sees_other_features() -> None:
 
 def test_a_step_that_computes_something_else_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in float64; a loss that is 1e-6 larger, and a reference in bfloat16, are not."""
-    encoder = training_step.build("resnet18", hidden=16, output=16)
+    encoder = training_step.build(ARCH, hidden=16, output=16)
     views = training_step.make_views(12, 16, torch.device("cpu"))
     wide, narrow = torch.float64, torch.bfloat16
     same = training_step.agreement(encoder, views, wide, wide, steps=2)

@@ -72,7 +72,8 @@ WAYS: dict[str, Way] = {
     "make demo": _make(".venv/bin/python -m slurm demo --dataset fashion_mnist "),
     "make demo VENV=DIR": _make("{images}/bin/python -m slurm demo "),
     "make demo DATASET=cifar10 DATA=DIR": _make("-m slurm demo --dataset cifar10 --data-dir '{images}'"),
-    "make test": _make('-m pytest -n 2 -m "not faults"'),
+    "make test": _make('-m pytest -n 2 -m "not faults and not commands"'),
+    "make test-commands": _make("-m pytest -n 2 -m commands"),
     "make test-bare": _make("tests/bare.sh"),
     "make test-matrix": _make("tests/matrix.py"),
     "make test-faults": _make("-m pytest -m faults"),
@@ -298,6 +299,7 @@ def login_node(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.commands
 @pytest.mark.parametrize(("page", "section"), SECTIONS, ids=lambda v: v or "(top)")
 def test_commands_of_a_section_run_in_order(
     page: str, section: str, checkout: Path, images: Path, weights: dict[str, Path], cifar_folder: Path,

@@ -12,6 +12,7 @@ import torch
 
 from pretrain.input_pipeline import InputPipeline
 from pretrain.settings import parse_recipe
+from tests.helpers.tiny_resnet import ARCH
 
 
 def test_profile_accounts_for_a_step(cifar_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,16 +22,15 @@ def test_profile_accounts_for_a_step(cifar_folder: Path, capsys: pytest.CaptureF
     main([
         "--steps", "1", "--dataset", "cifar10", "--data-dir", str(cifar_folder), "--arch", "resnet18",
         "--view-sizes", "[32, 32]", "--projector-hidden", "64", "--projector-output", "64",
-        "--batch-global", "16",
-        "--workers", "0",
+        "--batch-global", "10", "--workers", "0",
     ])  # fmt: skip
     out = capsys.readouterr().out
     shares = [float(line.split()[-2]) for line in out.splitlines() if line.startswith(PARTS)]
     assert len(shares) == len(PARTS) and sum(shares) == pytest.approx(100, abs=0.5)
     assert "worth changing first" in out
-    # ResNet-18 has 1.8 G multiply-adds at 224 px, so (32 / 224)^2 of it here; 2 views, 3 passes, 16 images.
+    # ResNet-18 has 1.8 G multiply-adds at 224 px, so (32 / 224)^2 of it here; 2 views, 3 passes, 10 images.
     flops = float(out.split("model: ")[1].split()[0])
-    assert flops == pytest.approx(1.82 * (32 / 224) ** 2 * 2 * 2 * 3 * 16, rel=0.1)
+    assert flops == pytest.approx(1.82 * (32 / 224) ** 2 * 2 * 2 * 3 * 10, rel=0.1)
     assert "colour and blur in the training process (--augment-on auto)\n" in out  # there are no workers
 
 
@@ -50,7 +50,7 @@ def test_profile_times_both_places_of_colour_and_blur(
     monkeypatch.setattr(InputPipeline, "of", staticmethod(noted))
     monkeypatch.setattr(step_timing.torch.cuda, "is_available", lambda: False)
     tiny = [
-        "--steps", "1", "--dataset", "cifar10", "--data-dir", str(cifar_folder), "--arch", "resnet18",
+        "--steps", "1", "--dataset", "cifar10", "--data-dir", str(cifar_folder), "--arch", ARCH,
         "--view-sizes", "[16, 16]", "--projector-hidden", "64", "--projector-output", "64",
         "--batch-global", "16", "--workers", "1",
     ]  # fmt: skip

@@ -43,6 +43,7 @@ def run_demo(garments: Path, output: Path, *more: str) -> subprocess.CompletedPr
     return run_command([*command, *TINY, *more], env={**os.environ, "COLUMNS": "110"})
 
 
+@pytest.mark.commands
 def test_images_to_report_and_nothing_twice(few_garments: Path, tmp_path: Path) -> None:
     output = tmp_path / "demo"
     first = run_demo(few_garments, output)

@@ -297,4 +297,5 @@ def test_unknown_and_misplaced_names_list_the_known(capsys: pytest.CaptureFixtur
             name="x", version=1, task="linear", title="", source="", values=values
         ).settings(LinearProtocol)
     assert main(["solo_knn@1"]) == 0 and "temperature: 0.07" in capsys.readouterr().out
-    assert all(f"`{p}`" in as_markdown() for p in all_protocols())
+    table = as_markdown()
+    assert all(f"`{p}`" in table for p in all_protocols())

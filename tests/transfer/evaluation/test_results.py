@@ -81,11 +81,11 @@ def test_auto_takes_any_precision_and_a_named_one_itself_alone(tmp_path: Path) -
 
 
 def test_a_command_evaluates_anew_in_another_precision_or_architecture(
-    cifar_folder: Path, tmp_path: Path
+    few_images: Path, tmp_path: Path
 ) -> None:
     torch.save(zoo.backbone(), tmp_path / "m.pth")
     words = ["knn", "--weights", str(tmp_path / "m.pth"), "--protocol", "solo_knn@1", "--dataset", "cifar10"]
-    words += ["--data-dir", str(cifar_folder), "--output", str(tmp_path)]
+    words += ["--data-dir", str(few_images), "--output", str(tmp_path)]
     for more in (["--precision", "float32"], ["--precision", "bfloat16"], [], ["--arch", "resnetblur18"]):
         assert main([*words, *more]) == 0
     found = [(r.arch, r.settings["precision"]) for r in read(tmp_path)]
@@ -160,9 +160,9 @@ def test_images_are_normalised_as_the_weights_want_or_as_told(name: str, wanted,
 @pytest.mark.parametrize(
     "options", [["--image-size", "24"], ["--mean", "[0.1, 0.2, 0.3]"], ["--std", "[1, 1, 1]"]]
 )
-def test_each_condition_asked_for_is_a_result_of_its_own(options, cifar_folder: Path, tmp_path: Path) -> None:
+def test_each_condition_asked_for_is_a_result_of_its_own(options, few_images: Path, tmp_path: Path) -> None:
     words = ["knn", "--weights", "raw-pixels", "--protocol", "solo_knn@1", "--dataset", "cifar10"]
-    words += ["--data-dir", str(cifar_folder), "--output", str(tmp_path)]
+    words += ["--data-dir", str(few_images), "--output", str(tmp_path)]
     for more in ([], options, [], options):
         assert main([*words, *more]) == 0
     first, second = read(tmp_path)
@@ -170,7 +170,7 @@ def test_each_condition_asked_for_is_a_result_of_its_own(options, cifar_folder: 
 
 
 def test_what_is_not_the_protocols_own_stands_in_the_result(
-    cifar_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    few_images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(zoo.backbone(), tmp_path / "m.pth")
     words = [
@@ -180,7 +180,7 @@ def test_what_is_not_the_protocols_own_stands_in_the_result(
         "--dataset",
         "cifar10",
         "--data-dir",
-        str(cifar_folder),
+        str(few_images),
     ]
     asked = [
         ("solo_knn@2", []), ("solo_knn@2", ["--precision", "bfloat16"]), ("dino_knn@2", []),
@@ -203,12 +203,12 @@ def test_what_is_not_the_protocols_own_stands_in_the_result(
 
 
 def test_a_backbone_that_was_never_trained_wants_a_word(
-    cifar_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    few_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pretrain.network.model import build_backbone
 
     torch.save(build_backbone("resnet18").state_dict(), tmp_path / "new.pth")
-    words = ["--weights", str(tmp_path / "new.pth"), "--dataset", "cifar10", "--data-dir", str(cifar_folder)]
+    words = ["--weights", str(tmp_path / "new.pth"), "--dataset", "cifar10", "--data-dir", str(few_images)]
     for task, protocol in (("knn", "solo_knn@2"), ("linear", "cached_linear@1"), ("semisup", "finetune@1")):
         more = ["--label-percent", "10"] if task == "semisup" else []
         assert main([task, *words, "--protocol", protocol, *more, "--output", str(tmp_path / task)]) == 2
@@ -242,13 +242,13 @@ def test_what_costs_nothing_is_checked_before_the_images_are_listed(
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_of_images_are_told_apart_by_what_is_in_them(cifar_folder: Path, tmp_path: Path) -> None:
+def test_folders_of_images_are_told_apart_by_what_is_in_them(few_images: Path, tmp_path: Path) -> None:
     fewer = tmp_path / "fewer"
-    shutil.copytree(cifar_folder, fewer)
+    shutil.copytree(few_images, fewer)
     for split in ("train", "test"):
         shutil.rmtree(sorted((fewer / split).iterdir())[0])
     splits = []
-    for i, folder in enumerate((cifar_folder, fewer)):
+    for i, folder in enumerate((few_images, fewer)):
         words = ["knn", "--weights", "raw-pixels", "--protocol", "solo_knn@1", "--dataset", "imagefolder"]
         assert main([*words, "--data-dir", str(folder), "--output", str(tmp_path / str(i))]) == 0
         splits += [r.split for r in read(tmp_path / str(i))]
