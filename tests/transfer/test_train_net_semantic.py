@@ -20,6 +20,7 @@ from tests.helpers.pixel_data import IGNORED, write_pixels
 from tests.helpers.ranks import run_on_ranks
 from transfer import train_net
 from transfer.conversion import convert
+from transfer.detection import run as detection_run
 from transfer.detection import train_loop
 from transfer.detection.config import load_config
 from transfer.report import command as report
@@ -60,6 +61,13 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "INTL"
     assert run(train_net.main, words(folder, output, "--label=INTL", "TEST.EVAL_PERIOD", "2")) == 0
     return output
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without pictures and curves, which take as long as all the rest of so small a run."""
+    for name in ("draw", "draw_curves"):
+        monkeypatch.setattr(detection_run, name, lambda *_: None)
 
 
 def counted(folder: Path, model: Path) -> dict[str, float]:
@@ -115,6 +123,7 @@ def test_scores_equal_a_count_of_single_pixels_at_the_masks_own_size(finished: P
         assert picture.size == (2 * 453 + 8, 384)  # 52 x 44 enlarged to 384 px, twice
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_evaluating_the_saved_model_gives_the_same_numbers(
     finished: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +139,7 @@ def test_evaluating_the_saved_model_gives_the_same_numbers(
     assert {f"{a} at evaluation instead of {b}" for a, b in said} <= set(other["protocol"]["differs"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_run_goes_on_to_the_bit(
     finished: Path, folder: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -153,6 +163,7 @@ def _inside_a_job(argv: list[str]) -> None:
     assert run(train_net.main, argv) == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ranks_count_each_image_once(finished: Path, folder: Path, tmp_path: Path) -> None:
     model = str(finished / "model_final.pth")
     run_on_ranks(2, _inside_a_job, words(folder, tmp_path / "o", "--eval-only", "MODEL.WEIGHTS", model))
@@ -160,6 +171,7 @@ def test_ranks_count_each_image_once(finished: Path, folder: Path, tmp_path: Pat
     assert ranks["metrics"] == before["metrics"] and ranks["settings"]["world_size"] == 2  # of three images
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_linear_head_on_a_frozen_network_and_the_report(
     finished: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +15,15 @@ from pretrain.common.errors import UserError
 THREADS = 8
 MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes of images with one number a pixel; P holds numbers into a palette, which are the labels."""
+
+
+def counts_of(file: str) -> tuple[np.ndarray, np.ndarray]:
+    """The labels of a mask file and the pixels of each. Raises UserError as `read_labels`."""
+    with contextlib.suppress(OSError, SyntaxError, Image.DecompressionBombError), Image.open(file) as image:
+        if image.mode in ("L", "P"):  # ten times faster than of an array
+            counts = np.array(image.histogram())
+            return counts.nonzero()[0], counts[counts > 0]
+    return np.unique(read_labels(file), return_counts=True)
 
 
 def read_labels(file: str, dtype: Any = None, **_: Any) -> np.ndarray:
@@ -57,7 +67,7 @@ def check_masks(name: str, records: Sequence[Mapping[str, Any]], *, classes: int
     """
 
     def counted(record: Mapping[str, Any]) -> tuple[np.ndarray, dict[int, int]]:
-        labels, counts = np.unique(read_labels(record["sem_seg_file_name"]), return_counts=True)
+        labels, counts = counts_of(record["sem_seg_file_name"])
         pixels = np.zeros(classes, np.int64)
         known = (labels >= 0) & (labels < classes)
         pixels[labels[known]] = counts[known]

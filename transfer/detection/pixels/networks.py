@@ -153,10 +153,10 @@ class DilatedSegmentor(nn.Module):
 
     def forward(self, batch: Sequence[Mapping[str, Any]]) -> Any:
         """In training the losses of "image" (C x h x w) and "sem_seg" (h x w); otherwise for each image
-        {"sem_seg": probabilities, K x height x width}."""
+        {"sem_seg": scores, K x height x width}."""
         if self.training:
             return self.losses(batch)
-        return [{"sem_seg": self.probabilities(record)} for record in batch]
+        return [{"sem_seg": self.scores(record)} for record in batch]
 
     def losses(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Cross-entropy of the head and, where there is one, of the auxiliary head."""
@@ -180,18 +180,18 @@ class DilatedSegmentor(nn.Module):
             for name, head in heads.items() if head is not None
         }  # fmt: skip
 
-    def probabilities(self, record: Mapping[str, Any]) -> Tensor:
-        """K x height x width of the image file, whatever size the network is given it in."""
+    def scores(self, record: Mapping[str, Any]) -> Tensor:
+        """K x height x width of the image file, whatever size the network is given it in: logits, or with
+        TEST.FLIP the mean of both images' probabilities."""
         x = self._normalized(record)[None]
         size = (record.get("height", x.shape[-2]), record.get("width", x.shape[-1]))
 
         def of(x: Tensor) -> Tensor:
-            return self._resized(self.logits(x), size).softmax(dim=1)
+            return self._resized(self.logits(x), size)
 
-        found = of(x)
-        if self.flip:
-            found = (found + of(x.flip(-1)).flip(-1)) / 2
-        return found[0]
+        if not self.flip:
+            return of(x)[0]
+        return ((of(x).softmax(dim=1) + of(x.flip(-1)).flip(-1).softmax(dim=1)) / 2)[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """N x K x H x W of normalized images; with windows their mean where these overlap.

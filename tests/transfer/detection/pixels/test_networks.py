@@ -49,6 +49,8 @@ def test_the_dilated_resnet_equals_timms_through_converted_weights(arch: str, st
     for name, y in wanted.items():
         torch.testing.assert_close(found[name], y, rtol=1e-5, atol=1e-5 * y.abs().max().item())
         assert ours.output_shape()[name].stride == 48 // y.shape[-2]
+    if arch == "resnet50":
+        return
     undilated = build_model(load_config("small_R18_FCN", [*words, "MODEL.RESNETS.OUTPUT_STRIDE", "32"]))
     undilated.backbone.eval().load_state_dict(ours.state_dict())
     other = F.interpolate(undilated.backbone(x)["res5"], size=wanted["res5"].shape[-2:])
