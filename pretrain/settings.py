@@ -276,11 +276,19 @@ GROUPS = {
 """The first option of each group of --help, and the group's title."""
 
 
+HINTS = {
+    "--batch-size": "did you mean --batch-global? It counts the images of a step over all ranks",
+    "--learning-rate": "did you mean --lr?", "--data-path": "did you mean --data-dir?",
+    "--gpus": "start one process a GPU: torchrun --nproc-per-node N",
+}  # fmt: skip
+"""What other programs call their options."""
+
+
 def parse_recipe(argv: Sequence[str], *, description: str = "") -> Settings:
     """The settings of a run from its recipe and options."""
     settings = parse_settings(
         Settings, argv, prog="python -m pretrain", description=description, config_flag="--recipe",
-        presets=RECIPES, groups=GROUPS,
+        presets=RECIPES, groups=GROUPS, hints=HINTS,
     )  # fmt: skip
     refuse_code(settings, "the recipe", "{}", argv=argv)
     return settings

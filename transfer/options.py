@@ -4,8 +4,10 @@ wrong option are answered at once."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -438,10 +440,30 @@ LISTS = {"spectrum": ("--weights",)}
 POSITIONAL = {"inspect": ["file"], "report": ["dirs"], "leaderboard": ["dirs"], "reproduce": ["name"]}
 
 
+OF_PROTOCOLS = (
+    "k", "ks", "temperature", "vote", "metric", "lr", "learning-rate", "learning-rates", "epochs", "batch",
+    "optimizer", "momentum", "weight-decay", "weight-decays", "schedule", "warmup-epochs", "augmentation",
+    "crop", "resize", "interpolation", "lr-backbone", "lr-head", "features",
+)  # fmt: skip
+"""What people look for among an evaluator's options, and a protocol says."""
+
+
+def _hints(command: str, argv: Sequence[str]) -> dict[str, str]:
+    if not issubclass(SETTINGS[command], EvaluationSettings):
+        return {}
+    named = [value for name, value in pairwise(argv) if name == "--protocol"]
+    show = f"`python -m transfer protocols show {named[-1] if named else 'NAME@VERSION'}`"
+    told = f"the protocol says this: {show} prints it; copy it under another name to change it"
+    return {f"--{word}": told for word in OF_PROTOCOLS}
+
+
 def parse(command: str, argv: Sequence[str]) -> Any:
     """The settings of `python -m transfer COMMAND`."""
     settings = SETTINGS[command]
+    hints = _hints(command, argv)
+    if command == "inspect":  # as every other command has it
+        argv = [re.sub("^--weights(?==|$)", "--file", word) for word in argv]
     return parse_settings(
         settings, spread([*argv], LISTS.get(command, ())), prog=f"python -m transfer {command}",
-        description=settings.__doc__ or "", positional=POSITIONAL.get(command, []),
+        description=settings.__doc__ or "", positional=POSITIONAL.get(command, []), hints=hints,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
 from pretrain.common.errors import RunFailed, UserError, outside_reason, worker_failure
 from pretrain.common.files import write_text
-from pretrain.common.help_formatter import EXIT_CODES, Formatter, help_text
+from pretrain.common.help_formatter import EXIT_CODES, Formatter, help_text, in_words
 from pretrain.common.package import __version__
 from pretrain.common.signals import Stopped
 from pretrain.common.terminal import Plain, PlainFormatter, printable, show_all_characters
@@ -58,6 +58,8 @@ class _SettingsParser(ArgumentParser):
     """jsonargparse with options spelt the usual way: --data-dir (for data_dir), --dry-run, --no-verify."""
 
     help_text = ""
+    types: Mapping[str, Any] = {}
+    hints: Mapping[str, str] = {}
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("type") is bool:
@@ -70,25 +72,43 @@ class _SettingsParser(ArgumentParser):
         return self.help_text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        raise _mistake(message, self._option_string_actions) from ex
+        raise _mistake(message, self._option_string_actions, self.types, self.hints) from ex
 
 
-def _mistake(message: str, options: Collection[str]) -> UserError:
-    """One line in the user's words instead of the parser's several."""
-    line = " ".join(message.split()).replace("<class 'int'>", "whole number")
-    line = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda m: "one of " + m[1].replace("'", ""), line)
-    line = line.replace("Expected a one of", "Expected one of")
-    line = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", line)
-    line = re.sub(r'Parser key "([\w.]+)":', lambda m: f"--{m[1].replace('_', '-')}:", line)
+def _mistake(
+    message: str, options: Collection[str], types: Mapping[str, Any] = {}, hints: Mapping[str, str] = {}
+) -> UserError:
+    """One line in the user's words instead of the parser's several.
+
+    `types` are the options' by their names, `hints` what to say of options that other programs have.
+    """
+    line = " ".join(message.split())
+    key = re.match(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: (.*)$', line)
+    truth = re.match(r"argument (--[\w-]+)/--no-[\w-]+: invalid _boolean_type value: '(.*)'$", line)
     required = "the following arguments are required: "
-    if line.startswith(required):
+    unknown = re.match(r"unrecognized arguments: (--[\w-]+)", line, re.IGNORECASE)
+    if key and key[1] in types:
+        line = f"--{key[1].replace('_', '-')} {key[2]}: wanted {in_words(_given(types[key[1]]))}"
+    elif truth:
+        line = f"{truth[1]} {truth[2]}: wanted true or false"
+    elif line.startswith(required):
         missing = line.removeprefix(required).split(", ")
         known = [f"--{name.replace('_', '-')}" for name in missing]
         line = required + ", ".join(n if n in options else m for n, m in zip(known, missing))
-    unknown = re.match(r"unrecognized arguments: (--[\w-]+)", line, re.IGNORECASE)
-    near = difflib.get_close_matches(unknown[1], options, n=1) if unknown else []
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return UserError(f"{line}{hint} (--help lists all options)")
+    elif unknown and unknown[1] in hints:
+        line += f"; {hints[unknown[1]]}"
+    elif unknown:
+        near = difflib.get_close_matches(
+            unknown[1], {*options} - {"--help", "--print-config"}, n=1, cutoff=0.7
+        )
+        line += f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"{line} (--help lists all options)")
+
+
+def _given(hint: Any) -> Any:
+    """A type without None, which nobody types."""
+    args = [a for a in typing.get_args(hint) if a is not type(None)]
+    return args[0] if type(None) in typing.get_args(hint) and len(args) == 1 else hint
 
 
 def parse_settings(
@@ -101,17 +121,20 @@ def parse_settings(
     presets: Path | None = None,
     positional: Sequence[str] = (),
     groups: Mapping[str, str] | None = None,
+    hints: Mapping[str, str] | None = None,
 ) -> Settings:
     """Parse `argv` into the frozen dataclass `cls`: a YAML file's values, overridden by options.
 
     `config_flag FILE` may be given several times, later ones winning; where `presets` names a folder, FILE
     may also be the name of a YAML file in it. Words that belong to no option are the values of `positional`
     in order, the last of which may be a list. `groups` are those of the help text, as `usage.help_text` has
-    it. ValueErrors of `cls.__post_init__` become UserErrors.
+    it, `hints` what to say of options that other programs have. ValueErrors of `cls.__post_init__` become
+    UserErrors.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _SettingsParser(prog=prog, allow_abbrev=False, print_config="--print-config")
     known = sorted(p.stem for p in presets.glob("*.yaml")) if presets else []
+    parser.types, parser.hints = typing.get_type_hints(cls), hints or {}
     parser.add_argument(config_flag, action="config")
     parser.add_class_arguments(cls)
     takes = "YAML file with any of these options" + (f", or one of: {', '.join(known)}" if known else "")

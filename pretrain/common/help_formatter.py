@@ -162,6 +162,26 @@ def _action(field: Any, hint: Any, says: str, *, positional: bool) -> argparse.A
     return argparse.Action([] if positional else [option], name, metavar=value_of(name, hint), help=says)
 
 
+def in_words(hint: Any) -> str:
+    """A type as people say it: `a list of whole numbers, such as [1, 2]`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(in_words, args))
+    if origin is typing.Literal:
+        return " or ".join(filter(None, (", ".join(map(str, args[:-1])), str(args[-1]))))
+    if origin in (list, tuple):
+        example = {int: "[1, 2]", float: "[0.1, 0.2]"}.get(args[0], "[a, b]")
+        return f"a list of {_KINDS.get(args[0], 'word')}s, such as {example}"
+    if origin is dict:
+        return "entries such as {'1': 0.01, '10': 0.01}"
+    if hint in (bool, type(None)):
+        return "true or false" if hint is bool else "nothing"
+    return "text" if hint is str else f"a {_KINDS.get(hint, 'path')}"
+
+
+_KINDS = {int: "whole number", float: "number"}
+
+
 def value_of(name: str, hint: Any) -> str:
     """What stands for the value of option `name` of type `hint`: its choices, its unit, N, X or a word."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)

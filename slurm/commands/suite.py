@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
 from pretrain.common.output_folder import check_folder
 from pretrain.common.word_lists import spread
+from pretrain.settings import Settings as PretrainSettings
 from pretrain.settings import refuse_code
 from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
@@ -33,6 +35,10 @@ GROUPS = {
     "cluster": "where it runs", "dry_run": "this call",
 }  # fmt: skip
 """The first option of each group of --help, and the group's title."""
+HINTS = {
+    f"--{name.replace('_', '-')}": f'pretraining has it: --pretrain-options "--{name.replace("_", "-")} ..."'
+    for name in {f.name for f in fields(PretrainSettings)} - {f.name for f in fields(Suite)}
+}
 LISTS = ("--weights", "--include", "--tasks", "--override", "--force", "--detection-data", "--sem-seg-data")
 TEXTS = ("--pretrain-options", "--linear-options", "--semisup-options", "--detection-options")
 
@@ -45,6 +51,7 @@ def main(argv: list[str]) -> int | None:
         prog="python -m slurm suite",
         description=DESCRIPTION,
         groups=GROUPS,
+        hints=HINTS,
     )
     if asked.pretraining is not None and not any(w.startswith("--pretrain-options") for w in argv):
         refuse_code(asked.pretraining, "the suite's file", "--pretrain-options '{}'")

@@ -24,6 +24,7 @@ import yaml
 
 from pretrain.common.cli import Parser
 from pretrain.common.errors import UserError
+from pretrain.common.help_formatter import in_words
 
 FOLDER = Path(__file__).parents[1] / "protocols"
 TASKS = ("knn", "linear", "semisup", "spectrum")
@@ -71,7 +72,7 @@ class Protocol:
             if key not in fields:
                 raise UserError(f"protocol {self}: unknown value {key!r}; known: {', '.join(fields)}")
             if not _fits(value, hints[key]):
-                raise UserError(f"protocol {self}: {key}: {value!r}: wanted {_words(hints[key])}")
+                raise UserError(f"protocol {self}: {key}: {value!r}: wanted {in_words(hints[key])}")
         needed = (
             n
             for n, f in fields.items()
@@ -110,6 +111,8 @@ def load_protocol(name: str, task: str | None = None) -> Protocol:
     Raises UserError for an unknown name, listing those of `task`, or one that belongs to another task.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file() and name.endswith((".yaml", ".yml")):
+        raise UserError(f"{name}: no such file; wanted a protocol's YAML file, NAME@VERSION.yaml")
     if not path.is_file():
         known = [str(p) for p in all_protocols() if task in (None, p.task)]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -154,20 +157,6 @@ def want(ok: bool, key: str, value: object, what: str) -> None:
     if not ok:
         shown = list(value) if isinstance(value, tuple) else value
         raise ValueError(f"{key}: {shown}: wanted {what}")
-
-
-def _words(hint: Any) -> str:
-    """A type as people say it."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(a) for a in args)
-    if origin is typing.Literal:
-        return " or ".join(map(str, args))
-    if origin is tuple:
-        return f"a list of {_words(args[0])}s, such as [1, 2]"
-    if origin is dict:
-        return "entries such as {'1': 0.01, '10': 0.01}"
-    return {float: "number", int: "whole number", bool: "true or false", str: "text"}.get(hint, "nothing")
 
 
 class _Loader(yaml.SafeLoader):

@@ -73,8 +73,23 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
 
 
 def test_a_choice_of_values_reads_well() -> None:
-    with pytest.raises(UserError, match="--precision: Expected one of auto, float32, bfloat16, float16"):
+    with pytest.raises(UserError, match=r"^--precision half: wanted auto, float32, bfloat16 or float16 "):
         parse_recipe(["--data-dir", "d", "--output", "o", "--precision", "half"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--batch-size", "64"], "did you mean --batch-global?"),
+        (["--view-sizes", "wide"], "^--view-sizes wide: wanted a list of whole numbers, such as "),
+        (["--epochs", "ten"], "^--epochs ten: wanted a whole number "),
+        (["--ema", "maybe"], "^--ema maybe: wanted true or false "),
+        (["--hepl"], r"^unrecognized arguments: --hepl \("),  # --help is no answer to a wrong option
+    ],
+)
+def test_a_mistake_is_told_in_the_users_words(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_recipe(["--data-dir", "d", "--output", "o", *words])
 
 
 def test_progress_lines_with_and_without_values(capsys: pytest.CaptureFixture[str]) -> None:

@@ -430,6 +430,8 @@ def test_the_users_own_files_reach_the_jobs(tmp_path: Path, monkeypatch: pytest.
 def test_unknown_commands_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["statsu"]) == 2
     assert "did you mean status?" in capsys.readouterr().err
+    assert main(["suite", "--lr", "0.1"]) == 2
+    assert 'pretraining has it: --pretrain-options "--lr ..."' in capsys.readouterr().err
     assert main([]) == 2 and main(["--help"]) == 0
     assert "suite" in capsys.readouterr().out
     assert (SOURCE / "slurm" / "steps" / "suite.py").exists()

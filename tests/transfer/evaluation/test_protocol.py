@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pretrain.common.errors import UserError
+from transfer.__main__ import main as transfer_main
 from transfer.evaluation.protocol import FOLDER, all_protocols, as_markdown, load_protocol, main
 from transfer.evaluators.knn import KnnProtocol
 from transfer.evaluators.linear_protocol import LinearProtocol
@@ -198,7 +199,7 @@ WRONG = {
         ("temperature: 0", "temperature: 0: wanted a number above 0"),
         ("temperature: .nan", "above 0"),
         ("temperature: -1", "above 0"),
-        ("temperature: warm", "wanted number"),
+        ("temperature: warm", "wanted a number"),
         ("ks: []", "ks: .*at least one"),
         ("ks: [0]", "1 or more"),
         ("ks: [5, 5]", "each once"),
@@ -237,7 +238,7 @@ WRONG = {
         ("shots: [0]", "1 or more"),
         ("samples: 0", "1 or more"),
         ("features: []", "wanted at least one"),
-        ("batch: true", "wanted whole number"),
+        ("batch: true", "wanted a whole number"),
         ("pooling: 6x6", "only svm"),
     ],
     "semisup": [
@@ -299,3 +300,24 @@ def test_unknown_and_misplaced_names_list_the_known(capsys: pytest.CaptureFixtur
     assert main(["solo_knn@1"]) == 0 and "temperature: 0.07" in capsys.readouterr().out
     table = as_markdown()
     assert all(f"`{p}`" in table for p in all_protocols())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["knn", "--protocol", "dino_knn@2", "--k", "20"], "protocols show dino_knn@2` prints it; copy it"),
+        (["linear", "--lr", "0.1"], "protocols show NAME@VERSION` prints it"),
+        (["knn", "--mean", "3"], "--mean 3: wanted a list of numbers, such as [0.1, 0.2] ("),
+        (["inspect", "--weights", "none.pth"], "none.pth: no such file"),
+    ],
+)
+def test_hints_of_the_evaluators(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert transfer_main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_file_is_said_to_be_missing() -> None:
+    with pytest.raises(UserError, match=r"my/none@1\.yaml: no such file"):
+        load_protocol("my/none@1.yaml")
+    with pytest.raises(UserError, match="unknown protocol 'none@1'"):
+        load_protocol("none@1")
