@@ -84,6 +84,7 @@ WAYS: dict[str, Way] = {
     # The page that it writes anew is spoilt beforehand.
     "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="4 passed"),
     "intl-transfer inspect": Way(says="complete: the backbone loads"),
+    "intl-transfer protocols show": Way(says="  ks: [10, 20, 100, 200]"),
     "intl-transfer zoo": Way(says="dino_resnet50"),
     # A manifest whose file is at hand, with a figure by a protocol of small images.
     "intl-transfer reproduce": Way(

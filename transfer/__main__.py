@@ -11,7 +11,7 @@ COMMANDS = {
     "inspect": ("transfer.checkpoints.inspect", "what a checkpoint holds, and whether its backbone loads"),
     "formats": ("transfer.checkpoints.formats", "list the checkpoint formats that can be read"),
     "zoo": ("transfer.zoo.listing", "list the published checkpoints that --weights zoo:NAME fetches"),
-    "protocols": ("transfer.evaluation.protocol", "list the evaluation protocols"),
+    "protocols": ("transfer.protocols_command", "list the evaluation protocols, explain one, check your own"),
     "knn": ("transfer.evaluators.knn", "classify by nearest neighbours in feature space"),
     "linear": ("transfer.evaluators.linear", "train linear heads on the frozen backbone"),
     "semisup": ("transfer.evaluators.semisup", "fine-tune with 1 %, 10 % or all of the labels"),

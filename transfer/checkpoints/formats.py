@@ -7,10 +7,12 @@ says what a place means: which branch, what lies beside it, which padding. Keys 
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 
 from pretrain.common.cli import Parser
+from pretrain.common.errors import UserError
 from pretrain.common.terminal import console
 from transfer.checkpoints.layout import Format, Place
 from transfer.checkpoints.other_files import IN_PYTHON
@@ -368,13 +370,49 @@ A file must fit one of them completely; `python -m transfer inspect FILE` says w
 """
 
 
+def told(name: str) -> str:
+    """All that is known of the formats whose name has `name` in it. Raises UserError for none."""
+    found = [f for f in (*FORMATS, CMC) if name.casefold() in f.name.casefold()]
+    exact = [f for f in found if f.name.casefold() == name.casefold()]
+    if not found:
+        near = difflib.get_close_matches(name, [f.name for f in FORMATS], n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"formats show {name}: no such format{hint} (`python -m transfer formats` lists them)"
+        )
+    return "\n\n".join(map(_told, exact or found))
+
+
+def _told(f: Format) -> str:
+    lines = [f.name]
+    for branch, places in (("online", f.online), ("ema", f.ema)):
+        lines += [
+            f"  {branch}: keys that begin with {p.prefix or 'the layers themselves'}, "
+            + (f"under {p.container}" if p.container else "at the file's top")
+            for p in places
+        ]
+    lines += [f"  dropped: {prefix}*, {what}" for prefix, what in f.drop]
+    needs = [f"  told by: one of {', '.join(n)}" for n in (f.needs, f.also_needs) if n]
+    lines += [*needs, *([f"  told by: {f.top} at the file's top"] if f.top else [])]
+    lines += [f"  networks: {', '.join(f.families)}"] if f.families else []
+    lines += [f"  padding of a 3x3 stem: {f.cifar_padding} px"] if f.cifar_padding else []
+    lines += [f"  note: {f.note}"] if f.note else []
+    lines += [f"  refused: {REFUSED[f.name]}"] if f.name in REFUSED else []
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> int:
-    """`python -m transfer formats`."""
+    """`python -m transfer formats [show NAME]`."""
     parser = Parser(prog="python -m transfer formats", description=DESCRIPTION)
+    parser.add_argument("words", nargs="*", metavar="show NAME", help="All that is known of one.")
     parser.add_argument("--markdown", action="store_true", help="As a Markdown table, for documentation.")
     parser.add_argument("--json", action="store_true", help="As JSON.")
     asked = parser.parse_args(argv)
-    if asked.markdown:
+    if asked.words:
+        if asked.words[0] != "show" or len(asked.words) < 2:
+            raise UserError(f"formats {' '.join(asked.words)}: wanted show NAME, such as show DINO")
+        print(told(" ".join(asked.words[1:])))
+    elif asked.markdown:
         print(markdown())
     elif asked.json:
         print(json.dumps({"formats": table(), "refused": REFUSED}, indent=2))

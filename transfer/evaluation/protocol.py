@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pretrain.common.cli import Parser
 from pretrain.common.errors import UserError
 from pretrain.common.help_formatter import in_words
 
@@ -203,24 +202,3 @@ def _spell(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_spell(v)}" for k, v in value.items()) + "}"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def main(argv: list[str]) -> int | None:
-    """`python -m transfer protocols`."""
-    parser = Parser(
-        prog="python -m transfer protocols", description="List the evaluation protocols, or print one."
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME@VERSION", help="Print this one's values.")
-    parser.add_argument("--markdown", action="store_true", help="All of them as Markdown tables.")
-    arguments = parser.parse_args(argv)
-    if arguments.markdown:
-        print(as_markdown())
-    elif arguments.name:
-        p = load_protocol(arguments.name)
-        print(f"{p} ({p.task}, {p.hash})\n{p.title}\n{p.source}")
-        print(f"known to differ: {p.differs}\n" if p.differs else "")
-        print(yaml.safe_dump(dict(p.values), sort_keys=False), end="")
-    else:
-        for p in all_protocols():
-            print(f"{p.task:8s} {p!s:32s} {p.title}")
-    return 0

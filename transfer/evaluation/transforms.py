@@ -115,6 +115,7 @@ class ImageValues:
     fit: Literal["crop", "squash"] = "crop"
     """crop: the middle of the resized image; squash: all of it, whatever its shape."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of the resized images."""
     image_size: int | Literal["native"] | None = None
     """Side of sets of small images, px, whole and uncropped. native: their own, as the authors have it; None:
     likewise, though the authors resize and crop these as well, which results say. Before both comes the size

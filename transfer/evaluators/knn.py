@@ -26,9 +26,13 @@ class KnnProtocol(ImageValues):
     """The values of a k-NN protocol."""
 
     ks: tuple[int, ...]
+    """Numbers of neighbours that vote, each with figures of its own."""
     temperature: float = 0.07
+    """Of weighted votes: a neighbour of similarity s has the weight exp(s / temperature)."""
     vote: Literal["weighted", "majority"] = "weighted"
+    """weighted: nearer neighbours count more (euclidean: 1 / distance); majority: each counts one."""
     metric: Literal["cosine", "dot", "euclidean"] = "cosine"
+    """How near two features are: cosine after both have length 1."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers out of range."""

@@ -20,24 +20,33 @@ class LinearProtocol(ImageValues):
     method: Literal["heads", "logreg", "svm"] = "heads"
     """heads: by gradient steps; logreg and svm: solved on cached features."""
     augmentation: bool = True
+    """Heads are trained on random crops and flips; else on features that are computed once."""
     learning_rates: tuple[float, ...] = ()
+    """One head for each rate, weight decay and set of features."""
     per_256: bool = False
     """Multiply the learning rates by batch / 256."""
     weight_decays: tuple[float, ...] = (0.0,)
+    """As for the rates."""
     features: tuple[str, ...] = LAST
     """Sets of features, each with heads of its own: a stage's pooled output, or several (layer3+layer4)."""
     optimizer: Optimizer = "sgd"
+    """lars_weights: LARS on the weights alone, the bias by SGD."""
     momentum: float = 0.9
+    """Of SGD and LARS."""
     batch: int = 256
     """Images a step, over all ranks."""
     epochs: int = 100
+    """Times through the training images."""
     steps_per_epoch: int | None = None
     """Default: once through the training images; else an epoch is so many batches."""
     drop_last: bool = False
     """Leave out an epoch's last batch where it is not a whole one."""
     schedule: Schedule = "cosine"
+    """How the learning rate falls; cosine_by_epoch: once an epoch instead of once a step."""
     milestones: tuple[int, ...] = ()
+    """schedule steps: the epochs after which the rate is multiplied by gamma."""
     gamma: float = 0.1
+    """See milestones."""
     final: float = 0.0
     """Learning rate at the end, as a share of the first."""
     warmup_epochs: int = 0
@@ -46,6 +55,7 @@ class LinearProtocol(ImageValues):
     """Given: features go through a BatchNorm without weight and bias, and of a training batch so many images
     are normalised together, as many as a GPU had."""
     init: Literal["normal", "uniform"] = "normal"
+    """Of the heads. normal: N(0, 0.01), bias 0; uniform: nn.Linear's own."""
     pooling: Literal["average", "6x6"] = "average"
     """Of the last stage's map: to one number a channel, or, for svm, by windows of 6 x 6 with stride 1."""
     scaling: Literal["none", "standardise", "l2", "centred l2"] = "none"

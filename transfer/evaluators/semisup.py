@@ -56,22 +56,31 @@ class SemisupProtocol(ImageValues):
     """The values of a fine-tuning protocol; rates by the share of labels in percent."""
 
     lr_backbone: dict[str, float]
+    """Learning rate of the backbone for each share of the labels, in percent: '1', '10' or '100'."""
     lr_head: dict[str, float]
+    """The same of the classifier."""
     lr_per_256: bool = False
     """Multiply the rates by batch / 256."""
     batch: int = 256
     """Images a step, over all ranks."""
     epochs: int = 20
+    """Times through the labelled images."""
     schedule: Literal["constant", "cosine_by_epoch", "steps"] = "cosine_by_epoch"
+    """How the learning rates fall."""
     milestones: tuple[int, ...] = ()
+    """schedule steps: the epochs after which the rates are multiplied by gamma."""
     gamma: float = 0.1
+    """See milestones."""
     momentum: float = 0.9
+    """Of SGD."""
     weight_decay: float = 0.0
+    """Of all weights."""
     head_init: Literal["normal", "uniform"] = "normal"
     """normal: N(0, 0.01), bias 0; uniform: nn.Linear's own."""
     sync_bn: bool = False
     """BatchNorm statistics over all ranks; else each rank's own, those of rank 0 are evaluated."""
     precision: Literal["auto", "float32"] = "float32"
+    """Of training and evaluation, unless --precision says otherwise."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for rates of different shares and numbers out of range."""

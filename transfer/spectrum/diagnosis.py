@@ -61,11 +61,15 @@ class SpectrumProtocol(ImageValues):
     view_images: int
     """Images of several views, of uniformity and of CLID."""
     views: int
+    """Augmented views of each."""
     view_min_scale: float
     """Least share of the image's area in a view."""
     lidar_delta: float
+    """Added to the diagonal of LiDAR's within-class covariance."""
     clusters: int
+    """Of CLID: clusters that k-means finds."""
     neighbours: int
+    """Of CLID: nearest neighbours."""
     repeats: int
     """Random halves of the images that an interval comes from."""
 

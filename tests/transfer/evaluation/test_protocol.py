@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.common.errors import UserError
 from transfer.__main__ import main as transfer_main
-from transfer.evaluation.protocol import FOLDER, all_protocols, as_markdown, load_protocol, main
+from transfer.evaluation.protocol import FOLDER, all_protocols, as_markdown, load_protocol
 from transfer.evaluators.knn import KnnProtocol
 from transfer.evaluators.linear_protocol import LinearProtocol
 from transfer.evaluators.semisup import SemisupProtocol
@@ -297,7 +297,7 @@ def test_unknown_and_misplaced_names_list_the_known(capsys: pytest.CaptureFixtur
         type(LinearProtocolFile)(
             name="x", version=1, task="linear", title="", source="", values=values
         ).settings(LinearProtocol)
-    assert main(["solo_knn@1"]) == 0 and "temperature: 0.07" in capsys.readouterr().out
+    assert transfer_main(["protocols", "solo_knn@1"]) == 0 and "temperature: 0.07" in capsys.readouterr().out
     table = as_markdown()
     assert all(f"`{p}`" in table for p in all_protocols())
 
