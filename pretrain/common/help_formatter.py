@@ -27,6 +27,7 @@ VALUES = {
     "output": "PATH", "weights": "FILE", "lists": "FILE", "dirs": "DIR", "results": "DIR", "stage_to": "DIR",
     "zoo": "FILE", "tasks": "TASK", "force": "STEP", "every_s": "SECONDS",
     "detection_data": "NAME=JSON:IMAGES", "override": "KIND.KEY=VALUE", "profile": "NAME|FILE",
+    "sweep": "OPTION=VALUE,VALUE",
     "image_size": "PX", "eval_size": "PX", "size": "PX", "view_sizes": "PX",
 }  # fmt: skip
 """What stands for an option's value where neither its type nor the last word of its name says it."""

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import yaml
 
-COMMA = {"--override": r",(?=\s*\w+\.\w+=)", "--detection-data": r",(?=[^,=:]+=)"}
+COMMA = {"--override": r",(?=\s*\w+\.\w+=)", "--detection-data": r",(?=[^,=:]+=)", "--sweep": r",(?=\s*\w+=)"}
 """What separates two values in one word, where it is not every comma: partition=a,b is one value."""
 
 

@@ -39,7 +39,16 @@ HINTS = {
     f"--{name.replace('_', '-')}": f'pretraining has it: --pretrain-options "--{name.replace("_", "-")} ..."'
     for name in {f.name for f in fields(PretrainSettings)} - {f.name for f in fields(Suite)}
 }
-LISTS = ("--weights", "--include", "--tasks", "--override", "--force", "--detection-data", "--sem-seg-data")
+LISTS = (
+    "--weights",
+    "--sweep",
+    "--include",
+    "--tasks",
+    "--override",
+    "--force",
+    "--detection-data",
+    "--sem-seg-data",
+)
 TEXTS = ("--pretrain-options", "--linear-options", "--semisup-options", "--detection-options")
 
 

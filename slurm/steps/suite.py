@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from pretrain.settings import RECIPES
 from pretrain.settings import Settings as PretrainSettings
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
+from slurm.steps.pretrainings import pretrainings
 from slurm.steps.resources import Resources
 from slurm.steps.tasks import BACKBONES, DETECTION, Images, Target
 from transfer.checkpoints.own_layout import read_layout
@@ -47,8 +49,16 @@ class Suite(WeightsOptions):
     sem_seg_voc12_linear, other names in detection_configs/ or a YAML file."""
     seeds: int = 1
     """Runs of every task that has randomness, with seeds 0, 1 ...; k-NN has none and runs once."""
+    label: str | None = None
+    """Name of the row in the report, of all --weights, which are seeds of one method then, or of the recipe;
+    default: the file's name, or the objective's."""
     pretrain_seed: int = 0
     """Seed of pretraining."""
+    pretrain_seeds: int = 1
+    """Pretrainings, with this many seeds from --pretrain-seed on; the report pools them as one method."""
+    sweep: list[str] | None = None
+    """Pretrain with each value of an option, and evaluate each: --sweep lr=0.1,0.3 weight_decay=1e-6,1e-5 are
+    four pretrainings."""
     dataset: str | None = None
     """Labelled images, for pretraining too; the recipe's own when not given, imagenet for --weights."""
     data_dir: str | None = None
@@ -109,8 +119,11 @@ class Suite(WeightsOptions):
                     f"--tasks {task}: unknown; known: {', '.join((*CLASSIFICATION, *DETECTION))}, a name in "
                     "detection_configs/, or a detectron2 YAML file"
                 ) from error
-        if self.seeds < 1:
-            raise UserError(f"--seeds {self.seeds}: wanted at least 1")
+        for name in ("seeds", "pretrain_seeds"):
+            if (count := getattr(self, name)) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {count}: wanted at least 1")
+        if self.weights and (self.sweep or self.pretrain_seeds > 1):
+            raise UserError("--sweep and --pretrain-seeds go with --recipe; --weights are trained already")
         if not self.data_dir and (self.recipe or set(self.tasks).intersection(CLASSIFICATION)):
             raise UserError("wanted --data-dir, the folder of the labelled images")
         for kind in ("pretrain", "linear", "semisup", "detection"):
@@ -123,9 +136,13 @@ class Suite(WeightsOptions):
         """What will be pretrained, parsed with all overrides as the job will; None for --weights."""
         if not self.recipe:
             return None
+        return self.settings_of()
+
+    def settings_of(self, words: Sequence[str] = ()) -> PretrainSettings:
+        """The recipe's settings with all overrides and then `words`."""
         named = ["--dataset", self.dataset] if self.dataset else []
-        words = [*named, *self.options_of("pretrain")]
-        return tasks.recipe_settings(self.recipe, words, data_dir=self.data_dir, output=self.output)
+        given = [*named, *self.options_of("pretrain"), *words]
+        return tasks.recipe_settings(str(self.recipe), given, data_dir=self.data_dir, output=self.output)
 
     def options_of(self, kind: str) -> list[str]:
         """The words of --KIND-options, quoted as in a shell."""
@@ -181,24 +198,13 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
     targets: list[Target] = []
     images = Images(dataset=asked.labelled, data_dir=Path(asked.data_dir or ".").resolve())
     if asked.recipe:
-        extra, seed, settings = asked.options_of("pretrain"), asked.pretrain_seed, asked.pretraining
-        # "INTL" of a power too: so it stands in steps that are recorded as done
-        label = "INTL" if settings is None or settings.power is not None else settings.method
-        steps.append(tasks.pretraining(root, asked.recipe, images, seed, extra, settings))
-        targets.append(Target(
-            name="intl", label=label, weights=str(root / "pretrain" / BACKBONES[asked.branch or "online"]),
-            read=WeightsOptions(branch=asked.branch or "online"), depends_on=("pretrain",),
-        ))  # fmt: skip
-        if asked.control:
-            steps.append(tasks.control(root, asked.recipe, images, seed, extra))
-            weights = str(root / "control" / BACKBONES["online"])
-            targets.append(
-                Target(name="control", label="random control", weights=weights, depends_on=("control",))
-            )
+        trained, made_from = _pretrained(root, asked, images)
+        steps += trained
+        targets += made_from
     layout = asked.weights_format and str(Path(asked.weights_format).resolve())
     for name, (path, branch) in _weights(asked).items():
         read = asked.reading(weights_format=layout, branch=branch, zoo=None)
-        targets.append(Target(name=name, label=name, weights=str(path), read=read))
+        targets.append(Target(name=name, label=asked.label or name, weights=str(path), read=read))
     wanted = asked.tasks or []
     detections = [task for task in wanted if task not in CLASSIFICATION]
     evaluations: list[Step] = []
@@ -222,6 +228,34 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
                     ))  # fmt: skip
     report = tasks.report(root, [*(s for s in steps if s.kind in ("pretrain", "control")), *evaluations])
     return Graph([*steps, *evaluations, report])
+
+
+def _pretrained(root: Path, asked: Suite, images: Images) -> tuple[list[Step], list[Target]]:
+    """The pretrainings and controls, and what they leave to be evaluated."""
+    steps, targets = [], []
+    recipe, branch = str(asked.recipe), asked.branch or "online"
+    extra = asked.options_of("pretrain")
+    controls: dict[int, Step] = {}
+    for run in pretrainings(asked.pretrain_seed, asked.pretrain_seeds, asked.sweep or []):
+        settings = asked.settings_of(run.words)
+        # "INTL" of a power too: so it stands in steps that are recorded as done
+        label = asked.label or ("INTL" if settings.power is not None else settings.method)
+        step = tasks.pretraining(root, recipe, images, run.seed, [*extra, *run.words], settings, run.place)
+        steps.append(step)
+        targets.append(Target(
+            name="-".join(["intl", *filter(None, run.place.split("/"))]),
+            label=f"{label} {run.setting}".rstrip(), weights=str(step.output / BACKBONES[branch]),
+            read=WeightsOptions(branch=branch), depends_on=(step.name,),
+        ))  # fmt: skip
+        if asked.control and run.seed not in controls:
+            place = f"seed{run.seed}" if run.seeds > 1 else ""
+            controls[run.seed] = step = tasks.control(root, recipe, images, run.seed, extra, place)
+            steps.append(step)
+            targets.append(Target(
+                name="-".join(filter(None, ["control", place])), label="random control",
+                weights=str(step.output / BACKBONES["online"]), depends_on=(step.name,),
+            ))  # fmt: skip
+    return steps, targets
 
 
 def _weights(asked: Suite) -> dict[str, tuple[Path, Literal["online", "ema"]]]:

@@ -110,8 +110,9 @@ def pretraining(
     seed: int,
     extra: Sequence[str] = (),
     settings: Settings | None = None,
+    place: str = "",
 ) -> Step:
-    """INTL pretraining into `root`/pretrain, with KNN_HOOK in it.
+    """INTL pretraining into `root`/pretrain, or `place` in it, with KNN_HOOK in it.
 
     A hook of the recipe's own or among `extra` takes its place; `--hook null` in `extra` leaves it out.
     `settings` are those of recipe and `extra`, where they have been parsed already.
@@ -123,13 +124,15 @@ def pretraining(
     named = any(word.partition("=")[0] == "--hook" for word in extra)
     hook = () if settings.hook is not None or named else KNN_HOOK
     branches = ("online", "ema") if settings.ema else ("online",)
-    return _pretrain(root, "pretrain", recipe, images, seed, (*hook, *extra), branches)
+    return _pretrain(root, "pretrain", recipe, images, seed, (*hook, *extra), branches, place)
 
 
-def control(root: Path, recipe: str, images: Images, seed: int, extra: Sequence[str] = ()) -> Step:
-    """The same initialisation, not trained, into `root`/control."""
+def control(
+    root: Path, recipe: str, images: Images, seed: int, extra: Sequence[str] = (), place: str = ""
+) -> Step:
+    """The same initialisation, not trained, into `root`/control, or `place` in it."""
     words = (*without(extra, "--epochs"), "--epochs", "0")
-    return _pretrain(root, "control", recipe, images, seed, words, ("online",))
+    return _pretrain(root, "control", recipe, images, seed, words, ("online",), place)
 
 
 def _pretrain(
@@ -140,13 +143,15 @@ def _pretrain(
     seed: int,
     extra: Sequence[str],
     branches: Sequence[str],
+    place: str,
 ) -> Step:
-    output = root / kind
+    name = f"{kind}/{place}" if place else kind
+    output = root / name
     file = Path(recipe)
     own = file.suffix in (".yaml", ".yml") and file.is_file()
     recipe = str(file.resolve()) if own else recipe
     return Step(
-        name=kind,
+        name=name,
         kind=kind,
         command="pretrain",
         argv=("--recipe", recipe, *images.argv, "--seed", str(seed), *extra, "--output", str(output)),
