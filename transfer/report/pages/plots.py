@@ -162,6 +162,7 @@ DETECTION_PLOTS = (
     ("loss", "Detection: training loss", "total_loss", "loss"),
     ("box", "Detection: box AP", "bbox/AP", "AP, percent"),
     ("mask", "Detection: mask AP", "segm/AP", "AP, percent"),
+    ("pixels", "Semantic segmentation: mean IoU", "sem_seg/mIoU", "mIoU, percent"),
     ("lr", "Detection: learning rate", "lr", "learning rate"),
 )
 
