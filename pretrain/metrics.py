@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pretrain.common.errors import RunFailed
 from pretrain.common.files import append_jsonl, read_jsonl, write_text
+from pretrain.common.process_group import is_main
 from pretrain.objectives.intl import INTLLoss
 from pretrain.objectives.views import ObjectiveLoss
 
@@ -96,6 +98,26 @@ class MetricsWriter:
         self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
+
+
+@contextlib.contextmanager
+def wandb_log(
+    project: str | None, output: Path, start: int, config: Mapping[str, Any]
+) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """A function that logs values at a step to W&B; without `project`, or on other ranks, it does nothing.
+
+    The run in `output` goes on where `start` > 0, and is finished however the block ends.
+    """
+    if project is None or not is_main():
+        yield lambda values, step: None
+        return
+    run = start_wandb(project, output, start, config)
+    failed = True
+    try:
+        yield lambda values, step: run.log({k: v for k, v in values.items() if math.isfinite(v)}, step=step)
+        failed = False
+    finally:
+        run.finish(exit_code=int(failed))
 
 
 def start_wandb(project: str, output: Path, start: int, config: Mapping[str, Any]) -> Any:

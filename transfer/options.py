@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -187,6 +188,13 @@ class LinearSettings(EvaluationSettings):
 
     seed: int = 0
     """Seed of the heads' initialisation, the held-out part, the order of images and the augmentation."""
+    wandb: str | None = None
+    """Log each epoch's loss and accuracy to this project of Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers out of range, UserError where wandb is missing."""
+        super().__post_init__()
+        _need_wandb(self.wandb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +218,8 @@ class SemisupSettings(EvaluationSettings):
     """Test images a forward pass; the protocol says how many a training step takes."""
     save_every: int = 500
     """Steps between two checkpoints within an epoch."""
+    wandb: str | None = None
+    """Log each epoch's loss and accuracies to this project of Weights & Biases."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # type: ignore[assignment]
     """Of training and evaluation. auto: the protocol's, which is float32 as in the published code; the others
     by autocast."""
@@ -224,6 +234,12 @@ class SemisupSettings(EvaluationSettings):
             )
         if self.save_every < 1:
             raise ValueError(f"--save-every {self.save_every}: wanted 1 or more")
+        _need_wandb(self.wandb)
+
+
+def _need_wandb(project: str | None) -> None:
+    if project is not None and find_spec("wandb") is None:
+        raise UserError("--wandb needs the wandb package: pip install 'intl-bench[wandb]'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 ANY_IMAGES = ("imagefolder", "webdataset")
 WRITES = (
     "config.yaml", results.FILE, "progress.json", "linear.pt", "svm-parts", "checkpoint.pt", "epochs.json",
-    "spectra.json", "pictures",
+    "spectra.json", "pictures", "wandb", "wandb_id",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import FORMAT, load_checkpoint, size_of, try_to_save
+from pretrain.common.cli import settings_as_dict
 from pretrain.common.collectives import any_rank
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.output_folder import need_space
@@ -25,6 +26,7 @@ from pretrain.common.process_group import barrier, is_main, rank, sent, world_si
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
+from pretrain.metrics import wandb_log
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
@@ -63,6 +65,8 @@ def _evaluate(settings: LinearSettings, backbone: Backbone | None) -> list[Resul
     protocol = load_protocol(settings.protocol, "linear")
     values = protocol.settings(LinearProtocol)
     clock = Clock()
+    if settings.wandb is not None and values.method != "heads":
+        raise UserError(f"--wandb {settings.wandb}: {protocol} has no epochs that could be logged")
     if values.method == "svm":
         from transfer.evaluators.svm import evaluate_voc
 
@@ -134,7 +138,9 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
             return cached(train, batches)
         return _augmented(evaluation, extractor, values, fit, batches, epoch)
 
-    with StopSignals() as stop, bar:
+    project = settings.wandb if isinstance(settings, LinearSettings) else None
+    logged = wandb_log(project, settings.output, done // steps, settings_as_dict(settings))
+    with StopSignals() as stop, bar, logged as log:
         for step, loss in train_heads(heads, values, len(fit), features, seed=seed, done=done):
             bar.update(1)
             if step % steps:
@@ -149,7 +155,9 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
             best = max(history[-1]["held" if held is not None else "test"], key=lambda m: m[metric])
             diverged = _diverged(heads, diverged, evaluation, epoch, step)
             alive = [head for head in range(len(heads)) if head not in diverged]
-            bar.update(0, epoch=epoch + 1, loss=float(loss[alive].min()), **{told: best[metric]})
+            shown = {"loss": float(loss[alive].min()), told: best[metric]}
+            bar.update(0, epoch=epoch + 1, **shown)
+            log(shown, epoch + 1)
             stopping = any_rank(stop.requested, device) and epoch + 1 < values.epochs
             if train is None or stopping:
                 _save(path, heads, identity, step, history, must_be_saved=stopping)

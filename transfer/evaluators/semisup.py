@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint import load_checkpoint, size_of, try_to_save
+from pretrain.common.cli import settings_as_dict
 from pretrain.common.collectives import ASK_RANKS_EVERY, any_rank, sum_over_ranks
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import write_json
@@ -28,6 +29,7 @@ from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
 from pretrain.learner import choose_dtype
+from pretrain.metrics import wandb_log
 from transfer.checkpoints.backbone import RAW_PIXELS, Backbone
 from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented
@@ -208,7 +210,9 @@ class Run:
             self.total, label=f"fine-tuning on {self.settings.label_percent} %", start=self.step,
             file=self.output / "progress.json",
         )  # fmt: skip
-        with StopSignals() as stop, progress as bar:
+        done = self.step // self.steps
+        logged = wandb_log(self.settings.wandb, self.output, done, settings_as_dict(self.settings))
+        with StopSignals() as stop, progress as bar, logged as log:
             while self.step < self.total:
                 epoch = self.step // self.steps
                 factor = rate_factor(
@@ -229,6 +233,7 @@ class Run:
                         stopping = any_rank(stop.requested, self.device)
                     if at_end:
                         self._judge(epoch, mean, factor)
+                        log(self.history[-1], epoch + 1)
                         self.loss_sum.zero_()
                     if at_end or stopping or self.step % self.settings.save_every == 0:
                         self._save(must_be_saved=stopping and self.step < self.total)
