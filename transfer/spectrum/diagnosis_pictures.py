@@ -35,10 +35,10 @@ def draw(spectra: Mapping[str, Any], folder: Path) -> None:
 
 def _all(found: list[dict[str, Any]]) -> Figure:
     """The output's spectrum of every checkpoint on one log-log plot; by training step where they have one."""
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure, axis = plt.subplots(figsize=(8.5, 4.5), layout="constrained")
     for i, one in enumerate(found):
         _line(axis, [*one["layers"].values()][-1], _label(one, found), i / max(len(found) - 1, 1))
-    axis.legend(fontsize=7)
+    legend_beside(axis)
     return figure
 
 
@@ -46,8 +46,9 @@ def _layers(found: list[dict[str, Any]]) -> Figure:
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.2 * columns, 3.6 * rows), squeeze=False, sharey=True
-    )
+        rows, columns, figsize=(4.2 * columns + 0.8, 3.6 * rows), squeeze=False, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     for axis, one in zip(axes.flat, found):
@@ -56,14 +57,13 @@ def _layers(found: list[dict[str, Any]]) -> Figure:
         axis.set_title(one["name"], fontsize=8)
     for axis in axes[:, 1:].flat:
         axis.set_ylabel("")
-    figure.subplots_adjust(hspace=0.45)
-    axes.flat[0].legend(fontsize=7)
+    legend_beside(axes.flat[0])
     return figure
 
 
 def _by_images(found: list[dict[str, Any]]) -> Figure:
     """RankMe by the number of images: it rises until there are several times as many as features."""
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for i, one in enumerate(found):
         ns = [int(n) for n in one["by_images"]]
         ranks = [m["rankme"] for m in one["by_images"].values()]
@@ -72,8 +72,14 @@ def _by_images(found: list[dict[str, Any]]) -> Figure:
     axis.set_xscale("log")
     axis.set_xlabel("images")
     axis.set_ylabel("RankMe")
-    axis.legend(fontsize=7)
+    legend_beside(axis)
     return figure
+
+
+def legend_beside(axis: Axes) -> None:
+    """The legend of `axis` to the right of all axes, where it covers no curve."""
+    handles, labels = axis.get_legend_handles_labels()
+    axis.figure.legend(handles, labels, loc="outside right upper", fontsize=7)  # type: ignore[union-attr]
 
 
 def _line(axis: Axes, eigenvalues: list[float], label: str, place: float) -> None:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from pretrain.common.files import atomic_path, write_text
 from transfer.correlation import FEWEST, kendall
+from transfer.spectrum.diagnosis_pictures import legend_beside
 
 Runs = list[dict[str, Any]]
 
@@ -259,7 +260,7 @@ def _spectra(groups: dict[str, Runs]) -> Figure:
 
 def _curves(groups: dict[str, Runs]) -> Figure:
     """Loss, condition number and RankMe over training, seed 0."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    figure, axes = plt.subplots(1, 3, figsize=(15.5, 4), layout="constrained")
     for axis, (key, label) in zip(
         axes, (("loss", "loss − floor"), ("condition_number", "condition number"), ("rankme", "RankMe"))
     ):
@@ -272,8 +273,7 @@ def _curves(groups: dict[str, Runs]) -> Figure:
         axis.set_ylabel(label)
         if key == "condition_number":
             axis.set_yscale("log")
-    axes[-1].legend(fontsize=7)
-    figure.tight_layout()
+    legend_beside(axes[-1])
     return figure
 
 
