@@ -23,6 +23,7 @@ from transfer.conversion.availability import need_detectron2
 
 SCHEDULE = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
 REFERENCE_GPUS = 8  # what published detectron2 schedules were run on
+REFERENCE_GPUS_OF_SCENES = 4  # and those of semantic segmentation, by mmsegmentation
 WARM_UP = 3  # iterations before those that are measured
 OBJECTS = 7  # in an image of COCO
 
@@ -36,7 +37,8 @@ class PlanSettings:
     num_gpus: int
     """GPUs that will run it, over all machines."""
     ims_per_gpu: int | None = None
-    """Images a GPU takes at a time; by default as many as on the 8 GPUs of the published runs."""
+    """Images a GPU takes at a time; by default as many as on the 8 GPUs of the published runs, of semantic
+    segmentation 4."""
     measure: int | None = None
     """Run as many iterations here, after three that do not count, and say how many hours and how much memory
     the schedule takes."""
@@ -80,7 +82,8 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     path = find_config(settings.config_file)
     cfg = load_config(path, [], to_run_here=False)
     before = {name: flat(cfg)[f"SOLVER.{name}"] for name in SCHEDULE}
-    per_gpu = settings.ims_per_gpu or max(1, before["IMS_PER_BATCH"] // REFERENCE_GPUS)
+    reference = REFERENCE_GPUS_OF_SCENES if is_semantic(cfg) else REFERENCE_GPUS
+    per_gpu = settings.ims_per_gpu or max(1, before["IMS_PER_BATCH"] // reference)
     batch = per_gpu * settings.num_gpus
     after = equivalent(before, batch=batch)
     k = batch / before["IMS_PER_BATCH"]

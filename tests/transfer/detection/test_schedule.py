@@ -36,6 +36,8 @@ def test_the_last_rate_of_a_polynomial_schedule_is_scaled_too() -> None:
     found = schedule.plan(schedule.PlanSettings(**words, ims_per_gpu=4))
     assert found["overrides"]["SOLVER.BASE_LR_END"] == pytest.approx(5e-5)  # batch 8 of 16
     assert found["overrides"]["SOLVER.MAX_ITER"] == 40000
+    as_published = schedule.plan(schedule.PlanSettings(**{**words, "num_gpus": 4}))
+    assert as_published["ims_per_gpu"] == 4 and as_published["before"] == as_published["after"]
     assert found["norm"] == {"MODEL.RESNETS.NORM": "SyncBN", "MODEL.SEM_SEG_HEAD.NORM": "SyncBN"}
 
 
