@@ -58,7 +58,7 @@ def board_table(board: Board, output: Path, lines: Mapping[Path, Mapping[str, in
             head = cell(p.name, note=p.note or "published", link=p.source, kind=PUBLISHED)
             rows.append([cell("–"), head, *figures, cell(p.arch), cell("-")])
     columns: list[str | Cell] = ["rank", "weights", *map(metric_name, results.metrics(task))]
-    name = f"board-{board.task.slug}-{board.selection}-{board.under}"
+    name = f"board-{board.task.slug}-{board.selection}-{board.under[:6]}"
     note = f"Protocol {board.task.protocol}, hash {board.task.protocol_hash}; evaluated under {board.under}."
     return table(file_name(name), board.title, [*columns, "architecture", "sha256"], rows, note)
 

@@ -75,8 +75,7 @@ class Task:
     def slug(self) -> str:
         """A name for its files; the digits tell tasks apart whose names are the same in these letters."""
         share = f"-{self.label_percent:g}" if self.partly else ""
-        split = self.split.partition("(")[2]  # which split of several
-        name = f"{self.name}{share}-{self.dataset}-{split}-{self.protocol.replace('@', '-v')}"
+        name = f"{self.name}{share}-{self.dataset}-{self.protocol.replace('@', '-v')}"
         return f"{file_name(name)}-{hashlib.sha256(repr(self).encode()).hexdigest()[:6]}"
 
 
