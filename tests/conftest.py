@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import os
 import random
 import shutil
@@ -11,12 +12,15 @@ import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
+from jsonschema import Draft202012Validator
 
 from pretrain.common.signals import StopSignals
+from transfer.evaluation import results
 
 TRAIN_PER_CLASS, TEST_PER_CLASS = 64, 16
 
@@ -56,6 +60,23 @@ def _ctrl_c_is_heeded() -> None:
     """A shell without job control has its background jobs ignore it, and what they start as well."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _results_follow_their_schema() -> Iterator[None]:
+    """Every line that a test writes into a results.jsonl is one of docs/results.schema.json."""
+    schema = Path(__file__).parents[1] / "docs/results.schema.json"
+    validator = Draft202012Validator(json.loads(schema.read_text(encoding="utf-8")))
+    write = results.append_jsonl
+
+    def checked(path: Path, *lines: dict[str, Any]) -> None:
+        for line in lines:
+            validator.validate(json.loads(json.dumps(line)))
+        write(path, *lines)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "append_jsonl", checked)
+        yield
 
 
 @pytest.fixture(autouse=True)

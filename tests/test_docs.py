@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import io
 import os
 import re
 import shlex
+from dataclasses import MISSING
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +18,11 @@ import pytest
 
 from pretrain.data import transfer_sets
 from pretrain.data.datasets import DATASETS
+from slurm.steps.resources import Resources
+from tests.helpers import results_schema
 from transfer.checkpoints import formats
 from transfer.evaluation import protocol
+from transfer.protocols_command import explained
 from transfer.zoo import listing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,10 +131,25 @@ def generated() -> dict[str, str]:
         "formats.md": f"{HEADS['formats.md']}\n{formats.markdown().strip()}\n",
         "zoo.md": f"{HEADS['zoo.md']}\n{listing.markdown()}\n",
         "datasets.md": f"{HEADS['datasets.md']}\n{transfer_sets.markdown()}\n",
+        "cluster.md": f"{written_by_hand('cluster.md')}{resources_table()}\n",
+        "results.schema.json": results_schema.as_text(),
     }
 
 
-@pytest.mark.parametrize("name", HEADS)
+def written_by_hand(name: str) -> str:
+    """What of a page stands before its one generated table."""
+    return (ROOT / "docs" / name).read_text(encoding="utf-8").partition("| key ")[0]
+
+
+def resources_table() -> str:
+    """What a profile may ask for, from the docstrings of its class."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Resources)}
+    shown = {name: "" if value in (None, (), MISSING) else f"`{value}`" for name, value in defaults.items()}
+    rows = [f"| `{name}` | {shown[name]} | {text} |" for name, text in explained(Resources).items()]
+    return "\n".join(["| key | default | what it asks for |", "| --- | --- | --- |", *rows])
+
+
+@pytest.mark.parametrize("name", [*HEADS, "cluster.md", "results.schema.json"])
 def test_generated_page_is_up_to_date(name: str) -> None:
     page, wanted = ROOT / "docs" / name, generated()[name]
     if os.environ.get("UPDATE_DOCS"):
@@ -140,9 +160,25 @@ def test_generated_page_is_up_to_date(name: str) -> None:
 
 def test_every_data_set_is_named_where_they_are_listed() -> None:
     help_text = " ".join(help_of("transfer", "knn").split())
-    readme, page = ((ROOT / p).read_text(encoding="utf-8") for p in ("README.md", "docs/datasets.md"))
+    evaluation, page = (
+        (ROOT / p).read_text(encoding="utf-8") for p in ("docs/evaluation.md", "docs/datasets.md")
+    )
     for name in DATASETS:
-        assert f"`{name}`" in readme and f"`{name}`" in page and re.search(rf"\b{name}\b", help_text), name
+        assert f"`{name}`" in evaluation and f"`{name}`" in page and re.search(rf"\b{name}\b", help_text), (
+            name
+        )
+
+
+def test_messages_to_look_up_are_those_of_the_code() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(.*?)`", page, re.M)
+    sources = [p for package in ("pretrain", "transfer", "slurm") for p in (ROOT / package).rglob("*.py")]
+    said = "".join(re.sub(r'"\s*f?"', "", p.read_text(encoding="utf-8")) for p in sources)
+    assert len(told) == 20 and [words for words in told if words not in said] == []
+
+
+def test_the_front_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 70
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

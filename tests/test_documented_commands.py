@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 
+from pretrain.checkpoint import save_backbone
 from tests.helpers import checkpoint_zoo as zoo
 from tests.helpers.forked import run_command
 from tests.test_docs import ROOT, Command, commands
@@ -29,6 +30,8 @@ STAND_FOR = {
     "DIR": "{images}",
     "FILE": "{weights}",
     "model.pth.tar": "{weights}",
+    "intl.pth": "{small}",
+    "control.safetensors": "{control}",
     "/shared/out/intl": "{shared}",
     ".venv/bin/python": "python",
 }
@@ -84,7 +87,7 @@ WAYS: dict[str, Way] = {
     # The page that it writes anew is spoilt beforehand.
     "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="4 passed"),
     "intl-transfer inspect": Way(says="complete: the backbone loads"),
-    "intl-transfer protocols show": Way(says="  ks: [10, 20, 100, 200]"),
+    "intl-transfer protocols show": Way(says="  temperature: 0.07"),
     "intl-transfer zoo": Way(says="dino_resnet50"),
     # A manifest whose file is at hand, with a figure by a protocol of small images.
     "intl-transfer reproduce": Way(
@@ -104,6 +107,15 @@ WAYS: dict[str, Way] = {
         runs=("--data-dir {few} --image-size 64 --workers 0",),
         leaves=("out/linear/results.jsonl", "out/linear/config.yaml"),
     ),
+    **{
+        f"intl-transfer {task} --weights {file}": Way(
+            change={"fashion_mnist": "imagefolder"},
+            runs=("--image-size 32 --workers 0",),
+            leaves=(f"{output}/results.jsonl", f"{output}/config.yaml"),
+        )
+        for task in ("knn", "linear")
+        for file, output in (("intl.pth", "out/intl"), ("control.safetensors", "out/control"))
+    },
     # The published lists are of ImageNet's files, and downloaded; other data sets have a draw of their own.
     "intl-transfer semisup": Way(
         runs=("--data-dir {few} --image-size 64 --workers 0",),
@@ -153,6 +165,9 @@ WAYS: dict[str, Way] = {
     "python -m pretrain.profile": Way(
         runs=(f"{STEPS} {TWO_VIEWS} --arch resnet18 --dataset imagefolder --steps 1",),
         says="worth changing first",
+    ),
+    "intl-slurm suite --weights intl.pth": Way(
+        change={"fashion_mnist": "imagefolder"}, says="all checks passed; nothing was submitted"
     ),
     "intl-slurm suite --weights": Way(
         runs=("--dataset imagefolder",), says="all checks passed; nothing was submitted"
@@ -227,8 +242,9 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "intl-bench"
     for name in ("pretrain", "transfer", "slurm", "detection_configs", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "tests").mkdir()
-    for name in ("Makefile", "setup.cfg", "pyproject.toml", "tests/conftest.py", "tests/test_docs.py"):
+    (folder / "tests/helpers").mkdir(parents=True)
+    tests = ("conftest.py", "test_docs.py", "helpers/results_schema.py")
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", *(f"tests/{name}" for name in tests)):
         shutil.copyfile(ROOT / name, folder / name)
     yield folder
     shutil.rmtree(tmp_path)  # checkpoints of ResNet-50s
@@ -249,8 +265,9 @@ def images(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """A ResNet-50 and a `small` ResNet-18 as MoCo's training script saves them; their BatchNorm has counted a
-    batch, so they are not taken for untrained ones. `zoo`: a manifest of the small one."""
+    """A ResNet-50 and a `small` ResNet-18 as MoCo's training script saves them, a `control` as this project
+    does; their BatchNorm has counted a batch, so they are not taken for untrained ones. `zoo`: a manifest of
+    the small one."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
     paths = {"weights": folder / "model.pth.tar", "small": folder / "small.pth.tar"}
@@ -273,6 +290,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
     figure = {"task": "knn", "dataset": "imagefolder", "n": 10, "protocol": "small_knn@1.yaml"}
     entry = {"url": paths["small"].as_uri(), "source": "https://example.org"}
     entry |= {"figures": [figure | {"metrics": {"top1_k1": 50.0}}]}
+    paths["control"] = folder / "control.safetensors"
+    save_backbone(paths["control"], both[0], {"arch": "resnet18", "stem": "imagenet", "branch": "online"})
     paths["zoo"] = folder / "zoo.yaml"
     paths["zoo"].write_text(json.dumps({"checkpoints": {"small": entry}}))
     yield paths
