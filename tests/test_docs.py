@@ -102,7 +102,7 @@ evaluates it by each protocol that repeats how one of its figures was made, and 
 reproduced; outside tolerance, and by how much; or not comparable, and why. What counts as within tolerance
 stands in `transfer/zoo/figures.yaml`. A figure is set beside a result only where the report would do so: the
 protocol unaltered, the same images, the epoch chosen in the same way. `reproduction.json` holds the outcome,
-one entry a figure; run again, it goes on.
+one entry a figure; run again, it goes on. `--tasks reproduce` has a suite do it for each of its zoo:NAMEs.
 
 ## A manifest of your own
 

@@ -111,25 +111,34 @@ def why_not_run(figure: Published, settings: ReproduceSettings) -> str:
     return ""
 
 
-def reproduce(settings: ReproduceSettings) -> list[Outcome]:
-    """Run what can be run, and judge; OUTPUT has an evaluation's folder each, and reproduction.json.
+def planned(settings: ReproduceSettings) -> tuple[Entry, list[tuple[Published, str]]]:
+    """The entry and each of its figures, with why it is not run, or nothing.
 
     Raises UserError where the zoo has no such entry, or nothing published of it can be run.
     """
     entry = find_entry(settings.name, settings.zoo)
     figures = [f for f in entry.figures if settings.task in (None, f.task)]
-    reasons = {id(f): why_not_run(f, settings) for f in figures}
-    if all(reasons.values()):
-        said = "\n  ".join(f"{f.task}: {reasons[id(f)]}" for f in figures) or "none is known"
+    found = [(f, why_not_run(f, settings)) for f in figures]
+    if all(reason for _, reason in found):
+        said = "\n  ".join(f"{f.task}: {reason}" for f, reason in found) or "none is known"
         raise UserError(f"{PREFIX}{entry.name} has no published figure to reproduce here:\n  {said}")
+    return entry, found
+
+
+def reproduce(settings: ReproduceSettings) -> list[Outcome]:
+    """Run what can be run, and judge; OUTPUT has an evaluation's folder each, and reproduction.json.
+
+    Raises UserError as `planned`.
+    """
+    entry, figures = planned(settings)
     writes = ("config.yaml", FILE, "features", *(f"{task}-*" for task in EVALUATORS))
     with output_folder(
         settings.output, "transfer reproduce", writes=writes, earlier=ReproduceSettings
     ) as output:
         save_settings(settings, output / "config.yaml")
         outcomes = []
-        for figure in figures:
-            if reason := reasons[id(figure)]:
+        for figure, reason in figures:
+            if reason:
                 outcomes += [_outcome(figure, m, verdict=INCOMPARABLE, why=reason) for m in figure.metrics]
             else:
                 outcomes += judge(figure, _evaluated(figure, entry, settings))

@@ -12,7 +12,8 @@ from pretrain.common.errors import UserError
 from slurm.steps import tasks
 from slurm.steps.graph import Graph
 from slurm.steps.resources import Resources, refuse_for_sbatch
-from slurm.steps.suite import CLASSIFICATION, Suite
+from slurm.steps.suite import CLASSIFICATION, REPRODUCE, Suite
+from transfer.zoo.manifest import PREFIX
 
 if TYPE_CHECKING:
     from slurm.steps.suite import Suite
@@ -30,6 +31,7 @@ def check(asked: Suite, graph: Graph, root: Path, resources: dict[str, Resources
         *_images(asked),
         *faults,
         *_protocols(asked),
+        *_reproductions(asked),
         *_detection(asked, backbones),
         *_disk(graph, root),
     ]
@@ -70,7 +72,6 @@ def _backbones(asked: Suite) -> tuple[dict[str, Backbone], list[str]]:
     from pretrain.network.model import build_backbone
     from transfer.checkpoints.backbone import Backbone, load_backbone
     from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
-    from transfer.zoo.manifest import PREFIX
 
     backbones, problems = {}, []
     for path in asked.weights or []:
@@ -115,6 +116,25 @@ def _protocols(asked: Suite) -> list[str]:
                     problems += _label_shares(protocol, asked.tasks or [])
             except UserError as error:
                 problems.append(f"--{kind}-protocol {name}: {error}")
+    return problems
+
+
+def _reproductions(asked: Suite) -> list[str]:
+    """Each checkpoint has a published figure that can be reproduced."""
+    if REPRODUCE not in (asked.tasks or []):
+        return []
+    from transfer.options import ReproduceSettings
+    from transfer.reproduce import planned
+
+    problems = []
+    for name in asked.weights or []:
+        try:
+            planned(ReproduceSettings(
+                name=name.removeprefix(PREFIX), data_dir=Path(asked.data_dir or "."), zoo=asked.zoo,
+                output=Path(asked.output), dataset=asked.labelled,
+            ))  # fmt: skip
+        except UserError as error:
+            problems.append(f"--tasks {REPRODUCE}: {error}")
     return problems
 
 

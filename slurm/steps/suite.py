@@ -25,7 +25,8 @@ from transfer.options import WeightsOptions
 from transfer.zoo.download import located
 from transfer.zoo.manifest import PREFIX
 
-CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10")
+REPRODUCE = "reproduce"
+CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10", REPRODUCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class Suite(WeightsOptions):
     """With --recipe: also evaluate the same initialisation, untrained."""
     tasks: list[str] | None = None
     """How to evaluate: knn, linear, semisup1, semisup10, for detection coco_c4_2x, for semantic segmentation
-    sem_seg_voc12_linear, other names in detection_configs/ or a YAML file."""
+    sem_seg_voc12_linear, other names in detection_configs/ or a YAML file; reproduce: the published figures
+    of each zoo:NAME."""
     seeds: int = 1
     """Runs of every task that has randomness, with seeds 0, 1 ...; k-NN has none and runs once."""
     label: str | None = None
@@ -122,6 +124,9 @@ class Suite(WeightsOptions):
         for name in ("seeds", "pretrain_seeds"):
             if (count := getattr(self, name)) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {count}: wanted at least 1")
+        others = [w for w in self.weights or ["a recipe's"] if not w.startswith(PREFIX)]
+        if REPRODUCE in self.tasks and others:
+            raise UserError(f"--tasks {REPRODUCE}: wanted --weights zoo:NAME, not {others[0]}")
         if self.weights and (self.sweep or self.pretrain_seeds > 1):
             raise UserError("--sweep and --pretrain-seeds go with --recipe; --weights are trained already")
         if not self.data_dir and (self.recipe or set(self.tasks).intersection(CLASSIFICATION)):
@@ -299,7 +304,9 @@ def _plain(name: str) -> str:
 
 
 def _judged(root: Path, target: Target, images: Images, task: str, asked: Suite) -> list[Step]:
-    """One classification task: k-NN once, the others for each seed."""
+    """One classification task: k-NN and what is published once, the others for each seed."""
+    if task == REPRODUCE:
+        return [tasks.reproduction(root, target, images, asked.zoo)]
     if task == "knn":
         return [tasks.classification(
             root, target, images, kind="knn", protocol=asked.protocols["knn"], seed=None

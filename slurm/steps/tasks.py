@@ -222,6 +222,21 @@ def classification(
     )
 
 
+def reproduction(root: Path, target: Target, images: Images, zoo: str | None) -> Step:
+    """The protocols of a published checkpoint's figures, into `root`/reproduce/<target>."""
+    output = root / "reproduce" / target.name
+    own = ("--zoo", str(Path(zoo).resolve())) if zoo else ()
+    return Step(
+        name=f"reproduce/{target.name}",
+        kind="linear",
+        command="transfer reproduce",
+        argv=(target.name, *own, *images.argv, "--output", str(output)),
+        output=output,
+        inputs=(*target.inputs, *map(Path, own[1:])),
+        makes=(output / "reproduction.json",),
+    )
+
+
 def detection(
     root: Path,
     target: Target,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import http.server
 import json
@@ -18,6 +19,7 @@ import yaml
 import transfer.zoo.download
 from pretrain.common.errors import UserError
 from pretrain.common.files import sha256_of
+from slurm.steps import checks
 from slurm.steps.resources import load_profile
 from slurm.steps.suite import Suite, suite_graph
 from tests.helpers.checkpoint_zoo import ZOO as written
@@ -256,6 +258,29 @@ def test_a_suite_fetches_what_its_jobs_read(moco: Path, tmp_path: Path) -> None:
         "ema", "online",
     ]  # fmt: skip
     assert Path(kept).read_bytes() == moco.read_bytes()
+
+
+def test_a_suite_reproduces_published_figures(moco: Path, tmp_path: Path) -> None:
+    row = {
+        "task": "knn",
+        "dataset": "imagefolder",
+        "n": 40,
+        "protocol": "dino_knn@2",
+        "metrics": {"top1_k20": 9},
+    }
+    mine = manifest(tmp_path, url=moco.as_uri(), figures=[row])
+    given = {"zoo": mine, "tasks": ["reproduce"], "data_dir": ".", "output": str(tmp_path / "suite")}
+    asked = Suite(weights=["zoo:tiny"], dataset="imagefolder", **given)
+    graph = suite_graph(tmp_path / "suite", asked, load_profile("local", []))
+    step = graph.steps["reproduce/tiny"]
+    assert step.shell.startswith(f"python -m transfer reproduce tiny --zoo {mine} --dataset imagefolder ")
+    assert step.module == "transfer.reproduce" and step.makes[0].name == "reproduction.json"
+    assert checks._reproductions(asked) == []
+    (problem,) = checks._reproductions(dataclasses.replace(asked, dataset="imagenet"))
+    assert "it is of imagefolder" in problem
+    for weights in ({"weights": [str(moco)]}, {"recipe": "cifar10_two_cores"}):
+        with pytest.raises(UserError, match="--tasks reproduce: wanted --weights zoo:NAME"):
+            Suite(**given | {"zoo": None}, **weights)
 
 
 # ------------------------------------------------------------------ a real server
