@@ -47,7 +47,7 @@ LAYERS = {
     "slurm.steps": (),
 }
 """Each sub-package, and those of its own package that it may import."""
-LEAVES = {"transfer.options", "transfer.correlation"}
+LEAVES = {"transfer.options", "transfer.correlation", "transfer.network_cost"}
 """Modules on top that anything may import: they import nothing of their package."""
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

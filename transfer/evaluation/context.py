@@ -26,8 +26,9 @@ from transfer.evaluation.parts import check_pair, doubts_about
 from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluation.tokens import Positions, needs_other_positions
+from transfer.evaluation.tokens import Positions, at_size, needs_other_positions
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
+from transfer.network_cost import network_cost
 from transfer.options import (
     EvaluationSettings,
     KnnSettings,
@@ -213,14 +214,26 @@ class Evaluation:
                 logger.warning("%s", warning)
 
     def write(self, found: list[Result]) -> list[Result]:
-        """The results with the time until now; rank 0 appends and prints them."""
+        """The results with the time until now and the network's size; rank 0 appends and prints them."""
         seconds = self.clock.stamp(torch.device("cpu"))["seconds"]
-        found = [replace(r, seconds=seconds) for r in found]
+        cost = self._network_cost() if is_main() and found else {}
+        found = [replace(r, seconds=seconds, settings=r.settings | cost) for r in found]
         if is_main():
             results.append(self.settings.output, *found)
             for r in found:
                 print(spell(r))
         return found
+
+    def _network_cost(self) -> dict[str, int]:
+        model, size, positions = self.backbone.model, self.transform.size, self.positions
+        if model is None:
+            return {}
+        return network_cost(
+            model,
+            size,
+            key=(self.backbone.key, positions),
+            fitted=lambda copy: at_size(copy, size, positions),
+        )
 
     def features(
         self, extractor: Extractor, *parts: tuple[ImageDataset, np.ndarray | None]

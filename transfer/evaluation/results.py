@@ -82,7 +82,8 @@ class Result:
     warnings: list[str] = field(default_factory=list)
     """Why the figure may say nothing: a classifier that learnt nothing, training and test images alike."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """What else matters: the chosen head, temperature, configuration file."""
+    """What else matters: the chosen head, temperature, configuration file; parameters of the backbone, and
+    multiply_adds of its convolutions and matrix products over one image (a product and its sum are one)."""
     seconds: float = 0.0
     started_at: str = ""
     """UTC, ISO 8601."""

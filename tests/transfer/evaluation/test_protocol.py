@@ -9,6 +9,7 @@ import pytest
 
 from pretrain.common.errors import UserError
 from transfer.__main__ import main as transfer_main
+from transfer.evaluation.pooled_features import stages_of
 from transfer.evaluation.protocol import FOLDER, all_protocols, as_markdown, load_protocol
 from transfer.evaluators.knn import KnnProtocol
 from transfer.evaluators.linear_protocol import LinearProtocol
@@ -38,6 +39,7 @@ dino_vit_linear@1 d9dfa3c01bc5
 dino_vitb_linear@1 ca227d05abdb
 dinov2_vit_linear@1 75cfb15f81b5
 mocov3_vit_linear@1 2d7a46318a75
+ijepa_linear@1 3ca48864cb46
 vicregl_linear@1 815687617999
 mae_linear@1 a2cdd648cc31
 msn_low_shot@1 0c6c164b826c
@@ -132,6 +134,10 @@ def test_published_values() -> None:
 
     assert linear("intl_linear@1").rates == [0.4]
     assert linear("moco_linear@1").rates == [30]
+    # I-JEPA's appendix A: three rates (a batch of 256; 16384 / 256 = 64) by two decays by two features
+    ijepa = linear("ijepa_linear@1")
+    assert ijepa.rates == pytest.approx([0.64, 3.2, 0.064]) and ijepa.grid_size == 12
+    assert stages_of(ijepa.features) == tuple(f"block-{back}.patches" for back in (4, 3, 2, 1))
     assert linear("simsiam_linear@1").rates == pytest.approx([1.6])
     assert linear("dinov2_sweep@1").rates == pytest.approx(
         [4 * r for r in linear("dinov2_sweep@1").learning_rates]

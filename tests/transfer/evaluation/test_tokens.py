@@ -167,6 +167,9 @@ def test_the_evaluators_judge_a_vit(tmp_path: Path):
     assert {head["features"] for head in found["mine_linear"].settings["sweep"]} == {"cls", "last4.cls"}
     assert found["mine_tune"].arch == "vit_tiny_patch16_224"
     assert "3 heads" in found["mine_knn"].weights["network"]
+    # of frozen features and of a fine-tuned copy alike: what is counted is the network that was read
+    counted = {(r.settings["parameters"], r.settings["multiply_adds"]) for r in found.values()}
+    assert len(counted) == 1
 
 
 def test_protocols_of_vits_have_their_authors_grids():

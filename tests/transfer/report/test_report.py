@@ -561,3 +561,16 @@ def test_an_earlier_report_is_no_evidence(suite: Path, tmp_path: Path) -> None:
 def test_user_error_is_a_value_error() -> None:
     with pytest.raises(UserError, match="no such folder"):
         collect(["/nowhere/at/all"])
+
+
+def test_what_was_judged_has_its_size_and_cost_at_each_size_of_images(tmp_path: Path) -> None:
+    for size, count in ((224, 4_087_136_256), (32, 37_011_456), (64, None)):
+        line = record("INTL", "knn", {"top1_k20": 80.0}, image_size=size)
+        line["settings"] = {"parameters": 999_600, **({"multiply_adds": count} if count else {})}
+        write_lines(tmp_path / str(size) / "results.jsonl", [line])
+    told = judged(collect([tmp_path]))
+    assert told is not None
+    (row,) = told.rows
+    by_name = {head.text: c.text for head, c in zip(told.columns, row)}
+    assert by_name["parameters"] == "1000 k" and by_name["results"] == "3"
+    assert by_name["multiply-adds"] == "37 M at 32 px, 4.09 G at 224 px"

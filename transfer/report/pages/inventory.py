@@ -24,10 +24,14 @@ def judged(evidence: Evidence) -> Table | None:
     """The weights behind the results: sha256, format, branch, pretraining, whether they are still there."""
     rows: dict[tuple[str, ...], list[Cell]] = {}
     counts: dict[tuple[str, ...], int] = {}
+    sizes: dict[tuple[str, ...], dict[int, str]] = {}
     for record in evidence.records:
-        weights = record["weights"] or {}
+        weights, settings = record["weights"] or {}, record["settings"] or {}
         key = (record.label, *record.identity)
         counts[key] = counts.get(key, 0) + 1
+        at = sizes.setdefault(key, {})
+        if isinstance(record["image_size"], int) and isinstance(settings.get("multiply_adds"), int):
+            at[record["image_size"]] = _short(settings["multiply_adds"])
         if key in rows:
             continue
         path = str(weights.get("path") or "")
@@ -35,17 +39,36 @@ def judged(evidence: Evidence) -> Table | None:
         rows[key] = [
             cell(record.label), cell(weights_name(weights), note=path), cell(record.sha256[:16] or "-"),
             cell(weights.get("format") or "-"), cell(weights.get("branch") or "-"),
-            cell(record["arch"] or "-"), cell(pretraining_of(path) or "-"),
+            cell(record["arch"] or "-"), cell(_short(settings.get("parameters"))),
+            cell(pretraining_of(path) or "-"),
             cell(here, kind=STALE if here.startswith("stale") else ""),
         ]  # fmt: skip
     if not rows:
         return None
     columns: list[str | Cell] = [
-        "label", "weights", "sha256", "format", "branch", "architecture", "pretraining", "file today",
-        "results",
+        "label", "weights", "sha256", "format", "branch", "architecture", "parameters",
+        Cell(text="multiply-adds", note="of an image: convolutions, matrix products"), "pretraining",
+        "file today", "results",
     ]  # fmt: skip
-    body = [[*row, cell(counts[key])] for key, row in rows.items()]
+    body = [[*row[:7], _at_sizes(sizes[key]), *row[7:], cell(counts[key])] for key, row in rows.items()]
     return table("judged", "What was evaluated", columns, body, _twins(evidence.records))
+
+
+def _at_sizes(found: dict[int, str]) -> Cell:
+    """Multiply-adds at each size of images, px."""
+    if not found:
+        return cell("-")
+    return cell(", ".join(f"{found[size]} at {size} px" for size in sorted(found)))
+
+
+def _short(count: object) -> str:
+    """A count in three digits: 23.5 M, 4.09 G."""
+    if not isinstance(count, int) or count < 0:
+        return "-"
+    for factor, unit in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
+        if count >= factor:
+            return f"{count / factor:.3g}{unit}" if count < 999.5 * factor else f"{count / factor:.0f}{unit}"
+    return str(count)
 
 
 def _twins(records: list[Record]) -> str:
