@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 import textwrap
@@ -17,8 +18,8 @@ from transfer.report.evidence.collect import collect
 from transfer.report.evidence.grouping import group
 from transfer.report.pages import inventory, page, statements, tables
 from transfer.report.pages.page import Page
-from transfer.report.pages.statements import Finding
-from transfer.report.pages.tables import Table
+from transfer.report.pages.summary import summary
+from transfer.report.pages.tables import Cell, Table
 
 WRITES = ("config.yaml", "index.html", "report.md", "tables", "plots", "pictures")
 
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> None:
     settings: ReportSettings = parse("report", argv)
     with output_folder(settings.output, "transfer report", writes=WRITES, earlier=ReportSettings) as output:
         report = _write(settings, output)
-    show(report.alarms, report.verdict, report.findings)
+    show(report.alarms, report.summary, report.verdict, report.differences)
     print(f"\nreport: {(output / 'index.html').resolve()}")
 
 
@@ -50,24 +51,35 @@ def show_summary(folder: Path) -> None:
     evidence = collect([str(folder)], skip=folder / "report")
     results = group(evidence, pool=False)
     verdict = statements.verdict(results) if results.tasks else None
-    show(inventory.alarms(evidence), verdict, statements.differences(results)[1])
+    show(inventory.alarms(evidence), summary(results), verdict, statements.differences(results)[0])
 
 
-def show(alarms: Sequence[str], verdict: Table | None, findings: Sequence[Finding]) -> None:
-    """Print what is missing, the verdict and its statements; coloured on a terminal, plain in a pipe."""
+def show(alarms: Sequence[str], told: str, verdict: Table | None, differences: Table | None) -> None:
+    """Print what is missing, the summary and the tables; coloured on a terminal, plain in a pipe."""
     for alarm in alarms:
         print(f"missing: {alarm}")
     if verdict is None:
         print("no result has been written yet")
         return
     width = shutil.get_terminal_size((110, 24)).columns  # COLUMNS, where there is no terminal
-    if sys.stdout.isatty():
-        _show_rich(verdict)
-    else:
-        print(tables.to_text(verdict, width))
-    print()
-    for finding in findings:
-        print(textwrap.fill(f"- {finding.sentence}", width, subsequent_indent="  "))
+    if told:
+        print(textwrap.fill(told, width), end="\n\n")
+    shown = [verdict] if differences is None else [verdict, _short(differences)]
+    for i, t in enumerate(shown):
+        if sys.stdout.isatty():
+            _show_rich(t)
+        else:
+            print("\n" * (i > 0) + tables.to_text(t, width, wide_end=i > 0))
+
+
+def _short(differences: Table) -> Table:
+    """Task, who and against whom in one column, without the interval: as a terminal has room for."""
+    columns = (Cell(text="who against whom"), *(differences.columns[i] for i in (3, 5, 6)))
+    rows = [
+        (Cell(text=f"{task.text}: {who.text} against {whom.text}"), points, verdict, why)
+        for task, who, whom, points, _, verdict, why in differences.rows
+    ]
+    return dataclasses.replace(differences, columns=columns, rows=tuple(rows))
 
 
 def _show_rich(t: Table) -> None:

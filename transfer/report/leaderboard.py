@@ -119,7 +119,7 @@ def compose(evidence: Evidence, output: Path, *, title: str, pool: bool) -> Page
     ]
     return Page(
         title=printable(title), roots=tuple(printable(str(r)) for r in evidence.roots),
-        verdict=overview(boards) if boards else None, findings=(), alarms=(),
+        verdict=overview(boards) if boards else None, summary="", differences=None, alarms=(),
         sections=tuple(s for s in sections if s.tables),
         measurements=inventory.measurements(group(evidence, pool=pool)),
     )  # fmt: skip
@@ -135,5 +135,5 @@ def main(argv: list[str]) -> None:
         made = compose(evidence, output, title=settings.title, pool=settings.pool)
         page.write(made, output)
         save_settings(settings, output / "config.yaml")
-    show((), made.verdict, ())
+    show((), "", made.verdict, None)
     print(f"leaderboard: {(output / 'index.html').resolve()}")

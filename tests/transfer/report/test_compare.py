@@ -204,11 +204,15 @@ def test_nothing_is_bold_where_all_are_within_noise(tmp_path: Path) -> None:
 
 def test_a_sentence_says_how_many_comparisons_were_made(tmp_path: Path) -> None:
     # 1.1 points of 84 %: 2.1 standard errors, p = 0.034: alone beyond the images' noise, as one of three not
-    _, alone = differences(_results(tmp_path / "two", a=84.0, b=82.9))
-    assert "beyond the noise of the test images" in alone[0].sentence
-    _, three = differences(_results(tmp_path / "three", a=84.0, b=82.9, c=83.5))
-    assert "a is 1.10 points above b: within the noise of the test images" in three[0].sentence
-    assert "by Holm over 3 comparisons of the task" in three[0].sentence
+    alone, none = differences(_results(tmp_path / "two", a=84.0, b=82.9))
+    assert alone is not None and none is None
+    assert [c.text for c in alone.rows[0][3:6:2]] == ["+1.10", "beyond the noise of the test images"]
+    three, others = differences(_results(tmp_path / "three", a=84.0, b=82.9, c=83.5))
+    assert three is not None and others is not None
+    assert [[c.text for c in row[1:4]] for row in three.rows] == [["a", "c", "+0.50"], ["a", "b", "+1.10"]]
+    assert [[c.text for c in row[1:4]] for row in others.rows] == [["c", "b", "+0.60"]]
+    assert three.rows[1][5].text == "within the noise of the test images"
+    assert "by Holm over 3 comparisons of the task" in three.rows[1][6].text
 
 
 # false alarms and power

@@ -83,10 +83,11 @@ def test_lines_without_the_field_are_told_apart_as_well(tmp_path: Path) -> None:
 def test_methods_under_different_conditions_are_compared_with_the_difference_named(tmp_path: Path) -> None:
     results = read(tmp_path, under("INTL", 84.0), under("random control", 80.0, precision="bfloat16"))
     assert len(results.tasks) == 1
-    _, (finding,) = differences(results)
-    assert "evaluated under precision float32 against precision bfloat16" in finding.sentence
-    _, (alike,) = differences(read(tmp_path / "b", under("INTL", 84.0), under("random control", 80.0)))
-    assert "evaluated under" not in alike.sentence
+    found, _ = differences(results)
+    assert found is not None
+    assert "evaluated under precision float32 against precision bfloat16" in found.rows[0][6].text
+    alike, _ = differences(read(tmp_path / "b", under("INTL", 84.0), under("random control", 80.0)))
+    assert alike is not None and "evaluated under" not in alike.rows[0][6].text
 
 
 def test_what_deviates_from_its_protocol_has_a_column_of_its_own(tmp_path: Path) -> None:

@@ -262,8 +262,9 @@ def test_another_image_size_is_told_beside_the_difference(tmp_path: Path) -> Non
             for label, top1, size in (("INTL", 84.0, sizes[0]), ("random control", 80.0, sizes[1]))
         ]
         write_lines(out / "results.jsonl", lines)
-        _, (finding,) = differences(group(collect([out])))
-        assert ("evaluated under image size 48 against image size 32" in finding.sentence) == said
+        found, _ = differences(group(collect([out])))
+        assert found is not None
+        assert ("evaluated under image size 48 against image size 32" in found.rows[0][6].text) == said
 
 
 def test_results_of_two_protocols_are_never_in_one_column(tmp_path: Path) -> None:
@@ -339,9 +340,10 @@ def two_folders(root: Path) -> list[str]:
 def test_several_folders_side_by_side(tmp_path: Path) -> None:
     command.main([*two_folders(tmp_path), "--output", str(tmp_path / "report")])
     names = [r["weights"] for r in rows(tmp_path / "report" / "tables" / "verdict.csv")]
-    assert names == ["INTL (first)", "INTL (second)"]
+    assert names == ["INTL (second)", "INTL (first)"]  # the best first
     (difference,) = rows(tmp_path / "report" / "tables" / "differences.csv")
-    assert difference["points"] == "-4.25" and "paired t test over 2 evaluation seeds" in difference["test"]
+    assert (difference["who"], difference["against"]) == ("INTL (second)", "INTL (first)")
+    assert difference["points"] == "+4.25" and "paired t test over 2 evaluation seeds" in difference["why"]
 
 
 def test_pooled_folders_are_seeds_of_one_method(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class Results:
     """Trials by method, task and selection; later runs of the same trial replace earlier ones."""
 
     methods: tuple[str, ...]
+    """The rows: checkpoints, then random weights, then raw pixels; among those the best first."""
     tasks: tuple[Task, ...]
     """In the order of the report's columns; without those of `spectra`."""
     spectra: tuple[Task, ...]
@@ -213,17 +214,31 @@ def group(evidence: Evidence, *, pool: bool = False) -> Results:
             "of the same."
         )
     chosen = {key: _fresh(trials.values(), order) for key, trials in groups.items()}
-    methods = dict.fromkeys(
-        names[id(r)] for r in sorted(evidence.records, key=lambda r: (_rank(r), r.root, r.label))
-    )
-    return Results(
-        methods=tuple(methods),
+    ranks: dict[str, int] = {}
+    for r in sorted(evidence.records, key=lambda r: (_rank(r), r.root, r.label)):
+        ranks.setdefault(names[id(r)], _rank(r))
+    results = Results(
+        methods=tuple(ranks),
         tasks=tuple(sorted({task for _, task, _ in chosen if task.name != SPECTRUM})),
         spectra=tuple(sorted({task for _, task, _ in chosen if task.name == SPECTRUM})),
         groups=dict(sorted(chosen.items(), key=lambda item: (item[0][1], item[0][0], item[0][2]))),
         notes=tuple(notes),
         run_names={r.folder: names[id(r)] for r in evidence.records},
     )
+    above = _above(results)
+    return dataclasses.replace(
+        results, methods=tuple(sorted(ranks, key=lambda method: (ranks[method], -above[method])))
+    )
+
+
+def _above(results: Results) -> Counter[str]:
+    """How many others each method is above, over all tasks; figures with a warning do not count."""
+    found: Counter[str] = Counter()
+    for task in results.tasks:
+        have = ((m, results.headline(m, task)) for m in results.methods)
+        means = {m: s.mean for m, s in have if s is not None and not results.warnings(m, task)}
+        found.update({m: sum(other < mean for other in means.values()) for m, mean in means.items()})
+    return found
 
 
 def condition(record: Record, key: str) -> str:

@@ -20,8 +20,8 @@ from transfer.report.pages import inventory, pictures, plots, statements, tables
 from transfer.report.pages.pictures import Shown
 from transfer.report.pages.plots import Plot
 from transfer.report.pages.spectrum import spectrum_tables
-from transfer.report.pages.statements import Finding
 from transfer.report.pages.study import read_study
+from transfer.report.pages.summary import summary
 from transfer.report.pages.tables import Table
 
 MANIFEST = ".report-files.json"
@@ -51,7 +51,10 @@ class Page:
     title: str
     roots: tuple[str, ...]
     verdict: Table | None
-    findings: tuple[Finding, ...]
+    summary: str
+    """One paragraph in words; empty for none."""
+    differences: Table | None
+    """Of the best model, below the verdict."""
     alarms: tuple[str, ...]
     sections: tuple[Section, ...]
     measurements: Table
@@ -59,8 +62,7 @@ class Page:
     @property
     def tables(self) -> list[Table]:
         """Every table shown, in the page's order."""
-        first = [self.verdict] if self.verdict else []
-        return [*first, *(t for s in self.sections for t in s.tables)]
+        return [*_some(self.verdict), *_some(self.differences), *(t for s in self.sections for t in s.tables)]
 
 
 def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int) -> Page:
@@ -70,7 +72,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
     shown, left_out = pictures.load(found, per_folder=per_folder)
     evidence = dataclasses.replace(evidence, problems=[*evidence.problems, *left_out])
     near, unseen = _neighbours(results)
-    difference_table, findings = statements.differences(results)
+    differences, others = statements.differences(results)
     missing = inventory.gaps(evidence)
     elsewhere = statements.published_elsewhere(results)
     wall = inventory.costs(evidence)
@@ -79,7 +81,7 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
     detection = plots.detection_plots(evidence.detection, results)
     spectra, predicted = spectrum_tables(results)
     sections = [
-        Section(slug="differences", title="Differences", tables=_some(difference_table)),
+        Section(slug="differences", title="Differences between the others", tables=_some(others)),
         Section(slug="missing", title="Missing, failed and stale", tables=_some(missing)),
         Section(slug="judged", title="What was evaluated", tables=_some(weights)),
         Section(
@@ -114,7 +116,8 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
         title=printable(title),
         roots=tuple(printable(str(r)) for r in evidence.roots),
         verdict=statements.verdict(results) if results.tasks else None,
-        findings=findings,
+        summary=summary(results),
+        differences=differences,
         alarms=inventory.alarms(evidence),
         sections=tuple(s for s in sections if s.tables or s.plots or s.pictures or s.notes),
         measurements=inventory.measurements(results),

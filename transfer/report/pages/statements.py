@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 
 from transfer.report.evidence.compare import Summary
@@ -65,8 +64,9 @@ def verdict(results: Results) -> Table:
     )
     if len(results.methods) > 1:
         note += (
-            " Bold: the highest of a column and all that are within noise of it (see Differences); nothing "
-            "where that is every row."
+            " The first row is the model that is above most others over all columns. Bold: the highest of a "
+            "column and all that are within noise of it (see the differences); nothing where that is every "
+            "row."
         )
     return table("verdict", "Verdict", columns, rows, note)
 
@@ -190,35 +190,26 @@ def published_elsewhere(results: Results) -> Table | None:
     return table("published-elsewhere", "Published under other protocols", columns, rows, note)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One pair of methods in one task."""
-
-    sentence: str
-    verdict: str
-
-
-def differences(results: Results) -> tuple[Table | None, tuple[Finding, ...]]:
-    """Every pair of methods in every task that both have under one protocol, and the first's in words."""
-    rows, findings = [], []
+def differences(results: Results) -> tuple[Table | None, Table | None]:
+    """Every pair of methods in every task that both have under one protocol: those of the first method of
+    the task, and all others."""
+    of_first: list[list[Cell]] = []
+    others: list[list[Cell]] = []
     for task in results.tasks:
         found = compared(results, task)
-        what = f"{task.title} {metric_name(results.headline_metric(task))}"
         for (first, second), d in found.items():
             kind = "good" if d.verdict == "beyond noise" else "" if d.beyond else "bad" if d.p else MISSING
-            rows.append([
-                cell(what, note=task.setting), cell(f"{first} − {second}"), cell(f"{d.points:+.2f}"),
-                cell(d.spread), cell(d.verdict, kind=kind), cell(d.reason),
-            ])  # fmt: skip
-            if first == results.methods[0] or len(found) == 1:
-                lead = "above" if d.points > 0 else "below" if d.points < 0 else "level with"
-                points = f"{abs(d.points):.2f} points {lead}" if d.points else lead
-                sentence = f"{what}: {first} is {points} {second}: {d.verdict} ({d.reason})."
-                findings.append(Finding(sentence=sentence, verdict=d.verdict))
-    if not rows:
-        return None, ()
-    columns: list[str | Cell] = ["task", "difference", "points", "spread", "verdict", "test"]
-    return table("differences", "Differences", columns, rows, DIFFERENCES_NOTE), tuple(findings)
+            row = [
+                cell(f"{task.title} {metric_name(results.headline_metric(task))}", note=task.setting),
+                cell(first), cell(second), cell(f"{d.points:+.2f}"), cell(d.spread),
+                cell(d.verdict, kind=kind), cell(d.reason),
+            ]  # fmt: skip
+            (of_first if first == next(iter(found))[0] else others).append(row)
+    heads: list[str | Cell] = ["task", "who", "against", "points", "spread", "verdict", "why"]
+    return (
+        table("differences", "Differences", heads, of_first, DIFFERENCES_NOTE) if of_first else None,
+        table("other-differences", "Differences between the others", heads, others) if others else None,
+    )
 
 
 DIFFERENCES_NOTE = (

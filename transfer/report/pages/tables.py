@@ -137,16 +137,20 @@ def to_tex(t: Table) -> str:
 MOST_CHARACTERS = 28  # of a cell in plain text, before it goes on in a second line
 
 
-def to_text(t: Table, width: int = 110) -> str:
+def to_text(t: Table, width: int = 110, *, wide_end: bool = False) -> str:
     """Aligned plain text of at most `width` characters a line, for pipes and logs.
 
-    Columns that do not fit beside each other follow below, each time with the first one again.
+    Columns that do not fit beside each other follow below, each time with the first one again. With
+    `wide_end` the last column, of sentences, has what the others leave of the width.
     """
-    heads = [[_broken(c.text) for c in t.columns], [_broken(c.note) for c in t.columns]]
-    lines = [
-        *(heads if any(c.note for c in t.columns) else heads[:1]),
-        *([_broken(_one_line(c)) for c in row] for row in t.rows),
-    ]
+    texts = [[c.text for c in t.columns], [c.note for c in t.columns]]
+    texts = texts if any(texts[1]) else texts[:1]
+    texts += [[_one_line(c) for c in row] for row in t.rows]
+    lines = [[_broken(text) for text in row] for row in texts]
+    if wide_end:
+        taken = sum(max(len(part) for row in lines for part in row[i]) + 2 for i in range(len(t.columns) - 1))
+        for row, texts_of_row in zip(lines, texts):
+            row[-1] = _broken(texts_of_row[-1], max(MOST_CHARACTERS, width - taken))
     widths = [max(len(part) for line in lines for part in line[i]) for i in range(len(t.columns))]
     spelt = [t.title]
     todo = list(range(1, len(t.columns)))
@@ -161,8 +165,8 @@ def to_text(t: Table, width: int = 110) -> str:
     return "\n".join(spelt)
 
 
-def _broken(text: str) -> list[str]:
-    return textwrap.wrap(text, MOST_CHARACTERS) or [""]
+def _broken(text: str, most: int = MOST_CHARACTERS) -> list[str]:
+    return textwrap.wrap(text, most) or [""]
 
 
 def _spelt(cells: list[list[str]], widths: list[int]) -> list[str]:

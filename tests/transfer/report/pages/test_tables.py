@@ -27,5 +27,6 @@ def test_a_long_cell_goes_on_in_the_next_line() -> None:
     assert to_text(t).splitlines()[2:4] == [
         "a  seven words are too many for", "   one",
     ]  # fmt: skip
+    assert to_text(t, 40, wide_end=True).splitlines()[2] == f"a  {words}"  # 3 + 32 of 40 characters
     wide = table("v", "V", [f"column {i}" for i in range(40)], [[Cell(text="12.3")] * 40])
     assert max(map(len, to_text(wide, 100).splitlines())) <= 100
