@@ -65,6 +65,12 @@ class Tokens(nn.Module):
                 "norm stands behind the mean of its patches, or is not there)"
             )
 
+    def unused(self) -> list[nn.Parameter]:
+        """Parameters of the backbone that no token wanted hangs on."""
+        behind = ["fc_norm", "attn_pool", *(["norm"] if all(w["raw"] for w in self.wanted) else [])]
+        modules = (getattr(self.backbone, name, None) for name in behind)
+        return [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
+
     def forward(self, images: Tensor) -> Tensor:
         """N x 3 x H x W normalised -> N x D."""
         vit = cast(Any, self.backbone)

@@ -1,15 +1,19 @@
-"""A whole classifier, backbone and head, and its optimizer step.
+"""A fine-tuning: what its protocol says, a whole classifier, backbone and head, and its optimizer step.
 
 B images of this rank, C classes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
+from timm.layers import DropPath
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -19,25 +23,136 @@ from pretrain.common.process_group import is_on, world_size
 from pretrain.network.small_maps import multiply_small_maps
 from pretrain.network.sync_batchnorm import convert_sync_batchnorm
 from pretrain.optim import Stepper, parallel
+from transfer.evaluation.augment import check_auto_augment
+from transfer.evaluation.pooled_features import LAST
+from transfer.evaluation.protocol import want
+from transfer.evaluation.tokens import is_tokens
+from transfer.evaluation.transforms import ImageValues
+from transfer.evaluators.heads import check_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemisupProtocol(ImageValues):
+    """The values of a fine-tuning protocol; rates by the share of labels in percent."""
+
+    lr_backbone: dict[str, float]
+    """Learning rate of the backbone for each share of the labels, in percent: '1', '10' or '100'."""
+    lr_head: dict[str, float]
+    """The same of the classifier."""
+    lr_per_256: bool = False
+    """Multiply the rates by batch / 256."""
+    batch: int = 256
+    """Images a step, over all ranks."""
+    epochs: int = 20
+    """Times through the labelled images."""
+    drop_last: bool = False
+    """Leave out an epoch's last batch where it is not a whole one."""
+    schedule: Literal["constant", "cosine", "cosine_by_epoch", "steps"] = "cosine_by_epoch"
+    """How the learning rates fall: by epoch, or cosine by step."""
+    warmup_epochs: int = 0
+    """Epochs in which the rates rise from 0 by step."""
+    final: float = 0.0
+    """Learning rates at the end of a cosine, as a share of the first."""
+    milestones: tuple[int, ...] = ()
+    """schedule steps: the epochs after which the rates are multiplied by gamma."""
+    gamma: float = 0.1
+    """See milestones."""
+    momentum: float = 0.9
+    """Of SGD."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """adamw: betas 0.9 and 0.999, and no momentum of SGD's."""
+    weight_decay: float = 0.0
+    """Of all weights, or as weight_decay_of says."""
+    weight_decay_of: Literal["all", "matrices"] = "all"
+    """matrices: not of biases, norms, and what timm's network names (class token, positions)."""
+    layer_decay: float = 1.0
+    """Rate of one of timm's layers of the backbone by that of the next, the head's behind the last."""
+    drop_path: float = 0.0
+    """Share of images for which the last block of a ViT is left out in training; it rises from 0 linearly."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+    mixup: float = 0.0
+    """alpha of timm's Mixup, a draw for each rank's batch; with cutmix too, one of them at even odds."""
+    cutmix: float = 0.0
+    """The same of CutMix."""
+    auto_augment: str = ""
+    """timm's word for a RandAugment of the training images, such as rand-m9-mstd0.5-inc1."""
+    random_erasing: float = 0.0
+    """Share of training images that lose a rectangle to noise."""
+    head_norm: bool = False
+    """A new LayerNorm of the features before the classifier."""
+    head_init: Literal["normal", "uniform", "tiny"] = "normal"
+    """normal: N(0, 0.01), bias 0; tiny: N(0, 2e-5), bias 0; uniform: nn.Linear's own."""
+    sync_bn: bool = False
+    """BatchNorm statistics over all ranks; else each rank's own, those of rank 0 are evaluated."""
+    precision: Literal["auto", "float32"] = "float32"
+    """Of training and evaluation, unless --precision says otherwise."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for rates of different shares and numbers out of range."""
+        super().__post_init__()
+        for key, rates in (("lr_backbone", self.lr_backbone), ("lr_head", self.lr_head)):
+            shares = bool(rates) and set(rates) <= {"1", "10", "100"}
+            want(shares, key, rates, "a rate for some of the shares '1', '10' and '100' (percent of labels)")
+            finite = all(0 <= r < math.inf for r in rates.values())
+            want(finite, key, rates, "rates of 0 (nothing is trained there) or more")
+        want(len(self.features) == 1, "features", self.features, "one set")
+        if self.features != LAST:
+            want(is_tokens(self.features[0]), "features", self.features, "layer4, or a ViT's tokens")
+        same = set(self.lr_backbone) == set(self.lr_head)
+        want(same, "lr_head", self.lr_head, f"rates for the shares of lr_backbone, {list(self.lr_backbone)}")
+        want(self.batch >= 2, "batch", self.batch, "2 images or more")
+        for key in ("weight_decay", "mixup", "cutmix"):
+            want(0 <= getattr(self, key) < math.inf, key, getattr(self, key), "0 or more")
+        for key in ("drop_path", "label_smoothing", "random_erasing", "final"):
+            want(0 <= getattr(self, key) < 1, key, getattr(self, key), "0 to below 1")
+        want(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0, at most 1")
+        check_auto_augment(self.auto_augment)
+        if self.pairs:
+            whole = self.drop_last and self.batch % 2 == 0
+            want(whole, "mixup", self.mixup, "drop_last true and an even batch, as images are mixed in pairs")
+        check_steps(self)
+        warm = 0 <= self.warmup_epochs < self.epochs
+        want(warm, "warmup_epochs", self.warmup_epochs, "0 or more, fewer than epochs")
+
+    @property
+    def pairs(self) -> bool:
+        """Whether images of a batch are mixed with each other."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a rank draws anything for its batch."""
+        return self.pairs or bool(self.drop_path or self.random_erasing)
+
+    def rates(self, percent: int) -> tuple[float, float]:
+        """Learning rate of backbone and head at the start. Raises KeyError for a share without one."""
+        scale = self.batch / 256 if self.lr_per_256 else 1.0
+        return self.lr_backbone[str(percent)] * scale, self.lr_head[str(percent)] * scale
+
+
+NORM_EPSILON = 1e-6
+"""Of head_norm: of timm's ViTs and MAE's (models_vit.py)."""
 
 
 class Classifier(nn.Module):
-    """Backbone and one linear layer: B x 3 x H x W -> B x C."""
+    """Backbone and one linear layer, a LayerNorm between them on request: B x 3 x H x W -> B x C."""
 
-    def __init__(self, backbone: nn.Module, features: int, classes: int) -> None:
+    def __init__(self, backbone: nn.Module, features: int, classes: int, *, norm: bool = False) -> None:
         super().__init__()
         self.backbone, self.head = backbone, nn.Linear(features, classes)
+        self.head_norm: nn.Module = nn.LayerNorm(features, eps=NORM_EPSILON) if norm else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         """B x 3 x H x W normalised -> logits B x C."""
-        return self.head(self.backbone(images))
+        return self.head(self.head_norm(self.backbone(images)))
 
 
 class FineTuning:
     """A classifier and its optimizer: all that learns and that a checkpoint holds.
 
-    SGD with a learning rate for the backbone and one for the head. Head: N(0, 0.01) and bias 0, or
-    nn.Linear's own. BatchNorm is in train mode, with this rank's statistics, or all ranks' with `sync_bn`.
+    A learning rate for the backbone and one for the head; the other options are SemisupProtocol's values.
+    BatchNorm is in train mode, with this rank's statistics, or all ranks' with `sync_bn`.
     """
 
     def __init__(
@@ -49,11 +164,16 @@ class FineTuning:
         lr_head: float,
         momentum: float,
         weight_decay: float,
-        head_init: Literal["normal", "uniform"],
+        head_init: Literal["normal", "uniform", "tiny"],
         sync_bn: bool,
         seed: int,
         dtype: torch.dtype,
         device: torch.device,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        weight_decay_of: Literal["all", "matrices"] = "all",
+        layer_decay: float = 1.0,
+        drop_path: float = 0.0,
+        head_norm: bool = False,
     ) -> None:
         if not hasattr(backbone, "num_features"):
             raise UserError(
@@ -62,26 +182,33 @@ class FineTuning:
         features = int(backbone.num_features)  # type: ignore[arg-type]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = multiply_small_maps(Classifier(backbone, features, classes))
-            if head_init == "normal":
-                nn.init.normal_(model.head.weight, std=0.01)
+            model = multiply_small_maps(Classifier(backbone, features, classes, norm=head_norm))
+            if head_init != "uniform":
+                nn.init.normal_(model.head.weight, std=0.01 if head_init == "normal" else 2e-5)
                 nn.init.zeros_(model.head.bias)
+        if drop_path:
+            leave_blocks_out(_of_timm(backbone), drop_path)
         model = model.to(device, memory_format=torch.channels_last).requires_grad_(True)  # type: ignore[call-overload]
         self.model: nn.Module = (
             convert_sync_batchnorm(model, device) if sync_bn and world_size() > 1 else model
         )
-        self.rates = (lr_backbone, lr_head)
-        named = list(self.model.named_parameters())
-        groups = [
-            {"params": [p for n, p in named if n.startswith("head.") is head]} for head in (False, True)
+        for parameter in getattr(backbone, "unused", list)():
+            parameter.requires_grad_(False)  # DDP waits for the gradient of every other one
+        groups = parameter_groups(self.model, weight_decay, weight_decay_of, layer_decay)
+        self.rates = [
+            group.pop("scale") * (lr_head if group.pop("head") else lr_backbone) for group in groups
         ]
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
-        self.stepper = Stepper(optimizer, device, dtype)
+        if optimizer == "adamw":
+            self.stepper = Stepper(torch.optim.AdamW(groups, lr=0.0), device, dtype)
+        else:
+            self.stepper = Stepper(torch.optim.SGD(groups, lr=0.0, momentum=momentum), device, dtype)
         self.dtype, self.device = dtype, device
         self._called = parallel(self.model, device, broadcast_buffers=not sync_bn)
 
-    def step(self, images: Tensor, labels_B: Tensor, *, batch_global: int, factor: float) -> Tensor:
+    def step(self, images: Tensor, labels: Tensor, *, batch_global: int, factor: float) -> Tensor:
         """One step at `factor` times the rates; this rank's part of the mean loss over `batch_global` images.
+
+        `labels`: the images' classes (B), or the share of each class (B x C).
 
         The gradient is that of the mean over all ranks' images, whether or not they hold equally many. All
         ranks must call, each with at least one image.
@@ -89,7 +216,7 @@ class FineTuning:
         self._called.train()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self._called(images)
-        loss = cross_entropy(logits.float(), labels_B, reduction="sum") / batch_global
+        loss = cross_entropy(logits.float(), labels, reduction="sum") / batch_global
         self.stepper.backward(loss * world_size())  # DDP takes the mean over ranks
         self.stepper.update(*(rate * factor for rate in self.rates))
         return loss.detach()
@@ -115,6 +242,64 @@ class FineTuning:
         """Take up what `state` gave, in a checkpoint that may hold more."""
         self.model.load_state_dict(state["model"])
         self.stepper.restore(state)
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, of: Literal["all", "matrices"], layer_decay: float
+) -> list[dict[str, Any]]:
+    """Parameters of a classifier by learning rate and weight decay, for an optimizer, the head's last.
+
+    Each group has `scale`, what its rate is multiplied by, and `head`, whether it is the head's. The head is
+    a layer behind the network's last one, as in timm's networks with a classifier.
+
+    Raises UserError for a layer decay of a network whose layers timm does not know.
+    """
+    backbone, groups = cast("nn.Module", model.backbone), []
+    head = [(n, p) for n, p in model.named_parameters() if n.startswith("head")]
+    if layer_decay == 1 and of == "all":
+        for which, params in ((False, list(backbone.parameters())), (True, [p for _, p in head])):
+            groups.append({"params": params, "weight_decay": weight_decay, "scale": 1.0, "head": which})
+        return groups
+    network = _of_timm(backbone)
+    named: set[str] = getattr(network, "no_weight_decay", set)()
+    for group in param_groups_layer_decay(
+        network, weight_decay, no_weight_decay_list=named if of == "matrices" else (),
+        weight_decay_exclude_1d=of == "matrices", layer_decay=layer_decay,
+    ):  # fmt: skip
+        groups.append({
+            "params": group["params"], "weight_decay": group["weight_decay"],
+            "scale": group["lr_scale"] * layer_decay, "head": False,
+        })  # fmt: skip
+    for one_d in (False, True):
+        params = [p for _, p in head if (p.ndim <= 1) is one_d]
+        decay = 0.0 if one_d and of == "matrices" else weight_decay
+        groups.append({"params": params, "weight_decay": decay, "scale": 1.0, "head": True})
+    return groups
+
+
+def leave_blocks_out(network: nn.Module, share: float) -> None:
+    """In training, leave out the first block of a ViT never and the last for this share of the images.
+
+    Raises UserError for a network without such blocks.
+    """
+    blocks = list(getattr(network, "blocks", ()))
+    if not blocks or not all(hasattr(b, "drop_path1") and hasattr(b, "drop_path2") for b in blocks):
+        raise UserError(
+            f"this protocol has drop_path, for the blocks of a ViT; {type(network).__name__} has none"
+        )
+    for block, rate in zip(blocks, torch.linspace(0, share, len(blocks), dtype=torch.float64).tolist()):
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+
+
+def _of_timm(backbone: nn.Module) -> nn.Module:
+    """The network of timm's itself, which knows its layers. Raises UserError for another."""
+    network = getattr(backbone, "backbone", backbone)
+    if not hasattr(network, "group_matcher"):
+        raise UserError(
+            "this protocol treats a backbone's layers apart (layer_decay, weight_decay_of, drop_path), which "
+            f"are known of timm's networks; {type(network).__name__} is none: take a protocol without"
+        )
+    return network
 
 
 def joined(place_N: Tensor, device: torch.device) -> Tensor:

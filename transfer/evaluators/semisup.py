@@ -11,8 +11,8 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,17 +32,16 @@ from pretrain.learner import choose_dtype
 from pretrain.metrics import wandb_log
 from transfer.checkpoints.backbone import RAW_PIXELS, Backbone
 from transfer.evaluation.accuracy import percentages, places
-from transfer.evaluation.augment import Augmented
+from transfer.evaluation.augment import Augmented, Mixing, drawn_from, rand_augment
 from transfer.evaluation.context import Evaluation, output_of, set_up
 from transfer.evaluation.features import Decoded, image_batches
-from transfer.evaluation.pooled_features import LAST, network_of, stages_of
-from transfer.evaluation.protocol import load_protocol, want
+from transfer.evaluation.pooled_features import network_of, stages_of
+from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluation.tokens import at_size, is_tokens
-from transfer.evaluation.transforms import ImageValues
-from transfer.evaluators.epoch_order import epoch_batches
-from transfer.evaluators.finetune import FineTuning, joined
-from transfer.evaluators.heads import check_steps, rate_factor
+from transfer.evaluation.tokens import at_size
+from transfer.evaluators.epoch_order import epoch_batches, steps_of
+from transfer.evaluators.finetune import FineTuning, SemisupProtocol, joined
+from transfer.evaluators.heads import rate_factor
 from transfer.evaluators.subsets import LabelSubset, choose_subset
 from transfer.evaluators.voc07 import refuse_voc07
 from transfer.options import SemisupSettings, parse
@@ -51,60 +50,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
 EPOCHS = "epochs.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SemisupProtocol(ImageValues):
-    """The values of a fine-tuning protocol; rates by the share of labels in percent."""
-
-    lr_backbone: dict[str, float]
-    """Learning rate of the backbone for each share of the labels, in percent: '1', '10' or '100'."""
-    lr_head: dict[str, float]
-    """The same of the classifier."""
-    lr_per_256: bool = False
-    """Multiply the rates by batch / 256."""
-    batch: int = 256
-    """Images a step, over all ranks."""
-    epochs: int = 20
-    """Times through the labelled images."""
-    schedule: Literal["constant", "cosine_by_epoch", "steps"] = "cosine_by_epoch"
-    """How the learning rates fall."""
-    milestones: tuple[int, ...] = ()
-    """schedule steps: the epochs after which the rates are multiplied by gamma."""
-    gamma: float = 0.1
-    """See milestones."""
-    momentum: float = 0.9
-    """Of SGD."""
-    weight_decay: float = 0.0
-    """Of all weights."""
-    head_init: Literal["normal", "uniform"] = "normal"
-    """normal: N(0, 0.01), bias 0; uniform: nn.Linear's own."""
-    sync_bn: bool = False
-    """BatchNorm statistics over all ranks; else each rank's own, those of rank 0 are evaluated."""
-    precision: Literal["auto", "float32"] = "float32"
-    """Of training and evaluation, unless --precision says otherwise."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for rates of different shares and numbers out of range."""
-        super().__post_init__()
-        for key, rates in (("lr_backbone", self.lr_backbone), ("lr_head", self.lr_head)):
-            shares = bool(rates) and set(rates) <= {"1", "10", "100"}
-            want(shares, key, rates, "a rate for some of the shares '1', '10' and '100' (percent of labels)")
-            finite = all(0 <= r < math.inf for r in rates.values())
-            want(finite, key, rates, "rates of 0 (nothing is trained there) or more")
-        want(len(self.features) == 1, "features", self.features, "one set")
-        if self.features != LAST:
-            want(is_tokens(self.features[0]), "features", self.features, "layer4, or a ViT's tokens")
-        same = set(self.lr_backbone) == set(self.lr_head)
-        want(same, "lr_head", self.lr_head, f"rates for the shares of lr_backbone, {list(self.lr_backbone)}")
-        want(self.batch >= 2, "batch", self.batch, "2 images or more")
-        want(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        check_steps(self)
-
-    def rates(self, percent: int) -> tuple[float, float]:
-        """Learning rate of backbone and head at the start. Raises KeyError for a share without one."""
-        scale = self.batch / 256 if self.lr_per_256 else 1.0
-        return self.lr_backbone[str(percent)] * scale, self.lr_head[str(percent)] * scale
 
 
 def main(argv: list[str]) -> int:
@@ -143,7 +88,7 @@ def _evaluate(settings: SemisupSettings, backbone: Backbone | None) -> list[Resu
     # A node that had its copy of the data already waits for one that still makes it.
     with process_group(timeout_min=24 * 60 if settings.stage_to else 30) as device:
         dtype = choose_dtype(evaluation.precision, device)
-        ranks = {} if values.sync_bn else {"world_size": world_size()}
+        ranks = {} if values.sync_bn and not values.draws else {"world_size": world_size()}
         evaluation = replace(
             evaluation, precision=str(dtype).removeprefix("torch."),
             more_conditions={"labels": subset.sha256, **ranks},
@@ -154,6 +99,11 @@ def _evaluate(settings: SemisupSettings, backbone: Backbone | None) -> list[Resu
             return written
         if values.batch < 2 * world_size():
             raise UserError(f"{protocol}: a batch of {values.batch} is too small for {world_size()} ranks")
+        if values.pairs and (values.batch % (2 * world_size()) or len(subset.indices) < values.batch):
+            raise UserError(
+                f"{protocol} mixes images in pairs: wanted a batch ({values.batch}) with an even part for "
+                f"each of {world_size()} ranks, and as many labelled images (there are {len(subset.indices)})"
+            )
         run = Run(evaluation, values, subset, settings, device, dtype)
         evaluation.begin()
         if is_main():
@@ -182,7 +132,7 @@ class Run:
         self.evaluation, self.values, self.subset = evaluation, values, subset
         self.settings, self.device = settings, device
         self.output = settings.output
-        self.steps = math.ceil(len(subset.indices) / values.batch)  # an epoch
+        self.steps = steps_of(len(subset.indices), values.batch, drop_last=values.drop_last)  # an epoch
         self.total = self.steps * values.epochs
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -199,7 +149,18 @@ class Run:
             network, classes=len(evaluation.train.classes), lr_backbone=self.lr_backbone,
             lr_head=self.lr_head, momentum=values.momentum, weight_decay=values.weight_decay,
             head_init=values.head_init, sync_bn=values.sync_bn, seed=settings.seed, dtype=self.dtype,
-            device=device,
+            device=device, optimizer=values.optimizer, weight_decay_of=values.weight_decay_of,
+            layer_decay=values.layer_decay, drop_path=values.drop_path, head_norm=values.head_norm,
+        )  # fmt: skip
+        look = evaluation.transform
+        self.changed = (
+            rand_augment(values.auto_augment, look.size, look.mean, values.interpolation)
+            if values.auto_augment
+            else None
+        )
+        self.mixing = Mixing(
+            len(evaluation.train.classes), mixup=values.mixup, cutmix=values.cutmix,
+            smoothing=values.label_smoothing, erasing=values.random_erasing, device=device,
         )  # fmt: skip
         self._resume()
 
@@ -215,12 +176,16 @@ class Run:
         with StopSignals() as stop, progress as bar, logged as log:
             while self.step < self.total:
                 epoch = self.step // self.steps
-                factor = rate_factor(
-                    self.values.schedule, step=self.step, steps_per_epoch=self.steps,
-                    epochs=self.values.epochs, milestones=self.values.milestones, gamma=self.values.gamma,
-                )  # fmt: skip
                 for images, labels_B, size in self._batches(epoch):
-                    loss = self.learner.step(images, labels_B, batch_global=size, factor=factor)
+                    factor = rate_factor(
+                        self.values.schedule, step=self.step, steps_per_epoch=self.steps,
+                        epochs=self.values.epochs, milestones=self.values.milestones,
+                        gamma=self.values.gamma, final=self.values.final,
+                        warmup_epochs=self.values.warmup_epochs,
+                    )  # fmt: skip
+                    with self._draws():
+                        images, labels = self.mixing(images, labels_B)
+                        loss = self.learner.step(images, labels, batch_global=size, factor=factor)
                     self.loss_sum += loss
                     self.step += 1
                     at_end = self.step % self.steps == 0
@@ -240,6 +205,12 @@ class Run:
                     bar.update(1, **(self._shown(mean) if asked else {}))
                     if stopping and self.step < self.total:
                         stop.hand_over()
+
+    def _draws(self) -> contextlib.AbstractContextManager[None]:
+        """Whatever this step draws hangs on seed, step and rank alone, so that a resumed run draws it too."""
+        if not self.values.draws:
+            return contextlib.nullcontext()
+        return drawn_from(self.settings.seed, self.step, rank(), device=self.device)
 
     def _shown(self, loss: float) -> dict[str, float]:
         last = {self.metric: self.history[-1][self.metric]} if self.history else {}
@@ -288,12 +259,12 @@ class Run:
         train = self.evaluation.train
         cut = epoch_batches(
             len(self.subset.indices), self.values.batch, seed=self.settings.seed, epoch=epoch,
-            least=2 * world_size(),
+            steps=self.steps if self.values.drop_last else None, least=2 * world_size(),
         )  # fmt: skip
         cut = [self.subset.indices[b] for b in cut[self.step - epoch * self.steps :]]
         images = Augmented(
             train, size=self.evaluation.transform.size, seed=self.settings.seed, epoch=epoch,
-            interpolation=self.values.interpolation,
+            interpolation=self.values.interpolation, changed=self.changed,
         )  # fmt: skip
         mine = [b[rank() :: world_size()] for b in cut]
         stream = image_batches(images, mine, self.evaluation.transform, self.settings.workers)

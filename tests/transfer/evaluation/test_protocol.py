@@ -40,6 +40,7 @@ dino_vitb_linear@1 ca227d05abdb
 dinov2_vit_linear@1 75cfb15f81b5
 mocov3_vit_linear@1 2d7a46318a75
 ijepa_linear@1 3ca48864cb46
+mae_finetune@1 be5888052d7c
 vicregl_linear@1 815687617999
 mae_linear@1 a2cdd648cc31
 msn_low_shot@1 0c6c164b826c
