@@ -81,7 +81,8 @@ class Tokens(nn.Module):
             images, indices=[depth - back for back in backs], return_prefix_tokens=True, norm=False,
             output_fmt="NLC", intermediates_only=True,
         )  # fmt: skip
-        blocks = dict(zip(backs, found))
+        # timm gives pairs only where there are tokens before the patches
+        blocks = {back: f if isinstance(f, tuple) else (f, f[:, :0]) for back, f in zip(backs, found)}
         normed: dict[int, tuple[Tensor, Tensor]] = {}
         parts = []
         for said in self.wanted:

@@ -134,6 +134,20 @@ def test_large_images_go_in_several_passes(monkeypatch: pytest.MonkeyPatch):
     assert extractor(pixels).shape == (5, 192) and sizes == [2, 2, 1]
 
 
+def test_patches_of_a_vit_without_other_tokens_as_i_jepas():
+    model = vit(class_token=False, global_pool="avg", fc_norm=False)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    blocks: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: blocks.append(out))
+    with torch.no_grad():
+        model(images)
+        wanted = torch.cat([model.norm(out).mean(1) for out in blocks[-2:]], 1)
+        found = network_of(model, stages_of(["last2.patches"]))(images)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(network_of(model, stages_of(["patches"]))(images), model(images))
+
+
 def test_the_evaluators_judge_a_vit(tmp_path: Path):
     """k-NN, a linear sweep over sets of tokens and fine-tuning, at another size than the file's."""
     torch.manual_seed(0)
