@@ -159,7 +159,7 @@ def records(root: str | Path) -> Iterator[Record]:
 def stop_waiting(root: str | Path) -> None:
     """After a cancellation: what was to come does not wait any more."""
     for record in records(root):
-        if not (record.done or record.submitted or record.state):
+        if not (record.done or record.state or record.failure or record.submitted.get("job_id")):
             record.set_state("stopped")
 
 

@@ -174,6 +174,8 @@ class Evaluation:
         ranks = {"world_size": world_size()} | ({"gpus": world_size()} if device.type == "cuda" else {})
         left_out = {"unreadable": dict(self.unreadable)} if self.unreadable else {}
         own = {"precision": self.precision, **ranks, **left_out}
+        if self.test.name in ANY_IMAGES:
+            own["folder"] = Path(self.settings.data_dir).resolve().name
         more["settings"] = more.get("settings", {}) | own
         normalised = {"mean": list(self.transform.mean), "std": list(self.transform.std)}
         said = dict.fromkeys([*self.train.notes, *self.test.notes])
@@ -346,4 +348,4 @@ def spell(r: Result) -> str:
         "held-out": "chosen on held-out images",
     }
     chosen = "" if r.epoch is None and r.selection == "last" else f" ({at}, {which[r.selection]})"
-    return f"{who}: {name} on {r.dataset}{share}{chosen}: {figures}"
+    return f"{who}: {name} on {r.settings.get('folder') or r.dataset}{share}{chosen}: {figures}"

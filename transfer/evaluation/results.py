@@ -83,7 +83,8 @@ class Result:
     """Why the figure may say nothing: a classifier that learnt nothing, training and test images alike."""
     settings: dict[str, Any] = field(default_factory=dict)
     """What else matters: the chosen head, temperature, configuration file; parameters of the backbone, and
-    multiply_adds of its convolutions and matrix products over one image (a product and its sum are one)."""
+    multiply_adds of its convolutions and matrix products over one image (a product and its sum are one). Of
+    imagefolder and webdataset `folder`, the folder's name: to be shown, a copy may have another."""
     seconds: float = 0.0
     started_at: str = ""
     """UTC, ISO 8601."""

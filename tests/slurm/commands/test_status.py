@@ -252,6 +252,20 @@ def test_steps_to_come_are_seen_and_watching_ends(tmp_path: Path, capsys: pytest
     assert "pretrain  waiting" in told and "knn/intl  waiting" in told and "2 waiting" in told
 
 
+def test_after_a_cancel_nothing_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a step that is still to come nor one that was written down and never got a job."""
+    for order, name in enumerate(("pretrain", "knn/intl")):
+        step = Step(name=name, kind="knn", command="m", argv=("a",), output=tmp_path / name)
+        Record(tmp_path, name).describe(step, "key", order)
+    Record(tmp_path, name).submit(step, "key", order, cluster="slurm")
+    assert main(["status", str(tmp_path)]) == 0 and "2 waiting" in capsys.readouterr().out
+    assert main(["cancel", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert main(["status", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "waiting" not in told and "2 cancelled" in told
+
+
 def test_a_folder_in_use_is_refused_by_name(tmp_path: Path) -> None:
     holder = f"is in use by process {os.getpid()} on"
     with locked(tmp_path), pytest.raises(UserError, match=holder), locked(tmp_path):

@@ -112,4 +112,5 @@ def test_the_result_carries_the_doubt(cifar_folder: Path, tmp_path: Path) -> Non
     words = ["--weights", "raw-pixels", "--dataset", "imagefolder", "--data-dir", str(data)]
     assert main([*words, "--protocol", "solo_knn@2", "--output", str(tmp_path / "o")]) == 0
     (found,) = results.read(tmp_path / "o")
+    assert found.settings["folder"] == "data"
     assert found.warnings == ["more test images (640) than training images (160): swapped?"]

@@ -252,3 +252,28 @@ def test_texts_of_files_run_nothing_anywhere(tmp_path: Path, capsys: pytest.Capt
     first = (tmp_path / "out" / "report.md").read_text().splitlines()[0]
     assert first.startswith(r"# a\](x)") and r"\<b\>" in first
     assert tables.markdown_escape("a_b\n*c*") == r"a\_b \*c\*"
+
+
+def test_a_folder_of_images_is_called_by_its_name(tmp_path: Path) -> None:
+    """A copy of another name is the same data; other files of the same name are other data, and shown so."""
+
+    def line(folder: str | None, files: str, top1: float, sha256: str) -> dict[str, Any]:
+        given = {"dataset": "imagefolder", "split": f"test (3 classes, files {files})"}
+        weights = {"path": sha256, "sha256": sha256 * 64, "branch": "online"}
+        settings = {"folder": folder} if folder else {}
+        return record("INTL", "knn", {"top1_k20": top1}, **given, settings=settings, weights=weights)
+
+    old = line(None, "ab12cd", 70.0, "1")
+    named, copied = line("birds", "ab12cd", 80.0, "2"), line("birds-copy", "ab12cd", 81.0, "3")
+    (task,) = read(tmp_path / "one", old, named, copied).tasks
+    assert task.setting == "birds test (3 classes), solo_knn@1, 10,000 images"
+    (before,) = read(tmp_path / "before", old).tasks
+    assert before.setting.startswith("imagefolder test (3 classes, files ab12cd), solo_knn@1")
+    assert task == before and task.slug == before.slug  # what is shown changes no identity
+    both = read(tmp_path / "both", named, line("birds", "ef34ab", 90.0, "2")).tasks
+    assert [t.data for t in both] == [f"birds test (3 classes, files {h})" for h in ("ab12cd", "ef34ab")]
+
+
+def test_a_published_checkpoint_is_called_as_a_suite_calls_it(tmp_path: Path) -> None:
+    line = record("INTL", "knn", {"top1_k20": 80.0}, weights={"path": "zoo:tiny", "sha256": "1" * 64})
+    assert read(tmp_path, line | {"label": None}).methods == ("tiny",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,6 +52,8 @@ class Task:
     """What else sets it apart from the same task here: conditions of which one method has several."""
     ambiguous: bool = False
     """Whether another protocol here has this name, but other content."""
+    data: str = dataclasses.field(default="", compare=False, repr=False)
+    """Data set and split as they are shown: a folder by its name. What it is, `dataset` and `split` say."""
 
     @property
     def partly(self) -> bool:
@@ -68,7 +71,11 @@ class Task:
         """Data set, split, protocol, number of images, and what differs from the protocol."""
         count = f", {self.images:,} images" if self.images else ""
         which = f" ({self.protocol_hash[:6]})" if self.ambiguous else ""
-        told = [f"{self.dataset} {self.split}", f"{self.protocol}{which}{count}", *self.conditions]
+        told = [
+            self.data or f"{self.dataset} {self.split}",
+            f"{self.protocol}{which}{count}",
+            *self.conditions,
+        ]
         return ", ".join(told) + (f"; differs from {self.protocol}: {self.altered}" if self.altered else "")
 
     @property
@@ -163,6 +170,7 @@ def metric_name(metric: str) -> str:
 def task_of(record: Record, ambiguous: frozenset[str] = frozenset()) -> Task:
     """The task of a record; protocols named in `ambiguous` are told apart by their hash."""
     name = str(record["task"])
+    folder = (record["settings"] or {}).get("folder")
     protocol: dict[str, Any] = record["protocol"] or {}
     return Task(
         order=list(TASK_NAMES).index(name) if name in TASK_NAMES else len(TASK_NAMES),
@@ -175,7 +183,22 @@ def task_of(record: Record, ambiguous: frozenset[str] = frozenset()) -> Task:
         images=int(record["n"] or 0),
         altered=record.altered,
         ambiguous=record.protocol in ambiguous,
+        data=f"{folder} {record['split'] or ''}" if folder and isinstance(folder, str) else "",
     )
+
+
+HASHED = re.compile(r", files [0-9a-f]{6}(?=\)$)")
+
+
+def _without_hashes(records: Iterable[Record]) -> dict[tuple[str, str], str]:
+    """Data set and split of folders of images as they are shown: by the first one's name, and by the hash of
+    their files only where others of that name are here."""
+    shown: dict[tuple[str, str], str] = {}
+    for task in map(task_of, records):
+        if task.data:
+            shown.setdefault((task.dataset, task.split), task.data)
+    counts = Counter(HASHED.sub("", data) for data in shown.values())
+    return {key: short if counts[short := HASHED.sub("", data)] == 1 else data for key, data in shown.items()}
 
 
 def group(evidence: Evidence, *, pool: bool = False) -> Results:
@@ -193,11 +216,13 @@ def group(evidence: Evidence, *, pool: bool = False) -> Results:
     ambiguous = frozenset(name for name, count in counts.items() if count > 1)
     parting = _parting(evidence.records, names)
     order = {id(r): i for i, r in enumerate(evidence.records)}
+    data = _without_hashes(evidence.records)
     by_time = sorted(evidence.records, key=lambda r: (str(r["started_at"] or ""), order[id(r)]))
     for record in by_time:
         task = task_of(record, ambiguous)
         conditions = tuple(condition(record, key) for key in sorted(parting[task_of(record)]))
-        task = dataclasses.replace(task, conditions=conditions)
+        shown = data.get((task.dataset, task.split), "")
+        task = dataclasses.replace(task, conditions=conditions, data=shown)
         key = (names[id(record)], task, str(record["selection"] or "last"))
         same = (
             record.identity,

@@ -105,6 +105,8 @@ def weights_name(weights: dict[str, Any]) -> str:
         return "random initialisation"
     if path == RAW_PIXELS:
         return "raw pixels"
+    if path.startswith("zoo:"):
+        return path.removeprefix("zoo:")
     name = Path(path)
     return (
         f"{name.parent.name}/{name.name}" if name.stem.startswith(("backbone", "checkpoint")) else name.name
