@@ -262,7 +262,8 @@ def _assumed(reading: Reading, asked: WeightsOptions, recorded: bool, basic: boo
     twins = SAME_SHAPES.get(reading.arch or "", ())
     parts = []
     if twins and asked.arch is None:
-        parts.append(f"no anti-aliasing ({', '.join(twins)} have the same shapes; --arch names one of them)")
+        same = f"{', '.join(twins)} {'has' if len(twins) == 1 else 'have'}"
+        parts.append(f"no anti-aliasing ({same} the same shapes; --arch names one of them)")
     if not basic and asked.stride_in_1x1 is None and not recorded:
         parts.append("stride in the 3x3 convolutions (--stride-in-1x1)")
     if asked.last_stride is None:
