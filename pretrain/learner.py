@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.common.errors import RunFailed, UserError
+from pretrain.common.machine import computes_bfloat16
 from pretrain.common.process_group import world_size
 from pretrain.network.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
 from pretrain.network.small_maps import multiply_small_maps
@@ -99,11 +100,7 @@ class Learner:
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The type of backbone and projector; "auto" is bfloat16 where the device computes in it natively."""
     if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
+        return torch.bfloat16 if computes_bfloat16(device) else torch.float32
     if precision == "float16" and device.type == "cpu":
         raise UserError("--precision float16 needs a GPU; take bfloat16 or float32 on a CPU")
     return DTYPES[precision]

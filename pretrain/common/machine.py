@@ -1,8 +1,12 @@
-"""The cores that this process may use, and the launch it belongs to."""
+"""What this machine has for a process, and the launch it belongs to."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cores() -> int:
@@ -20,6 +24,18 @@ def cores_of_rank() -> int:
     ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     bound = cores() * ranks <= int(os.environ.get("SLURM_CPUS_ON_NODE", 0))
     return cores() if bound else max(1, cores() // ranks)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 products; elsewhere they are emulated, slowly."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch before 2.6 does not say
+        return False
+    names = torch.cpu.get_capabilities()
+    return bool(names.get("avx512_bf16") or names.get("amx_bf16") or names.get("bf16"))
 
 
 def launch_id() -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from pretrain.checkpoint import load_checkpoint
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import read_jsonl
+from pretrain.common.machine import computes_bfloat16
 from pretrain.common.signals import Stopped
 from pretrain.data.corrupt_images import CorruptImages
 from pretrain.plan import Plan
@@ -130,7 +131,7 @@ def test_a_finished_run_is_left_alone(
         pytest.param(
             {"precision": "bfloat16", "view_sizes": [12, 12]},
             marks=pytest.mark.skipif(
-                not torch.cpu._is_avx512_bf16_supported(), reason="minutes without bfloat16 instructions"
+                not computes_bfloat16(CPU), reason="minutes without bfloat16 instructions"
             ),
         ),
     ],

@@ -18,6 +18,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
 from pretrain.common.errors import UserError
+from pretrain.common.machine import computes_bfloat16
 from transfer.conversion.availability import CONFIGS, find_config
 from transfer.detection import heads  # noqa: F401 - registers the head that C4 configs name
 from transfer.detection.pixels import keys, networks  # noqa: F401 - registers the networks of scenes
@@ -172,7 +173,7 @@ def _suit_the_machine(cfg: CfgNode) -> None:
         for node in (cfg.MODEL[part] for part in parts):
             if node.NORM == "SyncBN":
                 node.NORM = "naiveSyncBN"
-        if not getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+        if not computes_bfloat16(torch.device("cpu")):
             cfg.SOLVER.AMP.ENABLED = False
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from pretrain.common.collectives import any_rank, gather_objects
 from pretrain.common.errors import UserError
-from pretrain.common.machine import cores_of_rank
+from pretrain.common.machine import computes_bfloat16, cores_of_rank
 from pretrain.common.process_group import barrier, is_main, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
@@ -117,14 +117,6 @@ def _folded(model: nn.Module) -> nn.Module:
         return fuse(model)
     except Exception:  # untraceable: the unfolded copy computes the same
         return model
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    names = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(names.get("avx512_bf16") or names.get("amx_bf16") or names.get("bf16"))
 
 
 def make_extractor(
