@@ -179,6 +179,7 @@ def test_tables_are_written() -> None:
     assert json.loads(json.dumps(record))["tables"][0]["rows"] == [["a", 2.0], ["b", 0.12345]]
 
 
+@pytest.mark.commands
 def test_features_and_growth_run_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     assert (

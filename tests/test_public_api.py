@@ -38,6 +38,7 @@ def test_importing_loads_no_library() -> None:
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.commands
 def test_intl_trains_a_foreign_encoder_on_two_ranks(
     cifar_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,6 +133,7 @@ def test_two_ranks_form_one_group(world: Path) -> None:
     assert [t["local"] for t in told] == ["0", "1"] and told[0]["world"] == 2
 
 
+@pytest.mark.faults
 def test_stopped_by_a_signal_it_goes_on_where_it_was(world: Path) -> None:
     steps = (step(world, "long", "train", "25", kind="pretrain"), step(world, "next", depends_on=("long",)))
 
@@ -157,6 +158,7 @@ def test_stopped_by_a_signal_it_goes_on_where_it_was(world: Path) -> None:
     assert [int(x) for x in (world / "long" / "steps0.txt").read_text().split()] == list(range(25))
 
 
+@pytest.mark.faults
 def test_a_user_signal_queues_the_job_again(world: Path) -> None:
     """What a time limit and a preemption send: submitit starts the job again, which goes on."""
 
@@ -192,6 +194,7 @@ def test_jobs_run_the_pinned_code_with_their_share_of_cores(world: Path) -> None
     assert (code / "COMMIT").read_text().strip()
 
 
+@pytest.mark.faults
 def test_jobs_outlive_the_process_that_started_them(world: Path) -> None:
     """... killed without a chance to clean up; run again, it waits for what is still running."""
     driver = f"""
@@ -209,6 +212,7 @@ t.run(Path({str(world)!r}), t.step(Path({str(world)!r}), "long", "train", "40", 
     assert views["long"].state == "done" and runs(world, "long") == 1
 
 
+@pytest.mark.faults
 def test_an_error_after_a_signal_is_a_stop(world: Path) -> None:
     """A data worker that got the same signal takes the training down: the job is queued again, not failed."""
 
