@@ -85,7 +85,7 @@ WAYS: dict[str, Way] = {
     "make env": _make("-m pip install"),
     "make env DETECTRON2=source": _make("git+https://github.com/facebookresearch/detectron2.git"),
     # The page that it writes anew is spoilt beforehand.
-    "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="4 passed"),
+    "python -m pytest tests/test_docs.py": Way(runs=("-k generated",), says="6 passed"),
     "intl-transfer inspect": Way(says="complete: the backbone loads"),
     "intl-transfer protocols show": Way(says="  temperature: 0.07"),
     "intl-transfer zoo": Way(says="dino_resnet50"),
