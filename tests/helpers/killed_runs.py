@@ -14,7 +14,7 @@ import torch
 import pretrain.train  # noqa: F401  # once, before the children are forked
 from pretrain.__main__ import main as command
 from pretrain.common.cli import save_settings
-from tests.helpers.training import tiny
+from tests.helpers.training import slower
 
 EPOCHS = 12  # of 10 steps: more than 20 children reach before they are killed
 SAVE_EVERY = 3  # steps, which take longer than to write a checkpoint
@@ -22,7 +22,7 @@ SAVE_EVERY = 3  # steps, which take longer than to write a checkpoint
 
 def start(data: Path, output: Path, workers: int) -> int:
     """Fork a child that trains, or goes on training, in `output`; the process id."""
-    settings = tiny(data, output, batch_global=64, save_every=SAVE_EVERY, workers=workers, epochs=EPOCHS)
+    settings = slower(data, output, batch_global=64, save_every=SAVE_EVERY, workers=workers, epochs=EPOCHS)
     save_settings(settings, output.with_suffix(".yaml"))
     pid = os.fork()
     if pid == 0:

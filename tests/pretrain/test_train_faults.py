@@ -16,7 +16,7 @@ from pretrain.checkpoint import load_checkpoint
 from pretrain.common.cli import save_settings
 from pretrain.common.files import read_jsonl
 from tests.helpers.ranks import start_ranks, wait_ranks
-from tests.helpers.training import differing, tiny, weights
+from tests.helpers.training import differing, slower, tiny, weights
 
 pytestmark = pytest.mark.faults
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -45,7 +45,9 @@ def test_twenty_kills_change_nothing(cifar_folder: Path, tmp_path: Path) -> None
 
 def test_a_signal_to_the_whole_group_saves_and_exits_with_75(cifar_folder: Path, tmp_path: Path) -> None:
     """As SLURM and Ctrl-C send it: to the loader's workers too."""
-    settings = tiny(cifar_folder, tmp_path / "run", workers=2, epochs=50, batch_global=64, save_every=10_000)
+    settings = slower(
+        cifar_folder, tmp_path / "run", workers=2, epochs=50, batch_global=64, save_every=10_000
+    )
     save_settings(settings, tmp_path / "run.yaml")
     run = subprocess.Popen(
         [sys.executable, "-m", "pretrain", "--recipe", str(tmp_path / "run.yaml")],
@@ -106,7 +108,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(cifar_folder: Path, tmp_path
     small, saved = tmp_path / "small", tmp_path / "saved"
     small.mkdir()
     saved.mkdir()
-    settings = tiny(cifar_folder, small / "run", save_every=2, log_every=1, epochs=500)
+    settings = slower(cifar_folder, small / "run", save_every=2, log_every=1, epochs=500)
     save_settings(settings, tmp_path / "run.yaml")
     script = (
         f"mount -t tmpfs -o size=300m none {small} || exit 99; "

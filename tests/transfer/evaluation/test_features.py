@@ -6,8 +6,6 @@ import dataclasses
 import importlib
 import io
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from pretrain.common.errors import UserError
 from pretrain.common.signals import Stopped
 from pretrain.data.datasets import open_dataset
 from pretrain.network.model import build_backbone
+from tests.helpers.forked import run_command
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation import feature_cache, results
 from transfer.evaluation.features import Extractor, extract, extract_all, make_extractor
@@ -330,9 +329,7 @@ def test_a_broken_image_met_by_a_worker_is_one_line(
     broken.write_bytes(b"no JPEG")
     words = ["--weights", "raw-pixels", "--dataset", "imagefolder", "--data-dir", str(data), "--workers", "2"]
     words += ["--protocol", "solo_knn@1", "--output", str(output)]
-    done = subprocess.run(
-        [sys.executable, "-m", "transfer", "knn", *words], capture_output=True, text=True, timeout=120
-    )
+    done = run_command(["python", "-m", "transfer", "knn", *words])
     assert done.returncode == 2, done.stderr
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
     assert line.count(str(broken)) == 1 and "1 image cannot be read and --max-broken-images is 0: " in line
