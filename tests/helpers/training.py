@@ -29,7 +29,7 @@ def tiny(data: Path, output: Path, **changes: object) -> Settings:
 
 
 def slower(data: Path, output: Path, **changes: object) -> Settings:
-    """The same with a ResNet-18: there is time to strike, and a process that knows no test's network knows it."""
+    """The same with a ResNet-18: there is time to strike, and a process without the tests knows it."""
     return tiny(data, output, arch="resnet18", view_sizes=[24, 16], **changes)
 
 
