@@ -35,7 +35,7 @@ def _parse_early(command: str, argv: list[str]) -> None:
 
 
 main = Program(
-    name="transfer", description="Evaluate any self-supervised ResNet checkpoint.", commands=COMMANDS,
+    name="transfer", description="Evaluate any self-supervised checkpoint.", commands=COMMANDS,
     before=_parse_early,
 ).main  # fmt: skip
 

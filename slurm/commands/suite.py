@@ -67,6 +67,11 @@ def main(argv: list[str]) -> int | None:
     root = Path(os.path.realpath(asked.output))  # resolve() fails at links in a circle
     check_folder(root, "slurm suite", writes=WRITES, earlier=is_suite)
     resources = load_profile(asked.profile or "local", asked.override or [])
+    if asked.cluster == "local" and any(r.partition for r in resources.values()):
+        raise UserError(
+            f"--profile {asked.profile or 'local'} names a partition and --cluster is local: add --cluster "
+            "slurm, or leave the profile out to run all of it on this machine"
+        )
     graph = suite_graph(root, asked, resources)
     redo = graph.forced(asked.force or [])
     if asked.dry_run:

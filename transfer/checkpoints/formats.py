@@ -316,7 +316,8 @@ CMC = Format(
 )
 """Tried so that it is recognised; its one input channel is refused."""
 
-FORMATS: tuple[Format, ...] = (OWN_RUN, OWN_BACKBONE, OWN_BACKBONE_EMA, *FOREIGN)
+OWN = (OWN_RUN, OWN_BACKBONE, OWN_BACKBONE_EMA)
+FORMATS: tuple[Format, ...] = (*OWN, *FOREIGN)
 
 REFUSED = {
     "CMC": "its two networks see one and two channels of Lab, not RGB",

@@ -19,7 +19,7 @@ from pretrain.data.normalization import CIFAR_MEAN, CIFAR_STD
 from transfer.checkpoints.families.match import COUNTER, Options, created
 from transfer.checkpoints.families.resnet import ARCHS, SAME_SHAPES
 from transfer.checkpoints.families.vit import MANY_HEADS, heads_of, many_heads_possible
-from transfer.checkpoints.formats import FOREIGN, FOUND
+from transfer.checkpoints.formats import OWN
 from transfer.checkpoints.reading import Reading
 from transfer.checkpoints.safe_load import RawFile
 from transfer.checkpoints.search import Container
@@ -63,7 +63,7 @@ def forward_of(
     path: str | Path,
 ) -> Forward:  # fmt: skip
     """How the network of `reading` computes. Raises UserError where fitting formats disagree on it."""
-    foreign = reading.format in FOREIGN or reading.format is FOUND
+    foreign = reading.format not in OWN
     notes = [reading.format.note, _same_tensors(reading, readings)]
     if reading.network.dialect:
         notes.append(f"its layers are named otherwise: {reading.network.dialect}")

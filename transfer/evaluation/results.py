@@ -150,7 +150,8 @@ def read(path: str | Path) -> list[Result]:
         except (TypeError, ValueError) as error:
             wrong.append(str(error).removeprefix("Result.__init__() "))
     if wrong:
-        logger.warning("%s: %d lines without a result left out (%s)", path, len(wrong), "; ".join(wrong[:3]))
+        lines = f"{len(wrong)} line{'s' if len(wrong) > 1 else ''}"
+        logger.warning("%s: %s without a result left out (%s)", path, lines, "; ".join(wrong[:3]))
     return found
 
 

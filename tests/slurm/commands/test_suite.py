@@ -226,6 +226,10 @@ def test_alike_steps_become_arrays_with_dependencies(tmp_path: Path, recipe: Pat
         (["--weights", "w.pth", "--tasks", "knn", "--data-dir", "."], "w.pth: no such file"),
         (["--weights", "w.pth", "--tasks", "knn", "--data-dir", ".", "--seeds", "0"], "--seeds 0"),
         (["--weights", "w", "--tasks", "knn", "--data-dir", ".", "--cluster", "slurm"], "wants --profile"),
+        (
+            ["--weights", "w", "--tasks", "knn", "--data-dir", ".", "--profile", "slurm_gpu"],
+            "names a partition and --cluster is local: add --cluster slurm",
+        ),
         (["--recipe", "nope", "--tasks", "knn", "--data-dir", "."], "nope: no such file; known names: "),
     ],
 )

@@ -172,6 +172,7 @@ def test_a_layout_of_ones_own(tmp_path: Path):
     for branch, state in (("online", A), ("ema", B)):
         found = read(value, tmp_path, branch=branch, weights_format=str(layout))
         assert takes(found, state) and found.weights["format"] == "my lab"
+        assert any("assumed, as the file cannot tell" in note for note in found.notes)
     for text, said in (
         ("onlin: []", "wanted a YAML mapping with `online`"),
         ("online: [{prefix: a.}]\nstrict: false", "unknown strict; there are name, online"),
