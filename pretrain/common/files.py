@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 logger = logging.getLogger(__name__)
 
+LARGEST_YAML = 1 << 20  # bytes
+
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+(\.[0-9a-f]+)?\.(tmp|pkl)")
 LONGEST_NAME = 120
 TOLD = 3
@@ -146,3 +148,23 @@ def sha256_of(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_yaml(path: str | Path, loader: Any = None) -> Any:
+    """The content of a YAML file that anybody may have written, by a safe loader.
+
+    Raises OSError, or ValueError for what is larger than 1 MB or no YAML: PyYAML lets through whatever its
+    conversions of numbers, dates and deep nesting raise.
+    """
+    import yaml
+
+    with open(path, "rb") as file:
+        data = file.read(LARGEST_YAML + 1)
+    if len(data) > LARGEST_YAML:
+        raise ValueError(f"larger than {LARGEST_YAML:,} bytes")
+    try:
+        return yaml.load(data.decode("utf-8"), Loader=loader or yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"not YAML: {error}") from error
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"not YAML: {type(error).__name__} at a value that cannot be read") from error

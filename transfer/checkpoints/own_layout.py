@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
-import yaml
-
 from pretrain.common.errors import UserError
+from pretrain.common.files import read_yaml
 from transfer.checkpoints.layout import Format, Place
 
 FIELDS = ("name", "online", "ema", "drop", "needs", "also_needs", "rename", "cifar_padding", "note")
@@ -19,8 +19,8 @@ def read_layout(path: str | Path) -> Format:
     online, ema: a list of {container, prefix}; drop, rename: mappings; needs, also_needs: lists of prefixes.
     """
     try:
-        said: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        said = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"--weights-format {path}: cannot be read ({error})") from error
     if not isinstance(said, dict) or not said.get("online", said.get("ema")):
         raise UserError(
@@ -34,7 +34,7 @@ def read_layout(path: str | Path) -> Format:
         )
     padding = said.get("cifar_padding")
     if padding is not None and (not isinstance(padding, int) or not 0 <= padding <= 8):
-        raise UserError(f"--weights-format {path}: cifar_padding {padding!r}: wanted 0 to 8 px")
+        raise UserError(f"--weights-format {path}: cifar_padding {short(padding)}: wanted 0 to 8 px")
     for name in ("name", "note"):
         if not isinstance(said.get(name, ""), str):
             raise UserError(f"--weights-format {path}: {name}: wanted text")

@@ -18,11 +18,13 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, TypeVar
 
 import yaml
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import read_yaml
 from pretrain.common.help_formatter import in_words
 
 FOLDER = Path(__file__).parents[1] / "protocols"
@@ -71,7 +73,7 @@ class Protocol:
             if key not in fields:
                 raise UserError(f"protocol {self}: unknown value {key!r}; known: {', '.join(fields)}")
             if not _fits(value, hints[key]):
-                raise UserError(f"protocol {self}: {key}: {value!r}: wanted {in_words(hints[key])}")
+                raise UserError(f"protocol {self}: {key}: {short(value)}: wanted {in_words(hints[key])}")
         needed = (
             n
             for n, f in fields.items()
@@ -135,9 +137,9 @@ def _read(path: Path) -> Protocol:
     if not at or not version.isdigit():
         raise UserError(f"{path}: a protocol's file is named NAME@VERSION.yaml, such as mine@1.yaml")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {error}") from error
+        content = read_yaml(path, _Loader)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     wanted = {"task", "title", "source", "values"}
     if not isinstance(content, dict) or set(content) - {"differs"} != wanted:
         raise UserError(f"{path}: wanted the entries {', '.join(sorted(wanted))} and optionally differs")
@@ -145,9 +147,10 @@ def _read(path: Path) -> Protocol:
         raise UserError(f"{path}: values: wanted entries KEY: VALUE")
     for key in content.keys() - {"task", "values"}:
         if not isinstance(content[key], str):
-            raise UserError(f"{path}: {key}: {content[key]!r}: wanted text (in quotes if it has a colon)")
+            found = short(content[key])
+            raise UserError(f"{path}: {key}: {found}: wanted text (in quotes if it has a colon)")
     if content["task"] not in TASKS:
-        raise UserError(f"{path}: task {content['task']!r}; wanted one of {', '.join(TASKS)}")
+        raise UserError(f"{path}: task {short(content['task'])}; wanted one of {', '.join(TASKS)}")
     return Protocol(name=stem, version=int(version), **content)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import itertools
 import logging
 import os
 import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 LARGEST = 32 << 30
 """Bytes; the largest published ViTs with optimizer and heads have less."""
 BLOCK = 1 << 20
+MOST_ATTEMPTS = 30
 WAIT_S = 60
 PAGE = re.compile(r"https://drive\.google\.com/file/d/([\w-]+)/")
 GOOGLE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
@@ -76,7 +79,7 @@ def fetch(entry: Entry) -> Path:
 def _receive(entry: Entry, path: Path) -> None:
     part = path.with_name(f"{path.name}.part")
     by_hand = f"fetch {entry.url} where there is a network, and put it at {path}"
-    while True:
+    for attempt in itertools.count(1):
         before = _size(part)
         try:
             _go_on(entry, part)
@@ -85,7 +88,8 @@ def _receive(entry: Entry, path: Path) -> None:
             if is_disk_full(error):
                 raise
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            if _size(part) > before:
+            if _size(part) > before and attempt < MOST_ATTEMPTS:
+                time.sleep(min(0.05 * 2**attempt, 10))
                 logger.info("%s: cut off (%s); going on from %d bytes", entry.url, reason, _size(part))
                 continue
             raise UserError(
@@ -159,7 +163,10 @@ def _go_on(entry: Entry, part: Path) -> None:
 
 @contextlib.contextmanager
 def _open_file(url: str, have: int, known: str) -> Iterator[_Answer]:
-    with open(urllib.request.url2pathname(urllib.parse.urlparse(url).path), "rb") as stream:
+    path = urllib.request.url2pathname(urllib.parse.urlparse(url).path)
+    if not os.path.isfile(path):  # a device has no end, and a pipe may have no writer
+        raise FileNotFoundError(f"{path} is no file")
+    with open(path, "rb") as stream:
         stat = os.fstat(stream.fileno())
         version = f"{stat.st_size} {stat.st_mtime_ns}"
         start = have if version == known and have <= stat.st_size else 0

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import yaml
@@ -47,8 +48,12 @@ class Published:
         """Raises ValueError for a figure that nobody could compare or look up."""
         for name, kind in (("metrics", Mapping), ("spread", Mapping), ("tolerance", Mapping)):
             values = getattr(self, name)
-            if not isinstance(values, kind) or not all(_number(v) for v in values.values()):
-                raise ValueError(f"{self.name}: {name}: {values!r}: wanted entries NAME: NUMBER")
+            if not isinstance(values, kind) or not all(
+                isinstance(k, str) and _number(v) for k, v in values.items()
+            ):
+                raise ValueError(f"{self.name}: {name}: {short(values)}: wanted entries NAME: NUMBER")
+            if name != "metrics" and any(v < 0 for v in values.values()):
+                raise ValueError(f"{self.name}: {name}: {short(values)}: wanted numbers of at least 0")
         if not self.metrics:
             raise ValueError(f"{self.name}: wanted metrics")
         if not str(self.source).startswith("https://"):
@@ -73,7 +78,8 @@ class Published:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether `value` is one that can be compared with a figure in percent."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e6  # nan is not
 
 
 @functools.cache
@@ -93,7 +99,8 @@ def read_figure(raw: Mapping[str, Any]) -> Published:
     try:
         return Published(**said)
     except TypeError as error:
-        raise ValueError(f"{dict(raw)}: {str(error).replace('Published.__init__()', 'a figure')}") from error
+        why = str(error).replace("Published.__init__()", "a figure")
+        raise ValueError(f"{short(dict(raw))}: {why}") from error
 
 
 @functools.cache

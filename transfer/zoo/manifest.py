@@ -8,11 +8,11 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal
 
-import yaml
-
 from pretrain.common.errors import UserError
+from pretrain.common.files import read_yaml
 from transfer.options import WeightsOptions
 from transfer.zoo.figures import Published, load_published, read_figure, source_of
 
@@ -20,7 +20,6 @@ FILE = Path(__file__).parent / "zoo.yaml"
 PREFIX = "zoo:"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 SCHEMES = ("https://", "http://", "file:///")
-LARGEST_MANIFEST = 1 << 20  # bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,13 +47,13 @@ class Entry:
     def __post_init__(self) -> None:
         """Raises ValueError naming what is wrong."""
         if not NAME.fullmatch(self.name):
-            raise ValueError(f"{self.name!r}: wanted a name of letters, digits and ._-")
+            raise ValueError(f"{short(self.name)}: wanted a name of letters, digits and ._-")
         if not self.url.startswith(SCHEMES):
-            raise ValueError(f"{self.name}: url {self.url!r}: wanted {', '.join(SCHEMES)}...")
+            raise ValueError(f"{self.name}: url {short(self.url)}: wanted {', '.join(SCHEMES)}...")
         if self.branch not in ("online", "ema"):
-            raise ValueError(f"{self.name}: branch {self.branch!r}: wanted online or ema")
+            raise ValueError(f"{self.name}: branch {short(self.branch)}: wanted online or ema")
         if self.epochs is not None and not isinstance(self.epochs, int):
-            raise ValueError(f"{self.name}: epochs {self.epochs!r}: wanted a whole number")
+            raise ValueError(f"{self.name}: epochs {short(self.epochs)}: wanted a whole number")
         for kind, longest in (("sha256", 64), ("md5", 32)):
             if not re.fullmatch(rf"(?:[0-9a-f]{{6,{longest}}})?", getattr(self, kind)):
                 raise ValueError(f"{self.name}: {kind}: wanted 6 to {longest} hexadecimal digits, in quotes")
@@ -85,7 +84,8 @@ def _read(name: object, raw: Any, own: Mapping[str, list[Published]], folder: Pa
         raise ValueError(f"{name}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
     for key in TEXTS:
         if not isinstance(raw.get(key, ""), str):
-            raise ValueError(f"{name}: {key}: {raw[key]!r}: wanted text (in quotes where it is all digits)")
+            found = short(raw[key])
+            raise ValueError(f"{name}: {key}: {found}: wanted text (in quotes where it is all digits)")
     if missing := [key for key in ("url", "source") if not raw.get(key)]:
         raise ValueError(f"{name}: wanted {' and '.join(missing)}")
     rows = raw.get("figures") or []
@@ -101,21 +101,19 @@ def _placed(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A figure whose protocol, where it is a file, is looked for beside the manifest."""
     protocol = row.get("protocol", "")
     if not isinstance(protocol, str):
-        raise ValueError(f"protocol {protocol!r}: wanted NAME@VERSION or a file")
+        raise ValueError(f"protocol {short(protocol)}: wanted NAME@VERSION or a file")
     return {**row, "protocol": str(folder / protocol) if protocol.endswith(".yaml") else protocol}
 
 
 def _load(path: Path, own: Mapping[str, list[Published]]) -> dict[str, Entry]:
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise ValueError(f"larger than {LARGEST_MANIFEST:,} bytes")
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        said = read_yaml(path)
         if not isinstance(said, Mapping) or set(said) != {"checkpoints"}:
             raise ValueError("wanted one entry, checkpoints, with NAME: {url: ..., source: ...} under it")
         if not isinstance(said["checkpoints"], Mapping):
             raise ValueError("checkpoints: wanted NAME: {url: ..., source: ...}")
         return {str(name): _read(name, raw, own, path.parent) for name, raw in said["checkpoints"].items()}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"--zoo {path}: {error}") from error
 
 

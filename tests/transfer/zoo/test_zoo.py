@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import http.server
 import json
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,15 @@ def test_the_list_and_one_entry(tmp_path: Path, published: Path, capsys: pytest.
         ({"url": "https://x/y", "figures": [{"task": "knn", "dataset": "d", "n": 3}]}, "metrics"),
         ({"url": "https://x/y", "figures": [{"task": "knn", "dataset": "d", "metrics": {"a": 5}}]}, " n,"),
         ({"url": "https://x/y", "figures": ["knn 75"]}, "figures: wanted a list of rows"),
+        *(
+            ({"url": "https://x/y", "figures": [{"task": "knn", "dataset": "d", "n": 3, **wrong}]}, said)
+            for wrong, said in (
+                ({"metrics": {"a": math.nan}}, "metrics: .*wanted entries NAME: NUMBER"),
+                ({"metrics": {1: 70.0}}, "metrics: .*wanted entries NAME: NUMBER"),
+                ({"metrics": {"a": 70.0}, "tolerance": {"a": math.inf}}, "tolerance: .*NAME: NUMBER"),
+                ({"metrics": {"a": 70.0}, "tolerance": {"a": -1}}, "tolerance: .*at least 0"),
+            )
+        ),
     ],
 )  # fmt: skip
 def test_a_manifest_that_is_none(tmp_path: Path, entry: dict, said: str) -> None:
@@ -190,6 +200,20 @@ def test_a_web_page_is_no_checkpoint(tmp_path: Path, published: Path) -> None:
     published.write_text("\n<!DOCTYPE html><html>Google Drive - Virus scan warning</html>")
     with pytest.raises(UserError, match="is a web page; fetch"):
         fetch(entry_of(tmp_path, url=published.as_uri()))
+
+
+@pytest.mark.parametrize(
+    "text", ["!!bool foo", "!!timestamp foo", '!!int ""', "[" * 3000, "#" * (1 << 20) + "x"], ids=range(5)
+)
+def test_no_yaml_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "zoo.yaml").write_text(f"checkpoints: {text}\n")
+    with pytest.raises(UserError, match=r"--zoo .*(not YAML|larger than 1,048,576 bytes)"):
+        load_zoo(tmp_path / "zoo.yaml")
+
+
+def test_a_device_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/dev/zero is no file"):
+        fetch(entry_of(tmp_path, url="file:///dev/zero"))
 
 
 def test_a_file_without_end_is_not_fetched(tmp_path: Path, published: Path, monkeypatch) -> None:

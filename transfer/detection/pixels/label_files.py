@@ -20,6 +20,7 @@ MODES = ("1", "L", "P", "I", "I;16")
 def counts_of(file: str) -> tuple[np.ndarray, np.ndarray]:
     """The labels of a mask file and the pixels of each. Raises UserError as `read_labels`."""
     with contextlib.suppress(OSError, SyntaxError, Image.DecompressionBombError), Image.open(file) as image:
+        _refuse_scaled(file, image)
         if image.mode in ("L", "P"):  # ten times faster than of an array
             counts = np.array(image.histogram())
             return counts.nonzero()[0], counts[counts > 0]
@@ -38,11 +39,21 @@ def read_labels(file: str, dtype: Any = None, **_: Any) -> np.ndarray:
                     f"{file} is an image of colours ({image.mode}); wanted class numbers in a grey or "
                     "palette PNG. One that was read and saved as RGB has lost them: take the original"
                 )
+            _refuse_scaled(file, image)
             if image.mode in ("1", "I;16"):  # bool and uint16, which neither PyTorch nor OpenCV resizes
                 dtype = dtype or (np.uint8 if image.mode == "1" else np.int32)
             return np.array(image, dtype=dtype)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{file} is not a readable mask ({error})") from error
+
+
+def _refuse_scaled(file: str, image: Image.Image) -> None:
+    """Pillow stretches grey of 2 and 4 bits to 0 to 255: a label 1 would read as 85 or 17."""
+    if image.format == "PNG" and image.mode == "L":
+        with open(file, "rb") as raw:
+            depth = raw.read(25)[-1]  # behind signature, kind of the first chunk, width and height
+        if depth < 8:
+            raise UserError(f"{file} holds {depth} bits a pixel of grey; save its labels in 8 bits")
 
 
 def size_of(file: str) -> tuple[int, int]:

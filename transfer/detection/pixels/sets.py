@@ -52,12 +52,7 @@ def _add(name: str, load: Callable[[], Records], **known: Any) -> None:
 
 def _from_folders(images: str, masks: str) -> Records:
     """The images and masks of two folders, whatever lies in folders below them."""
-    by_name = [
-        {f.relative_to(folder).with_suffix("").as_posix(): str(f) for f in sorted(Path(folder).rglob("*"))
-         if f.suffix.lower() in suffixes}
-        for folder, suffixes in ((images, IMAGES), (masks, (".png",)))
-    ]  # fmt: skip
-    found, labels = by_name
+    found, labels = _by_name(images, IMAGES), _by_name(masks, (".png",))
     if not found or not labels:
         folder, what = (masks, "masks (*.png)") if found else (images, "images")
         raise UserError(f"{folder} holds no {what}")
@@ -65,7 +60,23 @@ def _from_folders(images: str, masks: str) -> Records:
         alone = [here[name] for name in here if name not in there]
         if alone:
             raise UserError(f"{alone[0]} has no {what} of the same name, as {len(alone)} of {len(here)}")
+    if both := set(map(os.path.realpath, found.values())) & set(map(os.path.realpath, labels.values())):
+        raise UserError(f"{min(both)} would be image and mask: give two folders, IMAGES:MASKS")
     return [dict(r) for r in _paired(tuple(found.values()), tuple(labels[name] for name in found))]
+
+
+def _by_name(folder: str, suffixes: Sequence[str]) -> dict[str, str]:
+    """The files of a folder by their names without suffix. Raises UserError for two of one name."""
+    found: dict[str, str] = {}
+    for file in sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in suffixes):
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise UserError(
+                f"{found[name]} and {file} have one name: which is meant? Images and masks belong in folders "
+                "of their own, one file of each name"
+            )
+        found[name] = str(file)
+    return found
 
 
 @functools.cache

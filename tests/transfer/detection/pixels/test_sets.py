@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from tests.helpers.pixel_data import COLOURS, write_pixels
 from transfer.detection import data
 from transfer.detection.config import load_config
 from transfer.detection.data import also_trained_on, categories
-from transfer.detection.pixels.label_files import read_labels
+from transfer.detection.pixels.label_files import counts_of, read_labels
 from transfer.detection.pixels.mapper import SemanticMapper
+from transfer.detection.pixels.sets import _from_folders
 
 TINY = ["MODEL.SEM_SEG_HEAD.CONVS_DIM", "8", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "4"]
 
@@ -186,3 +189,30 @@ def test_cityscapes_by_detectron2s_own_loader(tmp_path: Path) -> None:
     finally:
         DatasetCatalog.remove(name)
         DatasetCatalog.register(name, earlier)
+
+
+def test_one_file_is_not_image_and_mask(tmp_path: Path) -> None:
+    """Images beside their masks in one folder, or the same folder twice: the network would see its labels."""
+    for folder, names in (("both", ("0.jpg", "0.png")), ("masks", ("0.png",))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            Image.new("L", (8, 8), 1).save(tmp_path / folder / name)
+    for folder, said in (("both", "have one name: which is meant"), ("masks", "would be image and mask")):
+        with pytest.raises(UserError, match=said):
+            _from_folders(str(tmp_path / folder), str(tmp_path / folder))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_of_few_bits_is_refused(bits: int, tmp_path: Path) -> None:
+    """Pillow reads a label 1 of 4 bits as 17."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes([0]) + bytes([0b00010001] * bits))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    (tmp_path / "m.png").write_bytes(png)
+    for read in (read_labels, counts_of):
+        with pytest.raises(UserError, match=f"holds {bits} bits a pixel of grey"):
+            read(str(tmp_path / "m.png"))
