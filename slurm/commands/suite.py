@@ -146,6 +146,8 @@ def _to_slurm(
 
     with locked(root, SUBMIT_LOCK_WAIT_S):
         refuse_other_configuration(root, graph, redo)
+        for step in graph:
+            submit.Record(root, step.name).clean()
         planned = submit.plan(graph, root, redo)
         if planned.superseded:
             ids = [str(submit.Record(root, n).submitted["job_id"]) for n in planned.superseded]

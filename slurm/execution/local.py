@@ -111,6 +111,7 @@ class LocalRun:
         """What is done stays done; what an earlier call left running is waited for."""
         for step in self.graph:
             record = Record(self.root, step.name)
+            record.clean()
             if record.is_done(self.graph.keys[step.name], step.makes) and not step.after:
                 self.ended[step.name] = True
                 continue

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.common.files import read_json, read_jsonl, write_json
+from pretrain.common.files import read_json, read_jsonl, remove_leftovers, write_json
 from slurm.steps.graph import Graph, Step
 
 
@@ -108,6 +108,11 @@ class Record:
         write_json(
             self.folder / "submitted.json", {**self.submitted, "job_id": job_id, "logs": str(logs), **place}
         )
+
+    def clean(self) -> None:
+        """Remove what a killed suite left half-written of the files that suites alone write."""
+        for name in ("step.json", "submitted.json") if self.folder.is_dir() else ():
+            remove_leftovers(self.folder, of=name)
 
     def announce(self, step: Step, key: str, order: int) -> None:
         """Before a run that comes to this step later: it waits again, whatever an earlier run had done."""
