@@ -68,9 +68,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
             logger.info("%s is finished: %d of %d steps; nothing to do", output, start, plan.steps)
             return
     if saved is None and plan.steps > 0:
-        settings = tuning.chosen(
-            settings, device, lambda: InputPipeline.of(settings, images, device)
-        )  # fmt: skip
+        settings = tuning.chosen(settings, device, lambda: InputPipeline.of(settings, images, device))
     tuning.use_threads(settings)
     dtype = choose_dtype(settings.precision, device)
     learner = Learner.build(settings, device, dtype, sync_bn=plan.steps > 0)

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import tarfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from filelock import FileLock
 from jsonschema import Draft202012Validator
 
 from pretrain.common.signals import StopSignals
+from tests.helpers.image_folders import copy_first
 from transfer.evaluation import results
 
 TRAIN_PER_CLASS, TEST_PER_CLASS = 64, 16
@@ -137,11 +137,8 @@ def few_images(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """20 and 2 images a class of `cifar_folder`: as many as the largest k of a k-NN protocol wants."""
 
     def make(folder: Path) -> None:
-        for split, count in (("train", 20), ("test", 2)):
-            for kind in (cifar_folder / split).iterdir():
-                (folder / split / kind.name).mkdir(parents=True)
-                for file in sorted(kind.iterdir())[:count]:
-                    shutil.copyfile(file, folder / split / kind.name / file.name)
+        copy_first(cifar_folder / "train", folder / "train", 20)
+        copy_first(cifar_folder / "test", folder / "test", 2)
 
     return _shared_once("few_images", make, tmp_path_factory)
 

@@ -22,6 +22,7 @@ import torch
 from pretrain.checkpoint import save_backbone
 from tests.helpers import checkpoint_zoo as zoo
 from tests.helpers.forked import run_command
+from tests.helpers.image_folders import copy_first
 from tests.test_docs import ROOT, Command, commands
 
 STAND_FOR = {
@@ -243,7 +244,7 @@ def checkout(tmp_path: Path) -> Iterator[Path]:
     for name in ("pretrain", "transfer", "slurm", "detection_configs", "docs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "tests/helpers").mkdir(parents=True)
-    tests = ("conftest.py", "test_docs.py", "helpers/results_schema.py")
+    tests = ("conftest.py", "test_docs.py", "helpers/image_folders.py", "helpers/results_schema.py")
     for name in ("Makefile", "setup.cfg", "pyproject.toml", *(f"tests/{name}" for name in tests)):
         shutil.copyfile(ROOT / name, folder / name)
     yield folder
@@ -255,11 +256,8 @@ def images(cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """images/{train,val}: 20 and 2 real images a class (k-NN wants 200 neighbours); few/: 2 and 1."""
     root = tmp_path_factory.mktemp("data")
     for folder, train, val in (("images", 20, 2), ("few", 2, 1)):
-        for source, target, count in (("train", "train", train), ("test", "val", val)):
-            for kind in sorted((cifar_folder / source).iterdir()):
-                (root / folder / target / kind.name).mkdir(parents=True)
-                for file in sorted(kind.iterdir())[:count]:
-                    shutil.copyfile(file, root / folder / target / kind.name / file.name)
+        copy_first(cifar_folder / "train", root / folder / "train", train)
+        copy_first(cifar_folder / "test", root / folder / "val", val)
     return root
 
 

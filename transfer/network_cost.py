@@ -32,9 +32,7 @@ def network_cost(
             with FlopCounterMode(display=False) as counter:
                 hollow(torch.zeros(1, 3, size, size, device="meta"))
             found["multiply_adds"] = counter.get_total_flops() // 2
-        except (
-            Exception
-        ) as error:  # a network of the user's own may do anything: no figure is lost for a count
+        except Exception as error:  # a user's own network may do anything: no figure is lost for a count
             logger.debug("multiply-adds of %s: %s", type(model).__name__, error)
         _COUNTED[key, size] = found
     return _COUNTED[key, size]

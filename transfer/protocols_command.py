@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import importlib
-import inspect
 import textwrap
 from typing import Any
 
 import yaml
+from docstring_parser import parse_from_object
 
 from pretrain.common.cli import Parser
 from pretrain.common.errors import UserError
@@ -18,7 +17,7 @@ from transfer.evaluation.protocol import Protocol, all_protocols, as_markdown, l
 VALUES = {
     "knn": ("transfer.evaluators.knn", "KnnProtocol"),
     "linear": ("transfer.evaluators.linear_protocol", "LinearProtocol"),
-    "semisup": ("transfer.evaluators.semisup", "SemisupProtocol"),
+    "semisup": ("transfer.evaluators.finetune", "SemisupProtocol"),
     "spectrum": ("transfer.spectrum.diagnosis", "SpectrumProtocol"),
 }
 """The class of each task's values: its module, which loads PyTorch, and its name."""
@@ -39,16 +38,8 @@ def values_of(task: str) -> type:
 def explained(cls: type) -> dict[str, str]:
     """The docstring of each field of a dataclass, and of those that it is made from."""
     found: dict[str, str] = {}
-    for one in reversed(cls.__mro__):
-        if one is object:
-            continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
-        assert isinstance(tree, ast.ClassDef)
-        for line, after in zip(tree.body, tree.body[1:]):
-            if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                said = after.value if isinstance(after, ast.Expr) else None
-                if isinstance(said, ast.Constant):
-                    found[line.target.id] = " ".join(str(said.value).split())
+    for one in reversed(cls.__mro__[:-1]):
+        found |= {p.arg_name: " ".join((p.description or "").split()) for p in parse_from_object(one).params}
     return found
 
 

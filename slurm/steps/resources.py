@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import read_yaml
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 
@@ -98,9 +99,9 @@ def load_profile(name_or_file: str, overrides: list[str]) -> dict[str, Resources
     if not path.is_file():
         raise UserError(f"--profile {name_or_file}: no such file; known names: {', '.join(known)}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+        content = read_yaml(path) or {}
+    except ValueError as error:
+        raise UserError(f"{path} is {error}") from error
     _only(content, {"defaults", "tasks"}, f"{path}", "section")
     tasks = content.get("tasks") or {}
     _only(tasks, set(KINDS), f"{path}, tasks", "kind of step")

@@ -173,20 +173,12 @@ class Suite(WeightsOptions):
     @property
     def detection_sets(self) -> list[str]:
         """--detection-data with absolute paths: a job does not run where the user typed them."""
-        found = (re.fullmatch(r"([^=]+)=(.+\.json):(.+)", word) for word in self.detection_data or [])
-        return [
-            f"{match[1]}={Path(match[2]).resolve()}:{Path(match[3]).resolve()}" if match else word
-            for match, word in zip(found, self.detection_data or [])
-        ]
+        return _absolute(r"([^=]+)=(.+\.json):(.+)", self.detection_data)
 
     @property
     def mask_sets(self) -> list[str]:
         """--sem-seg-data with absolute paths."""
-        found = (re.fullmatch(r"([^=]+)=(.+):(.+)", word) for word in self.sem_seg_data or [])
-        return [
-            f"{match[1]}={Path(match[2]).resolve()}:{Path(match[3]).resolve()}" if match else word
-            for match, word in zip(found, self.sem_seg_data or [])
-        ]
+        return _absolute(r"([^=]+)=(.+):(.+)", self.sem_seg_data)
 
     @property
     def own_files(self) -> list[Path]:
@@ -261,6 +253,15 @@ def _pretrained(root: Path, asked: Suite, images: Images) -> tuple[list[Step], l
                 weights=str(step.output / BACKBONES["online"]), depends_on=(step.name,),
             ))  # fmt: skip
     return steps, targets
+
+
+def _absolute(form: str, words: Sequence[str] | None) -> list[str]:
+    """NAME=PATH:PATH of that form with absolute paths; other words, which a check refuses, as they are."""
+    found = ((re.fullmatch(form, word), word) for word in words or [])
+    return [
+        f"{match[1]}={Path(match[2]).resolve()}:{Path(match[3]).resolve()}" if match else word
+        for match, word in found
+    ]
 
 
 def _weights(asked: Suite) -> dict[str, tuple[Path, Literal["online", "ema"]]]:
