@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -30,8 +31,9 @@ from transfer.conversion import convert, layout, weights_file
 from transfer.conversion.availability import CONFIGS
 from transfer.conversion.weights_file import read_pickle
 from transfer.detection import precise_bn, scenes, train_loop
+from transfer.detection.batches import index_batches
 from transfer.detection.config import load_config, shipped
-from transfer.detection.data import check, index_batches, register
+from transfer.detection.data import check, register
 from transfer.detection.pixels.keys import is_semantic
 from transfer.detection.protocol import protocol_of
 
@@ -206,6 +208,25 @@ def test_seeds_are_trials_in_folders_of_their_own(scene_folder: Path, tmp_path: 
     first, second = (torch.load(tmp_path / f"seed{s}" / "model_final.pth", weights_only=True) for s in (0, 1))
     name = "roi_heads.box_predictor.cls_score.weight"
     assert not torch.equal(first["model"][name], second["model"][name])
+
+
+def test_a_share_of_the_labels_is_told_by_results_and_model(scene_folder: Path, tmp_path: Path) -> None:
+    """First 40 % of 9 images are 3; a second run of the same goes on as a finished one."""
+    brief = ("SOLVER.MAX_ITER", "1", "TEST.PRECISE_BN.ENABLED", "False", "MODEL.MASK_ON", "False")
+    part = ("DATASETS.TRAIN", "('scenes_train.first@40',)")
+    assert run(train_net.main, words(scene_folder, tmp_path / "o", "--random-init", *brief, *part)) == 0
+    again = ("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "o" / "model_final.pth"), *brief)
+    assert run(train_net.main, words(scene_folder, tmp_path / "e", *again)) == 0
+    (trained,), (judged,) = (read_jsonl(tmp_path / f / "results.jsonl") for f in "oe")
+    ids = sorted(i["id"] for i in json.loads((scene_folder / "train.json").read_text())["images"])[:3]
+    digest = hashlib.sha256("\n".join(map(str, ids)).encode()).hexdigest()
+    for result in (trained, judged):
+        assert result["label_percent"] == 40
+        assert result["settings"]["labelled"] == {
+            "scenes_train.first@40": {"images": 3, "ids_sha256": digest}
+        }
+        assert "DATASETS.TRAIN (scenes_train.first@40,) instead of (scenes_train,)" in str(result["protocol"])
+    assert judged["metrics"] == trained["metrics"] and judged["protocol"] == trained["protocol"]
 
 
 def test_evaluating_the_saved_model_gives_the_same_numbers(

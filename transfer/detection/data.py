@@ -1,42 +1,27 @@
-"""Detection data sets, checked, and batches that go on where they stopped.
-
-The order of images and their augmentation follow from (seed, position) alone, so a resumed run sees what an
-undisturbed one sees, whatever the number of loader workers.
-"""
+"""Detection data sets, checked before anything runs."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
 import json
-import random
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    get_detection_dataset_dicts,
-)
-from detectron2.data.common import DatasetFromList
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
-from detectron2.data.samplers import RepeatFactorTrainingSampler
-from torch.utils.data import DataLoader, Dataset
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import sha256_of, write_json
-from pretrain.data.workers import set_up_worker
-from transfer.detection import coco_file
+from transfer.detection.annotations import coco_file
+from transfer.detection.annotations.label_shares import share_of
 from transfer.detection.pixels import sets
 from transfer.detection.pixels.image_files import check_images
 from transfer.detection.pixels.keys import is_semantic
-from transfer.detection.pixels.mapper import mapper_of
 
 NEEDS_PACKAGE = {"lvis": "lvis", "cityscapes_instance": "cityscapesscripts"}
 """What detectron2's evaluator of a kind of data set cannot do without."""
@@ -58,10 +43,31 @@ def register(definitions: Sequence[str], sem_seg: Sequence[str] = (), *, option:
             raise UserError(f"{option} {name}: {annotations}: no such file")
         if not Path(images).is_dir():
             raise UserError(f"{option} {name}: {images}: no such folder of images")
-        if name in DatasetCatalog.list():
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
+        _forget(name)
         register_coco_instances(name, {}, annotations, images)
+
+
+def _forget(name: str) -> None:
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def _register_shares(names: Sequence[str]) -> None:
+    """Make shares of the labels of known sets known too; they are read from the copy that `check` writes."""
+    for name in names:
+        share = share_of(name)
+        if share is None or share.base not in DatasetCatalog.list():
+            continue
+        base = MetadataCatalog.get(share.base)
+        if base.get("evaluator_type") != "coco" or not base.get("json_file"):
+            raise UserError(
+                f"data set {name!r}: {share.base} has no annotation file in COCO's format to take a share of"
+            )
+        _forget(name)
+        register_coco_instances(name, {}, base.get("original_json_file", base.json_file), base.image_root)
+        DatasetCatalog.remove(name)  # until it is drawn
+        DatasetCatalog.register(name, list)
 
 
 def check(
@@ -79,6 +85,7 @@ def check(
     if train and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name at least one set to train on")
     names = list(dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]))
+    _register_shares(names)
     with tempfile.TemporaryDirectory() as aside:
         lines = [_check_one(name, cfg, option, mended or Path(aside)) for name in names]
         for name in names[1:]:
@@ -89,9 +96,10 @@ def check(
 
 
 def digest_of(name: str) -> str:
-    """SHA-256 of a set's annotation file as the user gave it; "" for one without such a file."""
+    """SHA-256 of a set's annotation file as the user gave it, of a share's own; "" without such a file."""
     known = vars(MetadataCatalog.get(name))
-    file = known.get("original_json_file") or known.get("json_file")
+    original = None if share_of(name) else known.get("original_json_file")
+    file = original or known.get("json_file")
     return sha256_of(file) if file else ""
 
 
@@ -127,6 +135,7 @@ def same_categories(
 
 def use_mended(folder: Path, names: Sequence[str]) -> None:
     """Read the data sets from the copies that `check` left in `folder`, where it did."""
+    _register_shares(names)
     for name in names:
         if (copy := _copy(folder, name)).is_file():
             _read_from(name, copy)
@@ -147,6 +156,7 @@ def _read_from(name: str, file: Path) -> None:
 
 
 def _read_originals(names: Sequence[str]) -> None:
+    _register_shares(names)
     for name in names:
         if original := MetadataCatalog.get(name).get("original_json_file"):
             _read_from(name, Path(original))
@@ -154,7 +164,8 @@ def _read_originals(names: Sequence[str]) -> None:
 
 def _check_one(name: str, cfg: CfgNode, option: str, mended: Path) -> str:
     if name not in DatasetCatalog.list():
-        how = f"{option} {name}=ANNOTATIONS.json:IMAGES"
+        share = share_of(name)
+        how = f"{option} {share.base if share else name}=ANNOTATIONS.json:IMAGES"
         if is_semantic(cfg):
             how = f"{OF_MASKS[option]} {name}=IMAGES:MASKS"
         raise UserError(
@@ -268,7 +279,7 @@ def _check_annotations(name: str, option: str, mended: Path, *, masks: bool, key
             f"{name}: {file} is missing; set DETECTRON2_DATASETS to the folder that holds it, or give "
             f"{option} {name}=ANNOTATIONS.json:IMAGES"
         )
-    content, notes = coco_file.examine(file, masks=masks, keypoints=keypoints)
+    content, notes = coco_file.examine(file, masks=masks, keypoints=keypoints, share=share_of(name))
     copy = _copy(mended, name)
     if content is None:
         copy.unlink(missing_ok=True)  # of an earlier state of the file
@@ -276,111 +287,3 @@ def _check_annotations(name: str, option: str, mended: Path, *, masks: bool, key
         write_json(copy, content)
         _read_from(name, copy)
     return notes
-
-
-def seed_of(seed: int, iteration: int, rank: int) -> int:
-    """The seed of everything random in one iteration on one rank, 32 bits."""
-    return int(np.random.SeedSequence((seed, iteration, rank)).generate_state(1)[0])
-
-
-def index_batches(
-    wide_N: Sequence[bool], *, seed: int, rank: int, world_size: int, batch_per_rank: int, by_shape: bool,
-    repeats_N: np.ndarray | None = None,
-) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
-    """Endless batches of (position, index) for one rank, a function of the arguments alone.
-
-    Positions count the images of one stream of permutations (the first of seed, 0; the next of seed, 1 …)
-    that the ranks share in turn, as detectron2's TrainingSampler; `by_shape` fills a batch with wide or with
-    tall images only, as its AspectRatioGroupedDataset. `repeats_N`: how often an epoch holds each image, the
-    fraction by chance, as its RepeatFactorTrainingSampler.
-    """
-    buckets: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-    position = 0
-    for epoch in itertools.count():
-        rng = np.random.default_rng((seed, epoch))
-        order = rng.permutation(len(wide_N) if repeats_N is None else _repeated(repeats_N, rng))
-        for index in order.tolist():
-            if position % world_size == rank:
-                bucket = buckets[int(wide_N[index]) if by_shape else 0]
-                bucket.append((position, index))
-                if len(bucket) == batch_per_rank:
-                    yield list(bucket)
-                    bucket.clear()
-            position += 1
-
-
-def _repeated(repeats_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    whole_N = np.floor(repeats_N)
-    count_N = whole_N + (rng.random(len(repeats_N)) < repeats_N - whole_N)
-    return np.repeat(np.arange(len(repeats_N)), count_N.astype(int))
-
-
-class _Positioned(Dataset):
-    """Records whose augmentation is seeded by (seed, position)."""
-
-    def __init__(self, records: list[dict[str, Any]], mapper: Any, seed: int) -> None:
-        self.records, self.mapper, self.seed = DatasetFromList(records, copy=False), mapper, seed
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, where: tuple[int, int]) -> dict[str, Any]:
-        position, index = where
-        words = np.random.SeedSequence((self.seed, position)).generate_state(4)
-        earlier, earlier_plain = np.random.get_state(), random.getstate()
-        np.random.seed(words)  # detectron2's augmentations draw from numpy's global generator
-        random.seed(int(words[0]))
-        try:
-            return self.mapper(self.records[index])
-        finally:
-            np.random.set_state(earlier)
-            random.setstate(earlier_plain)
-
-
-class _From:
-    """A batch sampler: `index_batches` from the batch numbered `start` on."""
-
-    def __init__(self, wide_N: Sequence[bool], start: int, **kwargs: Any) -> None:
-        self.wide_N, self.start, self.kwargs = wide_N, start, kwargs
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return itertools.islice(index_batches(self.wide_N, **self.kwargs), self.start, None)
-
-
-def train_loader(
-    cfg: CfgNode, *, seed: int, rank: int, world_size: int, start: int = 0, num_workers: int | None = None
-) -> Iterator[list[dict[str, Any]]]:
-    """Endless training batches of this rank, from iteration `start` on."""
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-    )
-    repeats = None
-    if cfg.DATALOADER.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
-        repeats = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
-        ).numpy()
-    sampler = _From(
-        [r["width"] > r["height"] for r in records],
-        start,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        batch_per_rank=cfg.SOLVER.IMS_PER_BATCH // world_size,
-        by_shape=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        repeats_N=repeats,
-    )
-    workers = cfg.DATALOADER.NUM_WORKERS if num_workers is None else num_workers
-    return iter(DataLoader(
-        _Positioned(records, mapper_of(cfg, train=True), seed),
-        batch_sampler=sampler,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=_set_up_worker if workers else None,
-    ))  # fmt: skip
-
-
-def _set_up_worker(number: int) -> None:
-    set_up_worker(number)
-    torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
 from pretrain.common.collectives import sum_over_ranks
-from transfer.detection.data import seed_of, train_loader
+from transfer.detection.batches import seed_of, train_loader
 
 STREAM = 1_000_003  # added to the seed: PreciseBN sees images in another order than training
 

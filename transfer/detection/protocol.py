@@ -42,6 +42,8 @@ JUDGING = re.compile(
 """What changes the numbers of a model that is trained already."""
 IMAGES = {
     "coco_2014_train": 82783, "coco_2014_val": 40504, "coco_2017_train": 118287, "coco_2017_val": 5000,
+    "coco_2017_train.1@1": 1174, "coco_2017_train.1@2": 2329, "coco_2017_train.1@5": 5764,
+    "coco_2017_train.1@10": 11285, "coco_2017_train.first@5": 5863, "coco_2017_train.first@10": 11726,
     "keypoints_coco_2017_train": 118287, "keypoints_coco_2017_val": 5000,
     "voc_2007_trainval": 5011, "voc_2007_test": 4952, "voc_2012_trainval": 11540,
     "voc_2012_sem_seg_train": 1464, "voc_2012_sem_seg_aug": 9118, "voc_2012_sem_seg_val": 1449,
@@ -50,7 +52,8 @@ IMAGES = {
 }  # fmt: skip
 """Images of the public sets, as counted in their own files (https://cocodataset.org/#download,
 http://host.robots.ox.ac.uk/pascal/VOC/voc2012/dbstats.html, https://www.cityscapes-dataset.com/dataset-overview/,
-https://github.com/CSAILVision/sceneparsing)."""
+https://github.com/CSAILVision/sceneparsing); of shares (label_shares.py) as they follow from these counts and
+from 117266 images with objects (https://github.com/facebookresearch/detectron2/issues/1134)."""
 UNKNOWN: dict[str, Any] = {"name": "unknown", "version": None, "hash": "unknown"}
 """Of a detector whose file does not say how it was trained."""
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import sha256_of, write_text
 from pretrain.common.output_folder import output_folder, read_config
 from transfer.detection import data
+from transfer.detection.annotations.label_shares import labelled, percent_of, share_of
 from transfer.detection.checkpointer import StrictCheckpointer, local_path, record_of, run_of
 from transfer.detection.config import load_config, pairs, shipped
 from transfer.detection.evaluation import CATEGORY, evaluate
@@ -64,6 +65,10 @@ class Trial:
     config_hash: str = ""
     trained_on: tuple[str, ...] = ()
     """SHA-256 of the training sets' annotation files."""
+    label_percent: float = 100
+    """Share of the training labels that was used."""
+    labelled: Mapping[str, Any] = field(default_factory=dict)
+    """Which images a share came to, by training set."""
     warnings: Mapping[str, list[str]]
     """What is doubtful about each test set."""
 
@@ -132,6 +137,8 @@ def _run_one(args: argparse.Namespace, cfg: CfgNode, ranks: int, on_cpu: bool) -
         for name in cfg.DATASETS.TEST if "categories" in held else ():
             data.same_categories("the training data", held["categories"], name, data.categories(name))
         categories, trained_on = held.get("categories", []), tuple(held.get("trained_on", ()))
+        percent = percent_of(held.get("settings", {}).get("DATASETS.TRAIN", ()))
+        labels = held.get("labelled", {})
         seen: list[Any] = []
     else:
         sets = {name: DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN}
@@ -139,12 +146,15 @@ def _run_one(args: argparse.Namespace, cfg: CfgNode, ranks: int, on_cpu: bool) -
         protocol = protocol_of(asked, original, {name: len(records) for name, records in sets.items()})
         categories = [list(c) for c in data.categories(cfg.DATASETS.TRAIN[0])]
         trained_on = tuple(filter(None, map(data.digest_of, sets)))
+        percent = percent_of(sets)
+        labels = {name: labelled(records) for name, records in sets.items() if share_of(name)}
     doubts = {name: data.also_trained_on(name, seen, trained_on) for name in cfg.DATASETS.TEST}
     for line in itertools.chain(*doubts.values()) if comm.is_main_process() else ():
         logger.warning("%s: figures on them say what was learnt by heart", line)
     trial = Trial(
         args=args, cfg=cfg, origin=origin, protocol=protocol, also=also, categories=categories,
-        config_hash=config_hash, trained_on=trained_on, warnings=doubts,
+        config_hash=config_hash, trained_on=trained_on, label_percent=percent, labelled=labels,
+        warnings=doubts,
     )  # fmt: skip
     launch(
         _on_each_rank, (trial,), num_gpus=args.num_gpus, on_cpu=on_cpu, num_machines=args.num_machines,
@@ -223,6 +233,7 @@ def _on_each_rank(trial: Trial) -> None:
         record = {
             "origin": trial.origin, "protocol": trial.protocol,
             "categories": trial.categories, "trained_on": list(trial.trained_on),
+            "labelled": dict(trial.labelled),
         }  # fmt: skip
         run, outcomes = fine_tune(
             cfg, model, judge, seed=seed, record=record, resume_changed=args.resume,
@@ -294,6 +305,7 @@ def _results(
             weights=weights,
             arch=origin["arch"],
             label=trial.args.label,
+            label_percent=trial.label_percent,
             iteration=iteration,
             selection=selection,
             seed=seed,
@@ -307,6 +319,7 @@ def _results(
                 "format": cfg.INPUT.FORMAT,
                 "stride_in_1x1": cfg.MODEL.RESNETS.STRIDE_IN_1X1,
                 "world_size": ranks,
+                **({"labelled": dict(trial.labelled)} if trial.labelled else {}),
                 **_by_category(numbers),
                 **({"gpus": ranks} if cfg.MODEL.DEVICE.startswith("cuda") else {}),
             },

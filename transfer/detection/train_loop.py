@@ -39,8 +39,8 @@ from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.metrics import start_wandb
 from transfer.detection import config
+from transfer.detection.batches import seed_of, train_loader
 from transfer.detection.checkpointer import StrictCheckpointer
-from transfer.detection.data import seed_of, train_loader
 from transfer.detection.pixels.keys import is_semantic
 from transfer.detection.pixels.learning_rate import build_schedule
 from transfer.detection.precise_bn import precise_statistics

@@ -90,7 +90,17 @@ def test_every_key_is_used_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def unused(reads: Reads, default: CfgNode, refused: Mapping[str, str]) -> set[str]:
     """The keys that neither a mark has seen read nor a run reads, and that are not refused either."""
     folder = Path(config.__file__).parent  # a run reads them in these modules, named as they name it
-    names = ("config", "data", "evaluation", "run", "train_loop", "precise_bn", "protocol", "pixels/sets")
+    names = (
+        "config",
+        "data",
+        "batches",
+        "evaluation",
+        "run",
+        "train_loop",
+        "precise_bn",
+        "protocol",
+        "pixels/sets",
+    )
     ours = "\n".join((folder / f"{name}.py").read_text() for name in names)
     unread = {key for key in flat(default) if key not in reads.keys and f"cfg.{key}" not in ours}
     return unread - {k for k in unread for r in refused if k == r or (r[-1] in "._" and k.startswith(r))}

@@ -15,7 +15,8 @@ from PIL import Image
 
 from pretrain.common.errors import UserError
 from transfer.detection import data
-from transfer.detection.coco_file import examine
+from transfer.detection.annotations.coco_file import examine
+from transfer.detection.batches import index_batches
 from transfer.detection.config import load_config
 from transfer.detection.evaluation import coco_evaluation, named_stats
 from transfer.detection.protocol import flat
@@ -241,7 +242,7 @@ def test_repeat_factors_fill_epochs_as_detectron2_does() -> None:
     from detectron2.data.samplers import RepeatFactorTrainingSampler
 
     repeats = np.array([1.0, 2.5, 1.0, 3.0])
-    stream = data.index_batches(
+    stream = index_batches(
         [True] * 4, seed=0, rank=0, world_size=1, batch_per_rank=1, by_shape=False, repeats_N=repeats
     )
     indices = [next(stream)[0][1] for _ in range(7500)]  # a thousand epochs of 7 or 8

@@ -20,23 +20,26 @@ from typing import Any
 import pycocotools.mask as mask_codec
 
 from pretrain.common.errors import UserError
+from transfer.detection.annotations.label_shares import LabelShare
 
 MOST_BEYOND = 0.5  # share of boxes that may reach beyond their image before they are held for another format
 
 
 def examine(
-    file: Path, *, masks: bool = False, keypoints: bool = False
+    file: Path, *, masks: bool = False, keypoints: bool = False, share: LabelShare | None = None
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Check an annotation file; returns its mended content (None: it is read rightly as it is) and notes.
 
-    Raises UserError for what is not COCO's format, names what does not exist, or cannot be trained on.
+    `share`: the content is that part of the file. Raises UserError for what is not COCO's format, names what
+    does not exist, or cannot be trained on.
     """
     try:
         raw = file.read_bytes()
         content = json.loads(raw.decode("utf-8-sig"))
         if not isinstance(content, dict):
             raise TypeError(f"holds a {type(content).__name__}")
-        notes = _examine(file, content, masks=masks, keypoints=keypoints)
+        part = [(True, share.keep(content, _usable(content)))] if share else []
+        notes = part + _examine(file, content, masks=masks, keypoints=keypoints)
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -57,6 +60,12 @@ def share_seen(train: Iterable[Mapping[str, Any]], test: Sequence[Mapping[str, A
 
     seen = {place(record) for record in train}
     return sum(place(record) in seen for record in test) / len(test)
+
+
+def _usable(content: Mapping[str, Any]) -> set[Any]:
+    """The ids of the images that detectron2 trains on: with an object that is neither a crowd nor a line."""
+    objects = content.get("annotations", [])
+    return {a["image_id"] for a in objects if not a.get("iscrowd") and not _has_only_lines(a)}
 
 
 def _examine(file: Path, content: dict[str, Any], *, masks: bool, keypoints: bool) -> list[tuple[bool, str]]:

@@ -1,0 +1,1 @@
+"""Annotation files in COCO's format: checked and mended, and shares of their labels."""
