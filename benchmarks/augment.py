@@ -13,9 +13,9 @@ from torchvision import transforms
 from benchmarks.deviation import deviations
 from benchmarks.harness import Comparison, Step, Table, Timing, interleave
 from benchmarks.images import natural_images
-from pretrain.data.augment import View
 from pretrain.data.datasets import ImageDataset
-from pretrain.data.loader import Views
+from pretrain.views.augment import View
+from pretrain.views.loader import Views
 
 TITLE = (
     "Decoding and augmenting: six published crops of a 500 x 375 JPEG, beside torchvision on Pillow images"

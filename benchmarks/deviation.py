@@ -19,23 +19,19 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks.harness import Table
 from benchmarks.images import photographs
-from pretrain.data.augment import (
+from pretrain.data.datasets import ImageDataset
+from pretrain.views.augment import View, box_of, resized_crop, shrunk_crop, uniforms
+from pretrain.views.colours import (
     Colours,
-    View,
     blend,
-    box_of,
     draw_colours,
     finish,
     gaussian_blur,
     greyscale,
-    resized_crop,
     shift_hue,
-    shrunk_crop,
     solarise,
-    uniforms,
 )
-from pretrain.data.datasets import ImageDataset
-from pretrain.data.loader import FIRST_COLOUR_SLOT
+from pretrain.views.loader import FIRST_COLOUR_SLOT
 
 SIZE, SMALL_SIZE = 224, 48  # px of a crop; of one whose image is decoded at 1/2 and 1/4
 JITTER = (0.4, 0.4, 0.2, 0.1)
@@ -153,19 +149,24 @@ def _whole(crops: list[Image.Image], view: View) -> Iterator[Pair]:
 def by_pillow(image: Image.Image, colours: Colours) -> Image.Image:
     """What `finish` does to one image (`colours` of one), by Pillow."""
     for k in range(4):
-        if len(colours.hue_at[k]):
-            image = F.adjust_hue(image, float(colours.hue_N[0]))
-        if k < 3:
+        if colours.hue_4N is not None and colours.turns_N is not None and colours.hue_4N[k, 0]:
+            image = F.adjust_hue(image, float(colours.turns_N[0]))
+        if k < 3 and colours.blend_3N is not None:
+            assert colours.grey_share_3N is not None and colours.mean_share_3N is not None
             factor = float(colours.blend_3N[k, 0])
             change = F.adjust_saturation if colours.grey_share_3N[k, 0] else F.adjust_brightness
             image = (F.adjust_contrast if colours.mean_share_3N[k, 0] else change)(image, factor)
-    if len(colours.grey):
+    if _is_set(colours.grey_N):
         image = F.rgb_to_grayscale(image, 3)
-    if len(colours.blur):
+    if _is_set(colours.blur_N) and colours.sigma_N is not None:
         image = image.filter(ImageFilter.GaussianBlur(float(colours.sigma_N[0])))
-    if len(colours.solarise):
+    if _is_set(colours.solarise_N):
         image = ImageOps.solarize(image)
-    return ImageOps.mirror(image) if len(colours.flip) else image
+    return ImageOps.mirror(image) if _is_set(colours.flip_N) else image
+
+
+def _is_set(flag_N: Tensor | None) -> bool:
+    return flag_N is not None and bool(flag_N[0])
 
 
 def _tensor(image: Image.Image) -> Tensor:

@@ -10,7 +10,7 @@ from benchmarks.augment import six_views
 from benchmarks.harness import Comparison, timing
 from benchmarks.images import natural_images
 from pretrain.common.machine import cores
-from pretrain.data.loader import StepBatches, Views, batches
+from pretrain.views.loader import StepBatches, Views, batches
 
 TITLE = "The data loader: W workers beside one, six crops, everything on the CPU"
 IMAGES, BATCH = 64, 16

@@ -15,6 +15,7 @@ from pretrain.learner import Learner, choose_dtype
 from pretrain.network.model import Encoder, build_backbone, build_projector, target_encoder_of
 from pretrain.objectives.intl import intl_loss
 from pretrain.optim import build_optimizer
+from pretrain.training_step import TrainingStep
 
 TITLE = "One INTL step with a momentum encoder: forward, loss, backward, optimizer, average"
 LR, MOMENTUM, EMA = 0.002, 0.9, 0.99
@@ -63,23 +64,19 @@ def plain_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Ste
     return step
 
 
-def our_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype) -> Step:
-    """As `pretrain.train` does it."""
+def our_step(encoder: Encoder, views: list[Tensor], dtype: torch.dtype, how: str = "") -> Step:
+    """As `pretrain.train` does it; `how` as --step, on a GPU a graph unless given."""
     device = views[0].device
     encoder = copy.deepcopy(encoder).to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(encoder, momentum=MOMENTUM, weight_decay=0.0)
     learner = Learner(encoder, target_encoder_of(encoder), optimizer, device, dtype)
     views = [v.contiguous(memory_format=torch.channels_last) for v in views]
-
-    def step() -> Tensor:
-        learner.update_target(EMA)
-        # The plain loss penalises both views; the target's term is a constant to the gradient.
-        loss = intl_loss(learner.embed(views)).total
-        learner.stepper.backward(loss)
-        learner.stepper.update(LR)
-        return loss.detach()
-
-    return step
+    # The plain loss penalises both views; the target's term is a constant to the gradient.
+    take = TrainingStep(
+        learner, lambda batch: batch, lambda embeddings, _: intl_loss(embeddings),
+        how or ("graph" if device.type == "cuda" else "eager"),
+    )  # fmt: skip
+    return lambda: take(views, 0, LR, EMA).loss.total.detach().clone()
 
 
 def published_dtype(device: torch.device) -> torch.dtype:
@@ -114,7 +111,8 @@ def our_case(arch: str, side: int, batch: int, width: int) -> Step:
     """Our step of a case."""
     device = local_device()
     encoder, views = build(arch, hidden=width, output=width), make_views(batch, side, device)
-    return our_step(encoder, views, choose_dtype("auto", device))
+    how = "compiled_graph" if device.type == "cuda" else "eager"
+    return our_step(encoder, views, choose_dtype("auto", device), how)
 
 
 def warm_up() -> Step:

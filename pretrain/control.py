@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from pretrain.data.datasets import ImageDataset
-from pretrain.data.loader import epoch_order
+from pretrain.views.loader import epoch_order
 
 STATISTICS_IMAGES, BATCH = 8192, 256
 

@@ -1,43 +1,66 @@
-"""The views of a run's batches, from image files to the device."""
+"""The views of a run's batches, from image files, or images on the device, to the network's input."""
 
 from __future__ import annotations
 
-import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pretrain.data.augment import View, finish
+from pretrain.common.errors import UserError
 from pretrain.data.datasets import ImageDataset
-from pretrain.data.loader import Batch, StepBatches, Views, batches, colour_place, default_workers
 from pretrain.settings import Settings
+from pretrain.views.augment import View
+from pretrain.views.batch import Batch, each_tensor
+from pretrain.views.colours import finish
+from pretrain.views.loader import StepBatches, Views, batches, colour_place, default_workers
+from pretrain.views.resident import ResidentImages
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputPipeline:
-    """Loads the views of one step's images after the other, as the settings have them."""
+    """Makes the views of one step's images after the other, as the settings have them."""
 
     views: Views
     batch_global: int
     workers: int
     where: str
-    """Where colour and blur run, in words."""
+    """Where crops, colour and blur are made, in words."""
     device: torch.device
+    resident: ResidentImages | None
+    """The images, where they lie on the device; there the views are made then, without workers."""
+    mean: Tensor
+    std: Tensor
 
     @staticmethod
     def of(settings: Settings, images: ImageDataset, device: torch.device) -> InputPipeline:
-        """The pipeline of a run on `device`."""
+        """The pipeline of a run. Raises UserError for --data-on device where the images do not fit."""
         workers = workers_of(settings, device)
         finish_here, where = colour_place(settings.augment_on, workers, device)
+        resident = None
+        if images_on_device(settings, device):
+            resident = ResidentImages.of(images, device)
+            if resident is not None:
+                finish_here, workers, where = False, 0, f"views made on the {device.type} from {resident}"
+            elif settings.data_on == "device":
+                raise UserError(
+                    f"--data-on device: {len(images):,} images take more than their share of the memory; "
+                    "leave the option out, and workers load them"
+                )
+        if resident is None:
+            where = f"{workers} loader workers, colour and blur {where} (--augment-on {settings.augment_on})"
         views = Views(
             images, views_of(settings), seed=settings.seed, mean=settings.mean, std=settings.std,
             finish_here=finish_here, jpeg_draft=settings.jpeg_draft,
         )  # fmt: skip
         return InputPipeline(
-            views=views, batch_global=settings.batch_global, workers=workers, where=where, device=device
-        )
+            views=views, batch_global=settings.batch_global, workers=workers, where=where, device=device,
+            resident=resident, mean=views.mean.to(device), std=views.std.to(device),
+        )  # fmt: skip
 
     def batches(self, start: int, stop: int, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """The batches of steps `start` to `stop` of this one of `world` ranks, in the host's memory."""
@@ -45,24 +68,32 @@ class InputPipeline:
             len(self.views.images), batch_global=self.batch_global, rank=rank, world=world,
             seed=self.views.seed, start=start, stop=stop,
         )  # fmt: skip
-        return batches(self.views, steps, workers=self.workers, pin_memory=self.device.type == "cuda")
+        pinned = self.device.type == "cuda"
+        if self.resident is None:
+            return batches(self.views, steps, workers=self.workers, pin_memory=pinned)
+        return self._placed(steps, self.resident, pinned)
 
-    def on_device(self, batch: Batch) -> list[Tensor]:
-        """The batch's views, finished, on the device: N x 3 x S x S float32 each."""
-        moved = [v.to(self.device, non_blocking=True) for v in batch.views]
+    def _placed(self, steps: StepBatches, resident: ResidentImages, pinned: bool) -> Iterator[Batch]:
+        broken = resident.broken
+        for pairs in steps:
+            batch = self.views.places(pairs, resident.sizes_A2)._replace(broken=broken)
+            broken = []
+            yield each_tensor(batch, Tensor.pin_memory) if pinned else batch
+
+    def finished(self, batch: Batch) -> list[Tensor]:
+        """The views of a batch that lies on the device: N x 3 x S x S float32 each."""
+        crops = batch.views
+        if self.resident is not None:
+            crops = [self.resident.crops(place, view) for place, view in zip(batch.places, self.views.views)]
         if not batch.colours:
-            return moved
-        mean, std = (_on(self.device, tuple(x.tolist())) for x in (self.views.mean, self.views.std))
-        return [
-            finish(crops, colours.to(self.device), mean=mean, std=std)
-            for crops, colours in zip(moved, batch.colours)
-        ]
+            return crops
+        return [finish(c, k, mean=self.mean, std=self.std) for c, k in zip(crops, batch.colours)]
 
 
-@functools.cache
-def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
-    """Constants, moved once: a copy from pageable memory makes the host wait for what the GPU has to do."""
-    return torch.tensor(values, device=device)
+def images_on_device(settings: Settings, device: torch.device) -> bool:
+    """Whether the images are to lie on the device if they fit."""
+    asked = settings.data_on == "auto" and device.type == "cuda" and settings.augment_on != "workers"
+    return asked or settings.data_on == "device"
 
 
 def workers_of(settings: Settings, device: torch.device) -> int:

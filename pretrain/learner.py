@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,12 @@ from pretrain.network.sync_batchnorm import convert_sync_batchnorm
 from pretrain.optim import Stepper, build_optimizer, parallel
 from pretrain.settings import Settings
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class Learner:
@@ -55,12 +61,35 @@ class Learner:
             encoder, target_encoder_of(encoder) if settings.ema else None, optimizer, device, dtype
         )
 
-    def start(self, *, compiled: bool) -> None:
+    def start(self, *, compiled: bool = False) -> None:
         """Begin training: the encoder in DDP where there are several ranks. All ranks must call."""
-        self._called = parallel(self.encoder, self.device, compiled=compiled)
+        if compiled:
+            self.encoder.use_compiler()
+            if self.target is not None:
+                self.target.use_compiler()
+        self._called = parallel(self.encoder, self.device)
         self.encoder.train()
 
-    def update_target(self, momentum: float) -> None:
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A block after which weights, statistics and momentum are, in place, what they were."""
+        networks = [network for network in (self.encoder, self.target) if network is not None]
+        tensors = [t for network in networks for t in network.state_dict().values()]
+        kept = [t.clone() for t in tensors]
+        states = self.stepper.optimizer.state
+        momenta = {
+            p: {k: v.clone() for k, v in state.items() if v is not None} for p, state in states.items()
+        }
+        yield
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept):
+                tensor.copy_(value)
+            for p, state in states.items():  # momentum that was not there yet began at zero
+                for name, value in state.items():
+                    if value is not None:
+                        value.copy_(momenta[p][name]) if p in momenta else value.zero_()
+
+    def update_target(self, momentum: float | Tensor) -> None:
         """Move the target encoder, where there is one, towards the encoder: an exponential average."""
         if self.target is not None:
             ema_update(self.target, self.encoder, momentum)

@@ -29,6 +29,9 @@ PLAIN: dict[str, Callable[..., ObjectiveLoss]] = {
 }  # fmt: skip
 """Objectives that take nothing but the embeddings, at their published weights."""
 
+CAPTURABLE = frozenset({"intl", "vicreg", "barlow_twins", "frossl"})
+"""Objectives that a CUDA graph can replay: the others ask the GPU on the way, or draw anew at each step."""
+
 
 def loss_of(settings: Settings) -> Loss:
     """What the settings train with, as a function. Raises UserError for a transformation that cannot be used.

@@ -60,7 +60,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
 
-    def update(self, *rates: float) -> None:
+    def update(self, *rates: float | Tensor) -> None:
         """One step with these gradients, at one learning rate for each parameter group or one for all."""
         groups = self.optimizer.param_groups
         for group, rate in zip(groups, rates if len(rates) > 1 else rates * len(groups), strict=True):
@@ -70,7 +70,10 @@ class Stepper:
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        state = self.optimizer.state_dict()
+        for group in state["param_groups"]:  # a captured step has its learning rate on the device
+            group["lr"] = float(group["lr"])
+        return {"optimizer": state, "scaler": self.scaler.state_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave, in a checkpoint that may hold more."""
@@ -78,13 +81,11 @@ class Stepper:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def parallel(
-    model: nn.Module, device: torch.device, *, compiled: bool = False, broadcast_buffers: bool = False
-) -> nn.Module:
-    """The model as it is called in training: in DDP where there are several ranks, compiled on request."""
+def parallel(model: nn.Module, device: torch.device, *, broadcast_buffers: bool = False) -> nn.Module:
+    """The model as it is called in training: in DDP where there are several ranks."""
     if world_size() > 1:
-        model = nn.parallel.DistributedDataParallel(
+        return nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None,
             broadcast_buffers=broadcast_buffers,
         )  # fmt: skip
-    return torch.compile(model) if compiled else model  # type: ignore[return-value]
+    return model

@@ -27,11 +27,14 @@ RECIPES = Path(__file__).parent / "recipes"
 
 FREE_TO_CHANGE = frozenset({
     "data_dir", "output", "workers", "log_every", "save_every", "keep_every_epochs", "wandb", "on_collapse",
-    "max_broken_images", "hook", "hook_every_epochs",
+    "max_broken_images", "hook", "hook_every_epochs", "step", "data_on",
 })  # fmt: skip
-"""Settings that a continued run may change: all others shape the result."""
+"""Settings that a continued run may change: all others shape the result (the last two round it)."""
 
-ADDED_SINCE = {"threads": None, "objective": None, "transform": None}
+ADDED_SINCE = {
+    "threads": None, "objective": None, "transform": None, "step": "eager", "deterministic": False,
+    "data_on": "host",
+}  # fmt: skip
 """What a checkpoint that does not name these settings was made with."""
 
 
@@ -137,15 +140,24 @@ class Settings:
     jpeg_draft: bool = True
     """Decode a large JPEG at 1/2, 1/4 or 1/8 of its size where each crop keeps twice its view's side."""
 
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Of backbone and projector; auto: bfloat16 where the device has it natively, on a CPU only if it is
-    faster than float32, which is timed in the first seconds. The loss has float32."""
+    faster than float32, which is timed in the first seconds. tf32: float32 with a GPU's convolutions in TF32,
+    as PyTorch has it unless told otherwise. The loss has float32."""
     threads: int | Literal["auto"] | None = None
     """Threads of the model on a CPU; auto: one or all, timed in the first seconds; default: torch's."""
-    compile: bool = False
-    """torch.compile the encoder: faster after minutes of compiling, needs a C++ compiler."""
+    step: Literal["auto", "eager", "compiled", "graph", "compiled_graph"] = "auto"
+    """How a step runs. compiled: kernels by torch.compile, which needs a C compiler; graph: captured once and
+    replayed, without Python; auto: on one GPU a graph, compiled too where the run is long enough to gain."""
+    deterministic: bool = False
+    """On a GPU take only operations that give the same bits each time, so that a run cut off and continued
+    ends as an undisturbed one; slower."""
+    data_on: Literal["auto", "host", "device"] = "auto"
+    """Where the images lie. device: all of them, as uint8, in the GPU's memory, where their views are made
+    without workers; auto: there if they take no more than a quarter of it."""
     augment_on: Literal["auto", "workers", "device"] = "auto"
-    """Where colour, blur and solarisation run; auto: on a GPU where there is one, else in the workers."""
+    """Where colour, blur and solarisation of loaded images run; auto: on a GPU where there is one, else in
+    the workers."""
     workers: int | None = None
     """Data loading processes of each rank; 0 loads in the training process; default: by cores."""
     max_broken_images: int = 50
@@ -279,6 +291,7 @@ GROUPS = {
 HINTS = {
     "--batch-size": "did you mean --batch-global? It counts the images of a step over all ranks",
     "--learning-rate": "did you mean --lr?", "--data-path": "did you mean --data-dir?",
+    "--compile": "did you mean --step compiled?",
     "--gpus": "start one process a GPU: torchrun --nproc-per-node N",
 }  # fmt: skip
 """What other programs call their options."""

@@ -37,6 +37,7 @@ from pretrain.objectives.diagnostics import collapse, diagnose
 from pretrain.optim import ema_momentum_at, lr_at
 from pretrain.plan import Plan, StepEvents
 from pretrain.settings import ADDED_SINCE, FREE_TO_CHANGE, Settings
+from pretrain.training_step import TrainingStep, how_to_step
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,12 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
         if start >= plan.steps and (output / "backbone.safetensors").exists():
             logger.info("%s is finished: %d of %d steps; nothing to do", output, start, plan.steps)
             return
-    if saved is None and plan.steps > 0:
-        settings = tuning.chosen(settings, device, lambda: InputPipeline.of(settings, images, device))
-    tuning.use_threads(settings)
+    pipeline = InputPipeline.of(settings, images, device) if plan.steps > 0 else None
+    if saved is None and pipeline is not None:
+        settings = tuning.chosen(settings, device, pipeline, plan.steps)
+    tuning.set_up(settings, device)
     dtype = choose_dtype(settings.precision, device)
+    how_to_step(settings, device, dtype, plan.steps)  # refuses a graph where there can be none
     learner = Learner.build(settings, device, dtype, sync_bn=plan.steps > 0)
     if saved is not None:
         learner.restore(saved)
@@ -87,12 +90,11 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
             _need_space(output, settings, plan, learner, start)
             save_settings(settings, output / "config.yaml")
         barrier()
-        if plan.steps == 0:
+        if pipeline is None:
             _write_control(settings, learner, images, device)
             return
         _loop(
-            settings, plan, learner, images, device, loss, start=start, unlogged=unlogged, broken=broken,
-            hook=hook
+            settings, plan, learner, pipeline, loss, start=start, unlogged=unlogged, broken=broken, hook=hook
         )  # fmt: skip
         if is_main():
             source = f"{settings.method} pretraining"
@@ -131,8 +133,7 @@ def _loop(
     settings: Settings,
     plan: Plan,
     learner: Learner,
-    images: ImageDataset,
-    device: torch.device,
+    pipeline: InputPipeline,
     loss_of_views: Loss,
     *,
     start: int,
@@ -140,17 +141,16 @@ def _loop(
     broken: list[str],
     hook: Hook | None,
 ) -> None:
-    output, total = Path(settings.output), plan.steps
-    pipeline = InputPipeline.of(settings, images, device)
+    output, total, device = Path(settings.output), plan.steps, pipeline.device
     loader = pipeline.batches(start, total, rank=rank(), world=world_size())
-    learner.start(compiled=settings.compile)
+    take = TrainingStep(learner, pipeline.finished, loss_of_views, settings.step)
     floor = floor_of(settings)
     losses, shown = LossLog(unlogged), {}
     writer = CheckpointWriter(output / "checkpoint.pt")
     skipped = CorruptImages(settings.max_broken_images, broken)
     logger.info(
-        "training %s on %s: %d steps, %s, %d loader workers, colour and blur %s (--augment-on %s)",
-        settings.arch, device, total, learner.dtype, pipeline.workers, pipeline.where, settings.augment_on,
+        "training %s on %s: %d steps, %s, %s; %s",
+        settings.arch, device, total, settings.precision, settings.step, pipeline.where,
     )  # fmt: skip
 
     progress = Progress(total, label="pretrain", start=start, file=output / "progress.json")
@@ -169,12 +169,8 @@ def _loop(
             lr = lr_at(
                 step, base=plan.lr, warmup=plan.warmup, total=total, final_ratio=settings.lr_final_ratio
             )
-            learner.update_target(ema_momentum_at(step, base=settings.ema_momentum, total=total))
-            embeddings = learner.embed(pipeline.on_device(batch))
-            loss = loss_of_views(embeddings, step)
-            learner.stepper.backward(loss.total)
-            learner.stepper.update(lr)
-            losses.note(step, loss, lr)
+            taken = take(batch, step, lr, ema_momentum_at(step, base=settings.ema_momentum, total=total))
+            losses.note(step, taken.loss, lr)
 
             done, events = step + 1, StepEvents.after(step + 1, plan, settings)
             stopping = stop.requested
@@ -183,7 +179,7 @@ def _loop(
             if events.log:
                 skipped.agree()
                 record = _record(settings, plan, done, losses.take(), lr, floor, device)
-                diagnosis, collapsed = _diagnosis(embeddings[-1], alarm=done > plan.warmup or events.last)
+                diagnosis, collapsed = _diagnosis(taken.embedding, alarm=done > plan.warmup or events.last)
                 if metrics is not None:
                     metrics.write(record | diagnosis)
                 if settings.on_collapse == "stop" and any_rank(collapsed is not None, device):

@@ -1,4 +1,6 @@
-"""Settings that leave precision or threads to the machine: the fastest there, timed on a few batches.
+"""Settings left to the machine: precision, threads, how a step runs, where the images lie.
+
+On a CPU the fastest precision and number of threads are timed on a few batches.
 
 What is chosen is written into the run's config.yaml and checkpoint and is not timed again when the run goes
 on: sums of another precision, or shared among other threads, differ in their last bits.
@@ -9,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,11 +22,13 @@ from torch import Tensor
 from pretrain.common.process_group import world_size
 from pretrain.input_pipeline import InputPipeline
 from pretrain.learner import Learner, choose_dtype
-from pretrain.settings import Settings
+from pretrain.settings import ADDED_SINCE, Settings
+from pretrain.training_step import how_to_step
+from pretrain.views.batch import moved
 
 logger = logging.getLogger(__name__)
 
-LEFT_TO_THE_MACHINE = ("precision", "threads")
+LEFT_TO_THE_MACHINE = ("precision", "threads", "step", "data_on")
 IMAGES = 64  # of a timed step
 STEPS_S = 1.5  # of timed steps for each choice, at least two of them
 LIMIT_S = 45.0  # no further choice is looked at after so long
@@ -34,15 +39,16 @@ thread shares it, and several wait at every barrier for the one that was put off
 
 def taken_over(settings: Settings, saved: Mapping[str, Any]) -> Settings:
     """The settings with what the run, whose saved configuration this is, chose when it began."""
-    left = {k: saved[k] for k in LEFT_TO_THE_MACHINE if getattr(settings, k) == "auto" and k in saved}
+    before = {**ADDED_SINCE, **saved}
+    left = {k: before[k] for k in LEFT_TO_THE_MACHINE if getattr(settings, k) == "auto" and k in before}
     return dataclasses.replace(settings, **left)
 
 
-def chosen(settings: Settings, device: torch.device, pipeline: Callable[[], InputPipeline]) -> Settings:
-    """The settings without "auto" for precision and threads: on a CPU the fastest choice.
+def chosen(settings: Settings, device: torch.device, pipeline: InputPipeline, steps: int) -> Settings:
+    """The settings of a run of so many steps without "auto": on a CPU the fastest choice.
 
-    `pipeline` makes the run's own. On a GPU, and where several ranks share a step, nothing is timed:
-    bfloat16 where the device has it, as many threads as torch has.
+    On a GPU, and where several ranks share a step, nothing is timed: bfloat16 where the device has it, as
+    many threads as torch has. `pipeline` is the run's own.
     """
     native = str(choose_dtype("auto", device)).removeprefix("torch.")
     every: dict[str, list[Any]] = {
@@ -52,18 +58,22 @@ def chosen(settings: Settings, device: torch.device, pipeline: Callable[[], Inpu
     asked = {k: v for k, v in every.items() if getattr(settings, k) == "auto"}
     if device.type != "cpu" or world_size() > 1:
         asked = {k: v[:1] for k, v in asked.items()} | ({"threads": [None]} if "threads" in asked else {})
+    settings = dataclasses.replace(settings, data_on="host" if pipeline.resident is None else "device")
     trials = [
         dataclasses.replace(settings, **dict(zip(asked, v))) for v in itertools.product(*asked.values())
     ]
-    return trials[0] if len(trials) == 1 else _fastest(trials, _small_steps(pipeline))
+    best = trials[0] if len(trials) == 1 else _fastest(trials, _small_steps(pipeline))
+    step, why = how_to_step(best, device, choose_dtype(best.precision, device), steps)
+    if device.type != "cpu":
+        logger.info("--step %s: %s", step, why)
+    return dataclasses.replace(best, step=step)  # type: ignore[arg-type]
 
 
-def _small_steps(pipeline: Callable[[], InputPipeline]) -> Iterator[list[Tensor]]:
+def _small_steps(of_run: InputPipeline) -> Iterator[list[Tensor]]:
     """The views of one small step after the other, loaded as the run's are."""
-    of_run = pipeline()
     few = dataclasses.replace(of_run, batch_global=min(IMAGES, of_run.batch_global))
     for batch in few.batches(0, 10_000):
-        yield few.on_device(batch)
+        yield few.finished(moved(batch, few.device))
 
 
 def _fastest(trials: list[Settings], loader: Iterator[list[Tensor]]) -> Settings:
@@ -90,10 +100,10 @@ def seconds_of_a_step(settings: Settings, loader: Iterator[list[Tensor]]) -> flo
     The mean square stands for the loss, a small part of a step which may want more images than are timed.
     """
     device = torch.device("cpu")
-    use_threads(settings)
+    set_up(settings, device)
     dtype = choose_dtype(settings.precision, device)
     learner = Learner.build(settings, device, dtype)
-    learner.start(compiled=False)
+    learner.start()
 
     def step() -> None:
         learner.stepper.backward(torch.stack(learner.embed(next(loader))).square().mean())
@@ -107,10 +117,16 @@ def seconds_of_a_step(settings: Settings, loader: Iterator[list[Tensor]]) -> flo
     return (time.monotonic() - began) / count
 
 
-def use_threads(settings: Settings) -> None:
-    """Give the model as many threads as the settings say; where they say nothing it keeps those it has."""
+def set_up(settings: Settings, device: torch.device) -> None:
+    """Give the model as many threads as the settings say (where they say nothing it keeps those it has), and
+    a GPU's libraries the arithmetic and the freedom of choice that they allow."""
     if isinstance(settings.threads, int):
         torch.set_num_threads(settings.threads)
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
+        torch.backends.cudnn.benchmark = not settings.deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
+        torch.use_deterministic_algorithms(settings.deterministic)
 
 
 def _words(settings: Settings) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -31,9 +30,10 @@ from benchmarks.harness import (
     peak_extra_bytes,
 )
 from benchmarks.images import natural_images
-from pretrain.data.augment import View, draw_colours, finish, uniforms
 from pretrain.data.datasets import ImageDataset
-from pretrain.data.loader import FIRST_COLOUR_SLOT
+from pretrain.views.augment import View, uniforms
+from pretrain.views.colours import draw_colours, finish
+from pretrain.views.loader import FIRST_COLOUR_SLOT
 from tests.helpers.held_memory import hold
 from tests.helpers.tiny_resnet import ARCH
 from transfer.evaluation.transforms import EvalTransform
@@ -74,7 +74,7 @@ def test_a_wrong_parameter_is_far_from_pillows(photographs: ImageDataset) -> Non
     theirs = np.asarray(deviation.by_pillow(crop, colours), float)
     right, wrong = (
         255 * finish(pixels, c, mean=torch.zeros(3), std=torch.ones(3))[0].permute(1, 2, 0).numpy()
-        for c in (colours, dataclasses.replace(colours, blend_3N=1.2 * colours.blend_3N))
+        for c in (colours, colours._replace(blend_3N=1.2 * colours.blend_3N))
     )
     assert np.abs(right - theirs).mean() < 2.5 < 5 < np.abs(wrong - theirs).mean()
 

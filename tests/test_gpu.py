@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.checkpoint import to_host
+from pretrain.checkpoint import load_checkpoint, to_host
 from pretrain.common.files import read_jsonl
-from pretrain.data.augment import View, draw_colours, finish, uniforms
+from pretrain.common.signals import Stopped
 from pretrain.data.datasets import open_dataset
-from pretrain.data.loader import FIRST_COLOUR_SLOT
+from pretrain.input_pipeline import InputPipeline
 from pretrain.network.model import build_backbone
 from pretrain.objectives.intl import intl_loss
+from pretrain.settings import Settings
 from pretrain.train import train
-from tests.helpers.training import tiny, weights
+from pretrain.views.augment import View, uniforms
+from pretrain.views.batch import moved
+from pretrain.views.colours import draw_colours, finish
+from pretrain.views.loader import FIRST_COLOUR_SLOT
+from tests.helpers.training import differing, stop_after_epoch_one, tiny, weights
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators.knn_vote import knn_evaluate
@@ -66,6 +71,54 @@ def test_a_run_in_each_precision_goes_on_where_it_was(
     assert all(torch.isfinite(v.float()).all() for v in weights(tmp_path).values())
     assert read_jsonl(tmp_path / "metrics.jsonl")[-1]["peak_memory_gib"] > 0
     train(tiny(cifar_folder, tmp_path, precision=precision, ema=True, max_steps=4, save_every=2), gpu)
+
+
+def ended_with(settings: Settings, gpu: torch.device) -> dict[str, torch.Tensor]:
+    train(settings, gpu)
+    return weights(Path(settings.output))
+
+
+@pytest.mark.parametrize(("how", "most"), [("graph", 1e-6), ("compiled_graph", 1e-3), ("compiled", 1e-3)])
+def test_a_step_ends_with_the_weights_of_the_called_one(
+    how: str, most: float, gpu: torch.device, cifar_folder: Path, tmp_path: Path
+) -> None:
+    """Schedule of learning rate and EMA included; compiled kernels sum in another order."""
+    alike = {"ema": True, "ema_momentum": 0.9, "max_steps": 6, "deterministic": True}
+    eager = ended_with(tiny(cifar_folder, tmp_path / "eager", step="eager", **alike), gpu)
+    other = ended_with(tiny(cifar_folder, tmp_path / how, step=how, **alike), gpu)
+    for name, value in eager.items():
+        if value.is_floating_point():
+            scale = value.abs().max().clamp_min(1e-3)
+            assert ((other[name] - value).abs().max() / scale) < most, name
+
+
+def test_a_run_cut_off_ends_to_the_bit_as_an_undisturbed_one(
+    gpu: torch.device, cifar_folder: Path, tmp_path: Path
+) -> None:
+    whole, cut = (
+        tiny(cifar_folder, tmp_path / name, ema=True, deterministic=True, hook_every_epochs=1)
+        for name in ("whole", "cut")
+    )
+    train(whole, gpu)
+    with pytest.raises(Stopped):
+        train(cut, gpu, hook=stop_after_epoch_one)
+    train(cut, gpu)
+    assert load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["config"]["step"] == "graph"
+    assert differing(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_views_made_on_the_gpu_are_the_loaders(gpu: torch.device, cifar_folder: Path, tmp_path: Path) -> None:
+    images = open_dataset("cifar10", cifar_folder, "train")
+    found = []
+    for where in ("host", "device"):
+        settings = tiny(cifar_folder, tmp_path, data_on=where, jitter_p=[0.0], solarise_p=[0.0])
+        pipeline = InputPipeline.of(settings, images, gpu)
+        assert (pipeline.resident is None) == (where == "host")
+        found.append([pipeline.finished(moved(batch, gpu)) for batch in pipeline.batches(0, 3)])
+    for host, device in zip(*found, strict=True):
+        for a, b in zip(host, device, strict=True):
+            level = (a - b).abs().cpu() * torch.tensor(settings.std)[:, None, None] * 255
+            assert level.max() < 1.01 and level.mean() < 0.1
 
 
 def test_copies_hold_what_was_there_when_they_were_asked_for(gpu: torch.device) -> None:

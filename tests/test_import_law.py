@@ -19,7 +19,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pretrain", "transfer", "slurm")
 MAY_IMPORT = {"pretrain": {"pretrain"}, "transfer": {"pretrain", "transfer"}, "slurm": set(PACKAGES)}
 LAYERS = {
-    "pretrain": ("pretrain.data", "pretrain.network", "pretrain.objectives", "pretrain.common"),
+    "pretrain.profile": (
+        "pretrain",
+        "pretrain.views",
+        "pretrain.data",
+        "pretrain.network",
+        "pretrain.objectives",
+        "pretrain.common",
+    ),
+    "pretrain": (
+        "pretrain.views",
+        "pretrain.data",
+        "pretrain.network",
+        "pretrain.objectives",
+        "pretrain.common",
+    ),
+    "pretrain.views": ("pretrain.data", "pretrain.common"),
     "pretrain.objectives": ("pretrain.common",),
     "pretrain.data": ("pretrain.common",),
     "pretrain.network": ("pretrain.common",),
@@ -161,7 +176,7 @@ def test_the_foundation_needs_no_heavy_library():
         *((f"transfer {name} --help", 0) for name in ("protocols", "plan", *SETTINGS)),
         ("transfer knn --weigths w", 2),
         ("transfer.train_net --help", 0),
-        ("pretrain.profile --help", 0),
+        ("pretrain.profile.__main__ --help", 0),
         ("slurm --help", 0),
         *((f"slurm {name} --help", 0) for name in SLURM),
         ("slurm status SUITE", 0),

@@ -1,1 +1,1 @@
-"""Images from disk to augmented batches: data sets, shards, decoding, augmentation, loading."""
+"""Images on disk: data sets, folders, shards, decoding, the processes that load them."""

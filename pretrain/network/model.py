@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -76,7 +77,15 @@ class Encoder(nn.Module):
 
     def forward(self, views: Sequence[Tensor]) -> list[Tensor]:
         """views: N x 3 x H x W each -> N x D each."""
-        return [self.projector(self.backbone(view)) for view in views]
+        return [self.embed(view) for view in views]
+
+    def embed(self, view: Tensor) -> Tensor:
+        """N x 3 x H x W -> N x D."""
+        return self.projector(self.backbone(view))
+
+    def use_compiler(self) -> None:
+        """Embed by kernels that torch.compile makes for each size of views."""
+        self.embed = torch.compile(self.embed, dynamic=False)  # type: ignore[method-assign]
 
 
 def target_encoder_of(encoder: Encoder) -> Encoder:
@@ -86,8 +95,8 @@ def target_encoder_of(encoder: Encoder) -> Encoder:
 
 
 @torch.no_grad()
-def ema_update(target: nn.Module, fast: nn.Module, momentum: float) -> None:
+def ema_update(target: nn.Module, fast: nn.Module, momentum: float | Tensor) -> None:
     """target <- momentum · target + (1 - momentum) · fast; BN statistics stay those of each branch."""
-    torch._foreach_lerp_(
-        list(target.parameters()), [p.detach() for p in fast.parameters()], weight=1 - momentum
-    )
+    slow, new = ([p.detach() for p in network.parameters()] for network in (target, fast))
+    weight: Any = 1 - momentum  # a tensor on the device, where a captured step reads it
+    torch._foreach_lerp_(slow, new, [weight] * len(slow) if isinstance(weight, Tensor) else weight)

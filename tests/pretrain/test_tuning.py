@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,12 +15,16 @@ from pretrain import tuning
 from pretrain.checkpoint import load_checkpoint
 from pretrain.common.errors import UserError
 from pretrain.common.signals import Stopped
+from pretrain.input_pipeline import InputPipeline
 from pretrain.settings import Settings
 from pretrain.train import train
 from tests.helpers.training import CPU, differing, stop_after_epoch_one, tiny
 
 SMALL = {"view_sizes": [12, 12], "batch_global": 320, "log_every": 100}
 AUTO = {"precision": "auto", "threads": "auto"}
+
+
+LOADS = cast(InputPipeline, SimpleNamespace(resident=None))  # and makes no batch: nothing is to be timed
 
 
 def untimed(*_: object) -> Any:
@@ -42,7 +47,7 @@ def choice(monkeypatch: pytest.MonkeyPatch, seconds: dict[tuple, float], **asked
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     settings = tiny(Path("d"), Path("o"), **(AUTO | asked))
-    found = of(tuning.chosen(settings, CPU, untimed))
+    found = of(tuning.chosen(settings, CPU, LOADS, 10))
     assert len(timed) == len(set(timed)) == len(seconds)
     return found
 
@@ -59,8 +64,8 @@ def test_the_fastest_is_taken_and_one_thread_where_it_is_nearly_as_fast(
 
 
 def test_what_is_given_is_not_timed() -> None:
-    given = tiny(Path("d"), Path("o"), threads=2)
-    assert tuning.chosen(given, CPU, untimed) == given
+    given = tiny(Path("d"), Path("o"), threads=2, step="eager", data_on="host")
+    assert tuning.chosen(given, CPU, LOADS, 10) == given
     assert tuning.taken_over(given, {"precision": "bfloat16", "threads": 1}) == given
     with pytest.raises(UserError, match="--threads must be at least 1, or auto, got 0"):
         tiny(Path("d"), Path("o"), threads=0)
@@ -95,3 +100,14 @@ def test_a_choice_is_written_down_and_kept_when_the_run_goes_on(
     other = 1 + int(taken["threads"])
     with pytest.raises(UserError, match=f"threads: {taken['threads']} there, {other} now"):
         train(tiny(cifar_folder, cut, **SMALL, **(AUTO | {"threads": other})), CPU)
+
+
+def test_what_a_gpu_takes_is_written_down_and_taken_over() -> None:
+    settings = tiny(Path("d"), Path("o"))
+    assert (settings.step, settings.data_on) == ("auto", "auto")
+    chosen = tuning.chosen(settings, CPU, LOADS, 10)
+    assert (chosen.step, chosen.data_on) == ("eager", "host")
+    on_gpu = tuning.taken_over(settings, {"step": "compiled_graph", "data_on": "device"})
+    assert (on_gpu.step, on_gpu.data_on) == ("compiled_graph", "device")
+    older = tuning.taken_over(settings, {})  # a checkpoint from before there was a choice
+    assert (older.step, older.data_on) == ("eager", "host")

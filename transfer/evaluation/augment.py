@@ -23,8 +23,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pretrain.data.augment import CROP_TRIES, Box, crop_box
 from pretrain.data.datasets import ImageDataset
+from pretrain.views.augment import CROP_TRIES, Box, crop_box
 from transfer.evaluation.transforms import PIL_MODES
 
 

@@ -23,9 +23,9 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.process_group import is_main
 from pretrain.common.progress import Progress
-from pretrain.data.augment import View
 from pretrain.data.datasets import ImageDataset, open_dataset
-from pretrain.data.loader import Views, epoch_order
+from pretrain.views.augment import View
+from pretrain.views.loader import Views, epoch_order
 from transfer.evaluation.context import Evaluation, backbone_of, judge_frozen, output_of, settle
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.pooled_features import LAST, STAGES, columns

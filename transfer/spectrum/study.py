@@ -30,9 +30,7 @@ from pretrain.common.files import append_jsonl, read_jsonl
 from pretrain.common.output_folder import output_folder
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
-from pretrain.data.augment import View
 from pretrain.data.datasets import ImageDataset, open_dataset
-from pretrain.data.loader import StepBatches, Views, batches, epoch_order
 from pretrain.network.model import Encoder, build_projector
 from pretrain.objectives.diagnostics import collapse, diagnose
 from pretrain.objectives.expression import expression
@@ -54,6 +52,8 @@ from pretrain.objectives.volume import coding_rate_loss, frossl_loss, mmcr_loss
 from pretrain.objectives.whitening import spectral_loss, w_mse_loss
 from pretrain.optim import build_optimizer, lr_at
 from pretrain.settings import TITLES
+from pretrain.views.augment import View
+from pretrain.views.loader import StepBatches, Views, batches, epoch_order
 from transfer.evaluators.knn_vote import knn_evaluate
 from transfer.options import StudySettings, parse
 from transfer.spectrum.rank_metrics import rank_metrics

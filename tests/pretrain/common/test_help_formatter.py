@@ -16,7 +16,7 @@ from slurm.__main__ import COMMANDS as SLURM
 from transfer.__main__ import COMMANDS as TRANSFER
 
 COMMANDS = [
-    ["pretrain"], ["pretrain.profile"], ["benchmarks"],
+    ["pretrain"], ["pretrain.profile.__main__"], ["benchmarks"],
     ["transfer"], *(["transfer", name] for name in TRANSFER),
     ["slurm"], *(["slurm", name] for name in SLURM),
 ]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain.common import machine
-from pretrain.data.loader import default_workers
+from pretrain.views.loader import default_workers
 
 
 @pytest.mark.parametrize(

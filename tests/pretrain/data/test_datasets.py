@@ -15,7 +15,7 @@ from pretrain.common.errors import UserError
 from pretrain.data.datasets import DATASETS, open_dataset
 from pretrain.data.fashion_mnist import FILES, find_or_fetch
 from pretrain.data.images import BrokenImage, read_image
-from pretrain.data.loader import StepBatches
+from pretrain.views.loader import StepBatches
 
 
 def test_image_folder_has_every_file_once(cifar_folder: Path) -> None:

@@ -1,6 +1,6 @@
 """`python -m pretrain.profile`: where a step's time goes on this machine, and what to change.
 
-python -m pretrain.profile --recipe NAME|FILE.yaml --data-dir DIR [--steps 10 ...]
+python -m pretrain.profile --recipe NAME|FILE.yaml --data-dir DIR [--steps 10 --seconds 120 ...]
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ class ProfileSettings(Settings):
     """Not needed: nothing is written."""
     steps: int = 10
     """Steps to time, after some to warm up."""
+    seconds: float = 120
+    """No further change of an option is tried after so many seconds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 1:
             raise UserError(f"--steps must be at least 1, got {self.steps}")
+        if self.seconds < 0:
+            raise UserError(f"--seconds must be at least 0, got {self.seconds}")
 
 
 def main(argv: list[str]) -> None:
@@ -35,9 +39,11 @@ def main(argv: list[str]) -> None:
         groups=GROUPS | {"steps": "this measurement"},
         description="Say where the time of a training step goes on this machine, and what to change.",
     )  # fmt: skip
-    from pretrain.step_timing import report  # PyTorch takes seconds to load: --help is answered at once
+    from pretrain.profile.step_timing import (
+        report,  # PyTorch takes seconds to load: --help is answered at once
+    )
 
-    report(settings, settings.steps)
+    report(settings, settings.steps, settings.seconds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Augmentation: operations against torchvision's, distributions by counts, randomness by its key."""
+"""Colour, blur and the rest: operations against torchvision's, distributions by counts."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as F
-from PIL import Image
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from pretrain.data.augment import (
-    SLOTS,
-    View,
-    _blur_by_convolution,
+from pretrain.data.datasets import open_dataset
+from pretrain.views.augment import View, uniforms
+from pretrain.views.colours import (
+    _blur_by_sums,
     blend,
-    box_of,
     draw_colours,
     finish,
     gaussian_blur,
     greyscale,
-    resized_crop,
     shift_hue,
     solarise,
-    uniforms,
 )
-from pretrain.data.datasets import open_dataset
-from pretrain.data.loader import FIRST_COLOUR_SLOT, StepBatches, Views, batches
-from pretrain.input_pipeline import InputPipeline
+from pretrain.views.loader import FIRST_COLOUR_SLOT
 
 HALF_LEVEL = 0.5 / 255
 ZERO, ONE = torch.zeros(3), torch.ones(3)
@@ -64,7 +57,7 @@ def test_operations_equal_torchvision_on_real_images(real_N3HW: torch.Tensor) ->
     assert torch.equal(solarise(x), F.solarize(x, 128 / 255))
     sigma_N = torch.linspace(0.1, 2.0, n)
     theirs = torch.stack([F.gaussian_blur(i, [13, 13], [float(s)] * 2) for i, s in zip(x, sigma_N)])
-    for ours in (gaussian_blur(x, sigma_N), _blur_by_convolution(x, sigma_N, 6)):
+    for ours in (gaussian_blur(x, sigma_N), _blur_by_sums(x, sigma_N, 6)):
         assert (ours - theirs).abs().max() < 1e-5
 
 
@@ -81,8 +74,8 @@ def test_the_whole_colour_step_equals_torchvision_image_by_image(real_N3HW: torc
         x = real_N3HW[i]
         order = []
         for k in range(4):
-            if i in colours.hue_at[k].tolist():
-                x = F.adjust_hue(x, float(colours.hue_N[i]))
+            if colours.hue_4N[k, i]:
+                x = F.adjust_hue(x, float(colours.turns_N[i]))
                 order.append("hue")
             if k < 3:
                 f = float(colours.blend_3N[k, i])
@@ -120,10 +113,10 @@ def test_probabilities_and_ranges_by_counts() -> None:
     counts = {"grey": 0.2, "blur": 0.5, "solarise": 0.1, "flip": 0.5}
     for name, p in counts.items():
         spread = 4 * (n * p * (1 - p)) ** 0.5  # four binomial standard deviations
-        assert abs(len(getattr(colours, name)) - n * p) < spread, name
-    jittered = sum(len(h) for h in colours.hue_at)
+        assert abs(int(getattr(colours, f"{name}_N").sum()) - n * p) < spread, name
+    jittered = int(colours.hue_4N.sum())
     assert abs(jittered - 0.8 * n) < 4 * (n * 0.16) ** 0.5
-    assert all(abs(len(h) - jittered / 4) < 4 * (jittered * 3 / 16) ** 0.5 for h in colours.hue_at)
+    assert all(abs(int(h.sum()) - jittered / 4) < 4 * (jittered * 3 / 16) ** 0.5 for h in colours.hue_4N)
     touched = colours.blend_3N != 1
     brightness = touched & (colours.grey_share_3N == 0) & (colours.mean_share_3N == 0)
     for chosen, strength in (
@@ -135,81 +128,7 @@ def test_probabilities_and_ranges_by_counts() -> None:
         assert abs(float(f.mean()) - 1) < 4 * strength / (3 * len(f)) ** 0.5
         assert (chosen.sum(1) > jittered / 4).all()  # each comes first, second and third about equally often
     assert colours.sigma_N.min() >= 0.1 and colours.sigma_N.max() <= 2.0
-    assert abs(float(colours.hue_N.max()) - 0.1) < 1e-4 and abs(float(colours.hue_N.min()) + 0.1) < 1e-4
-
-
-def test_crops_have_torchvisions_distribution() -> None:
-    """Means of area, aspect and position over many crops, ours against RandomResizedCrop.get_params."""
-    view = View(size=224, min_scale=0.08, max_scale=1.0)
-    n, width, height = 4000, 500, 375
-    u = uniforms(0, 0, np.arange(n), 0)
-    ours = np.array([box_of(row, width, height, view) for row in u], float)
-    torch.manual_seed(0)
-    image = torch.empty(3, height, width)
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)], float
-    )
-    theirs = theirs[:, [1, 0, 3, 2]]  # top, left, height, width -> left, top, width, height
-    assert (ours[:, 0] + ours[:, 2] <= width).all() and (ours[:, 1] + ours[:, 3] <= height).all()
-    for statistic in (
-        lambda b: b[:, 2] * b[:, 3] / (width * height), lambda b: np.log(b[:, 2] / b[:, 3]),
-        lambda b: b[:, 0] + b[:, 2] / 2, lambda b: b[:, 1] + b[:, 3] / 2,
-        lambda b: (b[:, 2] * b[:, 3] / (width * height)) ** 2,
-    ):  # fmt: skip
-        a, b = statistic(ours), statistic(theirs)
-        error = (a.var() / n + b.var() / n) ** 0.5
-        assert abs(a.mean() - b.mean()) < 4 * error
-
-
-def test_an_image_too_narrow_for_any_try_gets_the_centre_crop() -> None:
-    view = View(size=32, min_scale=1.0, max_scale=1.0)
-    assert box_of(uniforms(0, 0, np.arange(1), 0)[0], 1000, 10, view) == (493, 0, 13, 10)
-
-
-def test_resized_crop_equals_torchvision_on_pillow_images(coco_mini: Path) -> None:
-    image = Image.open(sorted((coco_mini / "images").iterdir())[0]).convert("RGB")
-    for interpolation in ("bicubic", "bilinear"):
-        view = View(size=96, interpolation=interpolation)
-        box = box_of(uniforms(0, 0, np.arange(9), 0)[8], *image.size, view)
-        left, top, w, h = box
-        theirs = F.resized_crop(image, top, left, h, w, [96, 96], InterpolationMode(interpolation))
-        ours = resized_crop(torch.from_numpy(np.array(image)), box, view).numpy()
-        assert np.abs(ours.astype(int) - np.asarray(theirs)).max() <= 1
-
-
-def test_random_numbers_depend_on_each_part_of_their_key() -> None:
-    images = np.array([7, 8, 9])
-    base = uniforms(1, 2, images, 0)
-    assert base.shape == (3, SLOTS) and (base >= 0).all() and (base < 1).all()
-    assert np.array_equal(uniforms(1, 2, images[1:], 0), base[1:])  # not on the other images of the batch
-    for other in (uniforms(2, 2, images, 0), uniforms(1, 3, images, 0), uniforms(1, 2, images, 1)):
-        assert not np.isclose(base, other).any()
-    many = uniforms(0, 0, np.arange(30_000), 0)
-    assert np.abs(many.mean(0) - 0.5).max() < 4 / (12 * 30_000) ** 0.5 * 1.3
-    correlation = np.corrcoef(many.T) - np.eye(SLOTS)
-    assert np.abs(correlation).max() < 5.5 / 30_000**0.5
-
-
-def _views(folder: Path, **changes) -> Views:  # type: ignore[no-untyped-def]
-    options = {"seed": 0, "mean": [0.5] * 3, "std": [0.25] * 3, "finish_here": True} | changes
-    return Views(open_dataset("cifar10", folder, "train"), [View(size=32), View(size=24)], **options)
-
-
-def test_workers_and_placement_change_nothing(cifar_folder: Path) -> None:
-    steps = StepBatches(640, batch_global=64, rank=0, world=1, seed=0, start=2, stop=5)
-    here = list(batches(_views(cifar_folder), steps, workers=0))
-    there = list(batches(_views(cifar_folder), steps, workers=2))
-    for a, b in zip(here, there, strict=True):
-        assert [v.shape for v in a.views] == [(64, 3, 32, 32), (64, 3, 24, 24)]
-        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views))
-    later = _views(cifar_folder, finish_here=False)
-    pipeline = InputPipeline(
-        views=later, batch_global=64, workers=0, where="on the device", device=torch.device("cpu")
-    )
-    for a, b in zip(here, batches(later, steps, workers=0), strict=True):
-        assert b.views[0].dtype == torch.uint8
-        finished = pipeline.on_device(b)
-        assert all(torch.equal(x, y) for x, y in zip(a.views, finished))
+    assert abs(float(colours.turns_N.max()) - 0.1) < 1e-4 and abs(float(colours.turns_N.min()) + 0.1) < 1e-4
 
 
 @pytest.mark.parametrize("side", [224, 192])
@@ -225,22 +144,3 @@ def test_the_number_of_threads_changes_nothing(side: int) -> None:
         found.append(finish(pixels, draw_colours(numbers[:, FIRST_COLOUR_SLOT:], view), mean=mean, std=std))
     torch.set_num_threads(1)
     assert torch.equal(*found)
-
-
-def test_a_small_decoding_leaves_the_crops_nearly_alone(coco_mini: Path, tmp_path: Path) -> None:
-    """JPEGs of 640 px and views of 48: decoded at 1/2 or 1/4 where every crop allows it."""
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "scenes").symlink_to(coco_mini / "images")
-    data = open_dataset("imagefolder", tmp_path, "train")
-    if data.image(0).width < 300:
-        pytest.skip("scenes of 160 px leave nothing to save")
-    made = {}
-    for draft in (False, True):
-        views = Views(
-            data, [View(size=48, min_scale=0.5)], seed=0, mean=[0.0] * 3, std=[1.0] * 3,
-            finish_here=False, jpeg_draft=draft,
-        )  # fmt: skip
-        made[draft] = views.__getitems__([(0, i) for i in range(16)]).views[0].float()
-    difference = (made[True] - made[False]).abs()
-    # Of 255 levels; the crops are the same, their resampling is not. Bilinear for bicubic changes 2.3 levels.
-    assert 0 < difference.mean() < 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,41 +18,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from pretrain.common.machine import cores_of_rank
-from pretrain.data.augment import (
-    Box,
-    Colours,
-    View,
-    box_of,
-    draw_colours,
-    finish,
-    resized_crop,
-    shrunk_crop,
-    uniforms,
-)
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.images import BrokenImage
 from pretrain.data.workers import load
+from pretrain.views.augment import Box, View, box_of, boxes_of, resized_crop, shrunk_crop, uniforms
+from pretrain.views.batch import Batch, Place
+from pretrain.views.colours import Colours, draw_colours, finish
 
 logger = logging.getLogger(__name__)
 
 MOST_BROKEN_IN_A_ROW = 100
 FIRST_COLOUR_SLOT = 22  # the first 22 uniform numbers place the crop
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """This rank's views of one step."""
-
-    views: list[Tensor]
-    """N x S x S x 3 uint8 crops with `colours`, or N x 3 x S x S float32 finished ones without."""
-    colours: list[Colours]
-    broken: list[str]
-    """Files that could not be read; the next readable image took their place."""
-
-    def pin_memory(self) -> Batch:
-        """A copy in pinned memory, as DataLoader asks for it."""
-        pinned = [v.pin_memory() for v in self.views]
-        return Batch(views=pinned, colours=[c.pin_memory() for c in self.colours], broken=self.broken)
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
@@ -103,20 +78,35 @@ class Views(Dataset[Any]):
         self.finish_here, self.jpeg_draft = finish_here, jpeg_draft
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch:
-        epoch = pairs[0][0]
-        wanted = np.array([index for _, index in pairs])
+        wanted, numbers = self._drawn(pairs)
         crops = [torch.empty((len(pairs), v.size, v.size, 3), dtype=torch.uint8) for v in self.views]
-        numbers = [uniforms(self.seed, epoch, wanted, v) for v in range(len(self.views))]
         broken: list[str] = []
         for n, index in enumerate(wanted):
             parts = self._crops(int(index), [u[n] for u in numbers], broken)
             for out, part in zip(crops, parts):
                 out[n] = part
-        colours = [draw_colours(u[:, FIRST_COLOUR_SLOT:], v) for u, v in zip(numbers, self.views)]
+        colours = self._colours(numbers)
         if self.finish_here:
             crops = [finish(c, k, mean=self.mean, std=self.std) for c, k in zip(crops, colours)]
             colours = []
-        return Batch(views=crops, colours=colours, broken=broken)
+        return Batch(views=crops, places=[], colours=colours, broken=broken)
+
+    def places(self, pairs: list[tuple[int, int]], sizes_N2: np.ndarray) -> Batch:
+        """The same views still to be taken, from images of widths and heights `sizes_N2`."""
+        wanted, numbers = self._drawn(pairs)
+        images_N, sizes = torch.from_numpy(wanted), sizes_N2[wanted]
+        places = [
+            Place(images_N, torch.from_numpy(boxes_of(u, sizes, v))) for u, v in zip(numbers, self.views)
+        ]
+        return Batch(views=[], places=places, colours=self._colours(numbers), broken=[])
+
+    def _drawn(self, pairs: list[tuple[int, int]]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The images' indices, and for each view the N x SLOTS random numbers."""
+        wanted = np.array([index for _, index in pairs])
+        return wanted, [uniforms(self.seed, pairs[0][0], wanted, v) for v in range(len(self.views))]
+
+    def _colours(self, numbers: list[np.ndarray]) -> list[Colours]:
+        return [draw_colours(u[:, FIRST_COLOUR_SLOT:], v) for u, v in zip(numbers, self.views)]
 
     def _crops(self, index: int, numbers: list[np.ndarray], broken: list[str]) -> list[Tensor]:
         """The crops of image `index`, or of the next one that can be read."""

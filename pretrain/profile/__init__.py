@@ -1,0 +1,1 @@
+"""`python -m pretrain.profile`: where the time of a training step goes."""

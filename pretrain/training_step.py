@@ -1,0 +1,128 @@
+"""One training step after another: called, with compiled kernels, or replayed as one CUDA graph."""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pretrain.common.errors import UserError
+from pretrain.common.process_group import world_size
+from pretrain.learner import Learner
+from pretrain.loss import CAPTURABLE, Loss
+from pretrain.objectives.intl import INTLLoss
+from pretrain.objectives.views import ObjectiveLoss
+from pretrain.settings import Settings
+from pretrain.views.batch import each_tensor, moved, tensors_in
+
+COMPILING_PAYS = 5000  # steps: 20 to 100 s of compiling, for some 2 to 20 ms less a step
+WARM_UPS = 3  # before a capture: libraries choose their kernels
+AHEAD = 4  # steps the host may be ahead: more would delay signals and hold more batches
+
+
+class Taken(NamedTuple):
+    """What a step leaves to look at, until the next is taken."""
+
+    loss: INTLLoss | ObjectiveLoss
+    embedding: Tensor
+    """Of the last view, n x D."""
+
+
+class TrainingStep:
+    """Views, embeddings, loss, gradients and update; `views_of` makes a batch on the device to views."""
+
+    def __init__(
+        self, learner: Learner, views_of: Callable[[Any], list[Tensor]], loss_of_views: Loss, how: str
+    ) -> None:
+        """`how`: eager, compiled, graph or compiled_graph. All ranks must call.
+
+        A graph replays what was captured at the first call: every batch must have its shapes.
+        """
+        self.learner, self.views_of, self.loss_of_views = learner, views_of, loss_of_views
+        self._graphed = how.endswith("graph")
+        if how.startswith("compiled"):
+            self.views_of = torch.compile(views_of, dynamic=False)
+            if world_size() == 1 and self._graphed:
+                self.loss_of_views = torch.compile(loss_of_views, dynamic=False)
+        learner.start(compiled=how.startswith("compiled"))
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._under_way: deque[torch.cuda.Event] = deque()
+
+    def __call__(self, batch: Any, step: int, lr: float, ema_momentum: float) -> Taken:
+        """Take step `step` with a batch from wherever it lies. Raises RunFailed for a loss that cannot be."""
+        if not self._graphed:
+            return self._take(moved(batch, self.learner.device), step, lr, ema_momentum)
+        if self._graph is None:
+            self._graph = self._captured(moved(batch, self.learner.device), step)
+        for kept, new in zip(self._inputs, tensors_in(batch)):
+            kept.copy_(new, non_blocking=True)
+        self._lr.fill_(lr)
+        self._momentum.fill_(ema_momentum)
+        self._graph.replay()
+        self._wait_for_earlier()
+        return self._taken
+
+    def _take(self, batch: Any, step: int, lr: float | Tensor, ema_momentum: float | Tensor) -> Taken:
+        self.learner.update_target(ema_momentum)
+        embeddings = self.learner.embed(self.views_of(batch))
+        loss = self.loss_of_views(embeddings, step)
+        self.learner.stepper.backward(loss.total)
+        self.learner.stepper.update(lr)
+        return Taken(loss, embeddings[-1].detach())
+
+    def _captured(self, batch: Any, step: int) -> torch.cuda.CUDAGraph:
+        static = each_tensor(batch, torch.clone)
+        self._inputs = tensors_in(static)
+        self._lr, self._momentum = (torch.zeros((), device=self.learner.device) for _ in range(2))
+        with self.learner.unchanged():
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    self._take(static, step, self._lr, self._momentum)
+            torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._taken = self._take(static, step, self._lr, self._momentum)
+        return graph
+
+    def _wait_for_earlier(self) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        self._under_way.append(event)
+        if len(self._under_way) > AHEAD:
+            self._under_way.popleft().synchronize()
+
+
+def how_to_step(settings: Settings, device: torch.device, dtype: torch.dtype, steps: int) -> tuple[str, str]:
+    """--step without "auto", and why. Raises UserError for a graph where none can be captured."""
+    against = _against_a_graph(settings, device, dtype)
+    if settings.step != "auto":
+        if settings.step.endswith("graph") and against:
+            raise UserError(f"--step {settings.step}: {against}; take --step eager")
+        return settings.step, "as asked for"
+    if against:
+        return "eager", against
+    if settings.deterministic:
+        return "graph", "compiling may choose other kernels another time, which --deterministic rules out"
+    if steps < COMPILING_PAYS:
+        return "graph", f"{steps:,} steps, and compiling pays from {COMPILING_PAYS:,} on"
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "graph", "compiling needs a C compiler, and there is none"
+    return "compiled_graph", f"compiling pays for {steps:,} steps"
+
+
+def _against_a_graph(settings: Settings, device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return "a graph needs a GPU"
+    if world_size() > 1:
+        return f"{world_size()} ranks share each step, and a graph is one GPU's"
+    if dtype == torch.float16:
+        return "float16 scales its gradients by what the GPU found"
+    if settings.loss_name not in CAPTURABLE:
+        return f"{settings.method}'s loss cannot be captured"
+    return None

@@ -1,0 +1,67 @@
+"""Images that lie on the device: the loader's crops, from memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pretrain.common.errors import UserError
+from pretrain.data.datasets import ImageDataset, open_dataset
+from pretrain.input_pipeline import InputPipeline
+from pretrain.settings import Settings
+from pretrain.views import resident
+from pretrain.views.batch import moved
+from tests.helpers.training import tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def photographs(coco_mini: Path, tmp_path: Path) -> ImageDataset:
+    """Of several sizes, one of them no image."""
+    folder = tmp_path / "train" / "scenes"
+    folder.mkdir(parents=True)
+    for i, path in enumerate(sorted((coco_mini / "images").iterdir())[:24]):
+        with Image.open(path) as image:
+            image.resize((60 + 3 * i, 90 - 2 * i)).save(folder / f"{i:02d}.png")
+    (folder / "05.png").write_bytes(b"no image")
+    return open_dataset("imagefolder", tmp_path, "train")
+
+
+def settings_of(photographs: ImageDataset, tmp_path: Path, **changes: object) -> Settings:
+    of_folder = {"dataset": "imagefolder", "view_sizes": [32, 24], "batch_global": 8, "workers": 0}
+    return tiny(photographs.root.parent, tmp_path, trade_off=0.1, **(of_folder | changes))
+
+
+def test_the_views_are_the_loaders(photographs: ImageDataset, tmp_path: Path) -> None:
+    found = []
+    for where in ("host", "device"):
+        settings = settings_of(photographs, tmp_path, data_on=where, jitter_p=[0.0], solarise_p=[0.0])
+        pipeline = InputPipeline.of(settings, photographs, CPU)
+        made = list(pipeline.batches(1, 6))
+        found.append([pipeline.finished(moved(batch, CPU)) for batch in made])
+        broken = [said for batch in made for said in batch.broken]
+        assert broken and all("05.png" in said for said in broken)
+    for host, device in zip(*found, strict=True):
+        for a, b, size in zip(host, device, (32, 24), strict=True):
+            assert a.shape == b.shape == (8, 3, size, size)
+            level = (a - b).abs() * torch.tensor(settings.std)[:, None, None] * 255
+            assert level.max() < 1.01 and level.mean() < 0.1
+
+
+def test_what_does_not_fit_is_loaded(
+    photographs: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = resident.ResidentImages.of(photographs, CPU)
+    assert images is not None
+    assert images.pixels.shape == (24, 90, 129, 3)
+    assert images.sizes_A2[:2].tolist() == [[60, 90], [63, 88]]
+    assert np.array_equal(images.sizes_A2[5], images.sizes_A2[6])  # the next stands in for the broken one
+    monkeypatch.setattr(resident, "memory_of", lambda _: images.pixels.numel() / resident.SHARE - 1)
+    assert resident.ResidentImages.of(photographs, CPU) is None
+    with pytest.raises(UserError, match="--data-on device: 24 images take more than their share"):
+        InputPipeline.of(settings_of(photographs, tmp_path, data_on="device"), photographs, CPU)
