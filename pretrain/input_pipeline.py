@@ -43,7 +43,7 @@ class InputPipeline:
         finish_here, where = colour_place(settings.augment_on, workers, device)
         resident = None
         if images_on_device(settings, device):
-            resident = ResidentImages.of(images, device)
+            resident = ResidentImages.of(images, device, workers=workers)
             if resident is not None:
                 finish_here, workers, where = False, 0, f"views made on the {device.type} from {resident}"
             elif settings.data_on == "device":

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.images import BrokenImage
+from pretrain.data.workers import load
 from pretrain.views.augment import View, resized_crops
 from pretrain.views.batch import Place
 from pretrain.views.loader import MOST_BROKEN_IN_A_ROW
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.25  # of a GPU's memory that images may take
 LOOKED_AT = 256  # images whose size is asked before all are decoded
-AT_ONCE = 1024  # images decoded before they are moved
+AT_ONCE = 256  # images that a process decodes before they are moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,8 @@ class ResidentImages:
     """Images that cannot be read; the next readable one stands in their place."""
 
     @staticmethod
-    def of(images: ImageDataset, device: torch.device) -> ResidentImages | None:
-        """The set decoded on `device`; None where it takes more than its share of the memory.
+    def of(images: ImageDataset, device: torch.device, *, workers: int = 0) -> ResidentImages | None:
+        """The set, decoded by so many processes, on `device`; None beyond its share of the memory.
 
         Raises BrokenImage when MOST_BROKEN_IN_A_ROW images in a row cannot be read.
         """
@@ -49,27 +51,25 @@ class ResidentImages:
             return None
         sizes_A2 = np.zeros((len(images), 2), np.int64)
         pixels = torch.zeros((len(images), height, width, 3), dtype=torch.uint8, device=device)
-        broken: list[tuple[int, str]] = []
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-            for first in range(0, len(images), AT_ONCE):
-                part = range(first, min(first + AT_ONCE, len(images)))
-                decoded = list(threads.map(lambda i: _decoded(images, i), part))
-                broken += [(i, made) for i, made in zip(part, decoded) if isinstance(made, str)]
-                arrays = [np.zeros((1, 1, 3), np.uint8) if isinstance(a, str) else a for a in decoded]
-                height, width = (max(s, *(a.shape[k] for a in arrays)) for k, s in enumerate((height, width)))
-                if len(images) * height * width * 3 > budget:
-                    return None
-                if (height, width) != pixels.shape[1:3]:
-                    grown = pixels.new_zeros((len(images), height, width, 3))
-                    grown[:, : pixels.shape[1], : pixels.shape[2]] = pixels
-                    pixels = grown
-                block = np.zeros((len(part), height, width, 3), np.uint8)
-                for n, array in enumerate(arrays):
-                    block[n, : array.shape[0], : array.shape[1]] = array
-                    sizes_A2[part[n]] = array.shape[1], array.shape[0]
-                pixels[first : first + len(part)] = torch.from_numpy(block).to(device)
-        _stand_in(pixels, sizes_A2, [i for i, _ in broken])
-        return ResidentImages(pixels=pixels, sizes_A2=sizes_A2, broken=[said for _, said in broken])
+        broken: dict[int, str] = {}
+        blocks = [list(range(s, min(s + AT_ONCE, len(images)))) for s in range(0, len(images), AT_ONCE)]
+        decoded = load(
+            _Decoding(images), blocks, workers=min(workers, len(blocks)), collate=lambda block: block,
+            batch_bytes=AT_ONCE * height * width * 3,
+        )  # fmt: skip
+        for rows, (block, sizes, unreadable) in zip(blocks, decoded, strict=True):
+            height, width = (max(a, b) for a, b in zip(pixels.shape[1:3], block.shape[1:3]))
+            if len(images) * height * width * 3 > budget:
+                return None
+            if (height, width) != pixels.shape[1:3]:
+                grown = pixels.new_zeros((len(images), height, width, 3))
+                grown[:, : pixels.shape[1], : pixels.shape[2]] = pixels
+                pixels = grown
+            pixels[rows[0] : rows[-1] + 1, : block.shape[1], : block.shape[2]] = block.to(device)
+            sizes_A2[rows] = sizes
+            broken |= unreadable
+        _stand_in(pixels, sizes_A2, set(broken))
+        return ResidentImages(pixels=pixels, sizes_A2=sizes_A2, broken=list(broken.values()))
 
     def crops(self, place: Place, view: View) -> Tensor:
         """N x S x S x 3 uint8."""
@@ -102,20 +102,38 @@ def largest_of_some(images: ImageDataset) -> tuple[int, int]:
     return height, width
 
 
-def _decoded(images: ImageDataset, i: int) -> np.ndarray | str:
-    try:
-        return np.asarray(images.image(i))
-    except BrokenImage as error:
-        return str(error)
+class _Decoding(Dataset[Any]):
+    """Indices -> N x H x W x 3 images, N x 2 widths and heights, messages of broken ones by index."""
+
+    def __init__(self, images: ImageDataset) -> None:
+        self.images = images
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, np.ndarray, dict[int, str]]:
+        arrays, broken = [], {}
+        for i in indices:
+            try:
+                arrays.append(np.asarray(self.images.image(i)))
+            except BrokenImage as error:
+                arrays.append(np.zeros((1, 1, 3), np.uint8))
+                broken[i] = str(error)
+        height, width = (max(a.shape[k] for a in arrays) for k in range(2))
+        block = torch.zeros((len(arrays), height, width, 3), dtype=torch.uint8)
+        for out, array in zip(block.numpy(), arrays):
+            out[: array.shape[0], : array.shape[1]] = array
+        return block, np.array([(a.shape[1], a.shape[0]) for a in arrays]), broken
 
 
-def _stand_in(pixels: Tensor, sizes_A2: np.ndarray, broken: list[int]) -> None:
+def _stand_in(pixels: Tensor, sizes_A2: np.ndarray, broken: set[int]) -> None:
     """Put the next readable image in the place of each broken one, as the loader does."""
-    unreadable = set(broken)
     for i in broken:
         after = next(
-            (k for k in range(1, MOST_BROKEN_IN_A_ROW) if (i + k) % len(pixels) not in unreadable), None
+            (
+                k % len(pixels)
+                for k in range(i + 1, i + MOST_BROKEN_IN_A_ROW)
+                if k % len(pixels) not in broken
+            ),
+            None,
         )
         if after is None:
             raise BrokenImage(f"{MOST_BROKEN_IN_A_ROW} images in a row cannot be read, from image {i} on")
-        pixels[i], sizes_A2[i] = pixels[(i + after) % len(pixels)], sizes_A2[(i + after) % len(pixels)]
+        pixels[i], sizes_A2[i] = pixels[after], sizes_A2[after]
