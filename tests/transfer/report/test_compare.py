@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ from scipy import stats
 
 from tests.helpers.report_data import record, write_lines
 from transfer.report.evidence.collect import collect
-from transfer.report.evidence.compare import Summary, Trial, binomial_error, compare, correct, margin
+from transfer.report.evidence.compare import Summary, Trial, binomial_error, compare
 from transfer.report.evidence.grouping import group
-from transfer.report.evidence.pairs import compared, leading
+from transfer.report.evidence.pairs import MOST_SHOWN, _raw_p, compared, leading
+from transfer.report.evidence.significance import SIGNIFICANCE, holm, margin, p_values
 from transfer.report.pages.statements import differences, verdict
 
 
@@ -168,19 +168,51 @@ def test_raw_pixels_are_a_constant() -> None:
 
 def test_holm_by_hand() -> None:
     # sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1: 0.04, 0.06, 0.06 (not below), 0.06 (0.04 raised)
-    one = compare(of({"a": [60.0]}), of({"b": [50.0]}))
-    given = [0.03, 0.01, None, 0.04, 0.02]
-    found = correct([dataclasses.replace(one, p=p) for p in given])
-    assert [d.p for d in found] == pytest.approx([0.06, 0.04, None, 0.06, 0.06])
-    assert [d.beyond for d in found] == [False, True, False, False, False]
-    assert "p = 0.04 by Holm over 4 comparisons" in found[1].reason and "Holm" not in found[2].reason
-    assert correct([one]) == [one]
+    found = holm(np.array([0.03, 0.01, np.nan, 0.04, 0.02]))
+    assert found == pytest.approx([0.06, 0.04, np.nan, 0.06, 0.06], nan_ok=True)
+    assert holm(np.array([0.3])) == [0.3] and holm(np.array([0.6, 0.7])).tolist() == [1.0, 1.0]
+
+
+def test_arrays_say_what_single_comparisons_say() -> None:
+    """Pairs of all kinds of sides: p of the arrays is that of `compare`, untested pairs are the same."""
+    rng = np.random.default_rng(0)
+    sides = [of({"raw": [80.5]}, seeds=False, fixed=True), of({"": [70.0, 71.0]})]
+    for i in range(24):
+        runs, seeds = [(1, 1), (1, 3), (3, 1), (2, 2)][i % 4]
+        values = {f"{i}-{r}": list(rng.normal(75, 0.5, seeds).round(1)) for r in range(runs)}
+        sides.append(of(values, proportion=i % 3 > 0, images=[500, 10_000][i % 2]))
+    found = _raw_p(sides)
+    single = [compare(a, b).p for i, a in enumerate(sides) for b in sides[i + 1 :]]
+    assert found == pytest.approx([math.nan if p is None else p for p in single], nan_ok=True, rel=1e-9)
+    assert 0 < np.isnan(found).sum() < len(found) / 2
+
+
+def test_p_is_the_level_at_which_the_margin_is_the_difference() -> None:
+    rng = np.random.default_rng(0)
+    points, variance, df, image = (10 ** rng.uniform(-1.5, 0.5, 400) for _ in range(4))
+    p = p_values(points, variance, df, image)
+    for one in range(400):
+        at = margin(variance[one], df[one], image[one], p[one])
+        assert at == pytest.approx(points[one], rel=1e-8)
+    assert p_values(1.96, 0.0, math.inf, 1.0) == pytest.approx(0.0499958, rel=1e-5)  # of any table
+    assert p_values(2.776, 1.0, 4, 0.0) == pytest.approx(0.05, rel=1e-3)
+    assert (p_values(0.0, 1.0, 4, 1.0), p_values(90.0, 0.0, math.inf, 0.001)) == (1.0, 1e-300)
+
+
+def test_of_many_methods_only_those_against_the_first_are_shown(tmp_path: Path) -> None:
+    means = {f"m{i}": 60 + i / 4 for i in range(MOST_SHOWN)}
+    some = differences(_results(tmp_path, **means))[1]
+    assert some is not None and len(some.rows) == (MOST_SHOWN - 1) * (MOST_SHOWN - 2) // 2
+    first, others = differences(_results(tmp_path, **means, best=90.0))
+    assert others is None and first is not None and len(first.rows) == MOST_SHOWN
+    assert f"over {MOST_SHOWN * (MOST_SHOWN + 1) // 2} comparisons" in first.rows[0][6].text
+    assert f"more than {MOST_SHOWN} methods" in first.note and f"more than {MOST_SHOWN}" not in some.note
 
 
 def _results(tmp_path: Path, **means: float):  # type: ignore[no-untyped-def]
     for i, (label, mean) in enumerate(means.items()):
         line = record("INTL", "knn", {"top1_k20": mean})
-        line |= {"label": label, "weights": {"path": label, "sha256": f"{i}" * 64, "branch": "online"}}
+        line |= {"label": label, "weights": {"path": label, "sha256": f"{i:064d}", "branch": "online"}}
         write_lines(tmp_path / label / "results.jsonl", [line])
     return group(collect([tmp_path]))
 
@@ -312,7 +344,7 @@ def test_false_alarms_of_a_whole_table_are_rare() -> None:
     for _ in range(tables):
         values = rng.normal(75.0, 0.5, (4, 5))
         methods = [pretrainings(*row, name=str(i), images=10**7) for i, row in enumerate(values)]
-        found = [compare(a, b) for i, a in enumerate(methods) for b in methods[i + 1 :]]
-        raw += any(d.beyond for d in found)
-        corrected += any(d.beyond for d in correct(found))
+        p = np.array([compare(a, b).p for i, a in enumerate(methods) for b in methods[i + 1 :]])
+        raw += bool((p < SIGNIFICANCE).any())
+        corrected += bool((holm(p) < SIGNIFICANCE).any())
     assert corrected / tables <= 0.07 < 0.12 < raw / tables

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from scipy import optimize, special
+from scipy import special
 
-SIGNIFICANCE = 0.05
-LEAST_P = 1e-300
+from transfer.report.evidence.significance import SIGNIFICANCE, margin, p_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +134,7 @@ class Difference:
     spread: str
     """A 95 % confidence interval, for this comparison alone."""
     p: float | None
-    """Of no difference, two-sided; corrected once `correct` has run. None where there is no test."""
+    """Of no difference, two-sided; corrected among several of a task. None where there is no test."""
     noise: str
     """What the test knows of: `noise` where pretraining is a part of it, else `the noise of …`."""
     reason: str
@@ -179,7 +176,7 @@ def compare(a: Summary, b: Summary, names: tuple[str, str] = ("the first", "the 
     else:
         test = f"{'Welch t' if min(a.n, b.n) > 1 else 't'} test over {a.repeated} and {b.repeated}"
     variance = sum(v for v, _ in known)
-    df = variance**2 / sum(v**2 / d for v, d in known) if variance else math.inf
+    df = 1 / sum((v / variance) ** 2 / d for v, d in known) if variance else math.inf
     if image is None and (variance == 0 or None in sides):
         why = f"n = {a.n} against {b.n}, at least two runs of each are needed"
         return Difference(
@@ -187,12 +184,12 @@ def compare(a: Summary, b: Summary, names: tuple[str, str] = ("the first", "the 
             reason=f"no test: {f'no spread among {a.n} and {b.n} runs' if None not in sides else why}",
         )  # fmt: skip
     half = float(margin(variance, df, image or 0.0))
-    found = _p_value(points, variance, df, image or 0.0)
+    found = float(p_values(points, variance, df, image or 0.0))
     told = [_test_text(test, points, variance, df)] if variance else []
     if image is not None:
         told.append(f"binomial standard error of the test images {math.sqrt(image):.2f}")
     if image is not None:
-        told.append(("together " if variance else "") + _spell(found))
+        told.append(("together " if variance else "") + spelt(found))
     told += _unknown(a, b, names)
     heard = ["the test images"] * (image is not None)
     heard += ["one side's pretrainings"] * any(s.over_pretrainings for s in (a, b))
@@ -204,45 +201,27 @@ def compare(a: Summary, b: Summary, names: tuple[str, str] = ("the first", "the 
     )  # fmt: skip
 
 
-def margin(variance: Any, df: Any, image: Any, level: float = SIGNIFICANCE) -> Any:
-    """Half the width of the confidence interval of a difference at 1 − `level`, in percent points.
-
-    √(t² · variance + z² · image): an estimated variance by Student's t, the known one of the images by the
-    normal distribution, the two intervals joined in quadrature (Zou and Donner 2008, section 2,
-    https://doi.org/10.1002/sim.3095). Arrays broadcast.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):
-        student = np.where(np.asarray(variance) > 0, special.stdtrit(df, level / 2) ** 2 * variance, 0.0)
-    return np.sqrt(student + special.ndtri(level / 2) ** 2 * image)
-
-
-def _p_value(points: float, variance: float, df: float, image: float) -> float:
-    """The level at which `margin` is |points|, not below LEAST_P."""
-
-    def short_of(log_level: float) -> float:
-        return float(margin(variance, df, image, math.exp(log_level))) - abs(points)
-
-    least = math.log(LEAST_P)
-    if points == 0:
-        return 1.0
-    return LEAST_P if short_of(least) < 0 else math.exp(optimize.brentq(short_of, least, 0.0, xtol=1e-9))
-
-
 def _test_text(test: str, points: float, variance: float, df: float) -> str:
     t = points / math.sqrt(variance)
-    return f"{test}: t = {t:.2f}, df = {df:.1f}, {_spell(2 * special.stdtr(df, -abs(t)))}"
+    return f"{test}: t = {t:.2f}, df = {df:.1f}, {spelt(2 * special.stdtr(df, -abs(t)))}"
 
 
-def _spell(p: float) -> str:
+def spelt(p: float) -> str:
+    """`p = 0.0123`, or that it is below a millionth."""
     return "p < 1e-6" if p < 1e-6 else f"p = {p:.3g}"
 
 
+def paired_seeds(s: Summary) -> dict[int, float]:
+    """Values by evaluation seed of one checkpoint evaluated once by each of several; else empty."""
+    found = {t.seed: t.value for t in s.trials if t.seed is not None}
+    whole = len(found) == len(s.trials) > 1 and len({t.weights for t in s.trials}) == 1
+    return found if whole else {}
+
+
 def _pairs(a: Summary, b: Summary) -> list[float]:
-    """a − b by evaluation seed, where each side is one checkpoint evaluated once with the same seeds."""
-    first, second = ({t.seed: t.value for t in s.trials if t.seed is not None} for s in (a, b))
-    whole = len(first) == len(a.trials) and len(second) == len(b.trials)
-    single = all(len({t.weights for t in s.trials}) == 1 for s in (a, b))
-    if not (whole and single and len(first) > 1 and set(first) == set(second)):
+    """a − b by evaluation seed, where both sides have the same."""
+    first, second = paired_seeds(a), paired_seeds(b)
+    if first.keys() != second.keys():
         return []
     return [round(first[seed] - second[seed], 9) for seed in first]  # rounding errors are no spread
 
@@ -256,18 +235,3 @@ def _unknown(a: Summary, b: Summary, names: tuple[str, str]) -> list[str]:
         for what, who in (("pretraining", pretraining), ("seeds", seeds))
         if who
     ]
-
-
-def correct(found: Sequence[Difference]) -> list[Difference]:
-    """p values for as many comparisons as are tested at once (Holm 1979, www.jstor.org/stable/4615733).
-
-    The i-th smallest of m, i from 0, is multiplied by m − i; none is below a smaller one's, none above 1.
-    """
-    tested = sorted((d.p, i) for i, d in enumerate(found) if d.p is not None)
-    corrected, largest = list(found), 0.0
-    for rank, (p, i) in enumerate(tested):
-        largest = max(largest, min(1.0, p * (len(tested) - rank)))
-        if len(tested) > 1:
-            holm = f"{_spell(largest)} by Holm over {len(tested)} comparisons of the task"
-            corrected[i] = dataclasses.replace(found[i], p=largest, reason=f"{found[i].reason}; {holm}")
-    return corrected

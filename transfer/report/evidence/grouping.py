@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -86,7 +88,7 @@ class Task:
         return f"{file_name(name)}-{hashlib.sha256(repr(self).encode()).hexdigest()[:6]}"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Results:
     """Trials by method, task and selection; later runs of the same trial replace earlier ones."""
 
@@ -116,21 +118,29 @@ class Results:
         told = [w for r in self.records(method, task, self.selections(method, task)[0]) for w in r.warnings]
         return list(dict.fromkeys(told))
 
+    @functools.cached_property
+    def _selections(self) -> dict[tuple[str, Task], list[str]]:
+        found: dict[tuple[str, Task], list[str]] = defaultdict(list)
+        for method, task, selection in self.groups:
+            found[method, task].append(selection)
+        place = {s: i for i, s in enumerate(SELECTIONS)}
+        return {key: sorted(s, key=lambda s: (place.get(s, len(place)), s)) for key, s in found.items()}
+
     def selections(self, method: str, task: Task) -> list[str]:
         """The selections there are trials of, in the order in which they are taken for the headline."""
-        known = [s for s in SELECTIONS if (method, task, s) in self.groups]
-        return known + sorted(
-            s for m, t, s in self.groups if (m, t) == (method, task) and s not in SELECTIONS
-        )
+        return self._selections.get((method, task), [])
+
+    @functools.cached_property
+    def _metrics(self) -> dict[Task, list[str]]:
+        names: dict[Task, dict[str, None]] = defaultdict(dict)
+        for (_, task, _), records in self.groups.items():
+            for record in records:
+                names[task].update(dict.fromkeys(record["metrics"]))
+        return {task: list(found) for task, found in names.items()}
 
     def metrics(self, task: Task) -> list[str]:
         """Names of the task's metrics, in the order in which the records have them."""
-        names: dict[str, None] = {}
-        for (_, other, _), records in self.groups.items():
-            if other == task:
-                for record in records:
-                    names.update(dict.fromkeys(record["metrics"]))
-        return list(names)
+        return self._metrics[task]
 
     def headline_metric(self, task: Task) -> str:
         """The metric that stands for the task: AP, mIoU, or what the data set is reported in (top-1, mean per
@@ -262,7 +272,8 @@ def _above(results: Results) -> Counter[str]:
     for task in results.tasks:
         have = ((m, results.headline(m, task)) for m in results.methods)
         means = {m: s.mean for m, s in have if s is not None and not results.warnings(m, task)}
-        found.update({m: sum(other < mean for other in means.values()) for m, mean in means.items()})
+        rising = sorted(means.values())
+        found.update({m: bisect.bisect_left(rising, mean) for m, mean in means.items()})
     return found
 
 
@@ -305,20 +316,15 @@ def _rank(record: Record) -> int:
 def _method_names(evidence: Evidence, pool: bool) -> dict[int, str]:
     """The row of each record, by id."""
     roots: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    figures: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    figures: dict[str, dict[tuple[Any, ...], set[tuple[int, str]]]] = defaultdict(lambda: defaultdict(set))
     for r in evidence.records:
         roots[r.label][r.root].add(r.sha256)
-        figures[r.label, r.sha256, task_of(r), r["selection"], r["seed"]].add(
-            f"{r.root} {sorted(r['metrics'].items())}"
-        )
+        same = r.sha256, task_of(r), r["selection"], r["seed"]
+        figures[r.label][same].add((r.root, str(sorted(r["metrics"].items()))))
     apart = set()
     for label, weights in roots.items():
         differ = len({frozenset(s) for s in weights.values()}) > 1
-        clash = any(
-            len({f.partition(" ")[2] for f in found}) > 1 and len({f.partition(" ")[0] for f in found}) > 1
-            for (other, *_), found in figures.items()
-            if other == label
-        )
+        clash = any(all(len({*side}) > 1 for side in zip(*found)) for found in figures[label].values())
         if len(weights) > 1 and (differ or clash) and not pool:
             apart.add(label)
     folder_names = short_names([str(root.resolve()) for root in evidence.roots])

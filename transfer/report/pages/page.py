@@ -204,7 +204,6 @@ def _render(template: str, page: Page) -> str:
     )
     environment.filters["markdown_table"] = tables.to_markdown
     environment.filters["literal"] = tables.markdown_escape
-    environment.filters["numeric"] = tables.numeric
     environment.filters["breakable"] = _breakable
     environment.globals["svg"] = lambda plot: Markup(plot.svg)
     environment.globals["css"] = lambda: Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))

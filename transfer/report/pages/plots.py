@@ -35,6 +35,7 @@ STYLE: dict[Any, Any] = {
 WIDTH, HEIGHT = 4.4, 3.0  # inches, without the legend
 LEGEND_LETTERS = 66  # in a line of the legend, a label's line and margins taken as 8
 MAX_POINTS = 400
+MOST_LABELS = 40  # lines or bars: more cannot be told apart
 FROM_ZERO = ("learning rate", "images / s", "AP, percent")
 SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
 
@@ -55,6 +56,16 @@ Series = list[tuple[str, Sequence[float], Sequence[float]]]
 def draw(name: str, title: str, paint: Callable[..., None], *values: Any, **options: Any) -> Plot:
     """Let `paint(axes, ...)` fill one axes and render it; ids get `name` as prefix, to share a page."""
     name = file_name(name)
+    first, *rest = values
+    labels = list(dict.fromkeys(first if isinstance(first, dict) else (label for label, _, _ in first)))
+    if len(labels) > MOST_LABELS:
+        kept = set(labels[:MOST_LABELS])
+        few = (
+            {k: first[k] for k in labels if k in kept}
+            if isinstance(first, dict)
+            else [s for s in first if s[0] in kept]
+        )
+        values, title = (few, *rest), f"{title}: the first {MOST_LABELS} of {len(labels)}"
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         FigureCanvasSVG(figure)

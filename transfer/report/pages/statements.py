@@ -6,7 +6,7 @@ from collections import Counter
 
 from transfer.report.evidence.compare import Summary
 from transfer.report.evidence.grouping import Results, Task, metric_name
-from transfer.report.evidence.pairs import compared, leading
+from transfer.report.evidence.pairs import MOST_SHOWN, MOST_TESTED, compared, leading, pairs_of
 from transfer.report.evidence.published import Published, other_protocols, same_protocol
 from transfer.report.evidence.records import Record
 from transfer.report.pages.tables import MISSING, PUBLISHED, STALE, Cell, Table, cell, table
@@ -206,8 +206,12 @@ def differences(results: Results) -> tuple[Table | None, Table | None]:
             ]  # fmt: skip
             (of_first if first == next(iter(found))[0] else others).append(row)
     heads: list[str | Cell] = ["task", "who", "against", "points", "spread", "verdict", "why"]
+    many = any(
+        p is None or len(p.summaries) > MOST_SHOWN for p in (pairs_of(results, t) for t in results.tasks)
+    )
+    note = DIFFERENCES_NOTE + (MANY_NOTE if many else "")
     return (
-        table("differences", "Differences", heads, of_first, DIFFERENCES_NOTE) if of_first else None,
+        table("differences", "Differences", heads, of_first, note) if of_first else None,
         table("other-differences", "Differences between the others", heads, others) if others else None,
     )
 
@@ -218,4 +222,8 @@ DIFFERENCES_NOTE = (
     "checkpoint a side the verdict is about these checkpoints and names the noise that was measured; another "
     "pretraining may differ more. Of a top-1, the binomial error of the test images is always a part of the "
     "noise, as if each side evaluated images of its own."
+)
+MANY_NOTE = (
+    f" Of tasks with more than {MOST_SHOWN} methods only the differences from the first are shown; with more "
+    f"than {MOST_TESTED:,} none is tested."
 )

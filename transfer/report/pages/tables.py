@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import itertools
 import re
@@ -14,6 +15,7 @@ from pretrain.common.files import file_name
 PUBLISHED = "published"
 MISSING = "missing"
 STALE = "stale"
+NUMBER = re.compile(r"^[-+]?[\d.,]*\d( ± .*)?$")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,13 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
 
+    @functools.cached_property
+    def numeric(self) -> tuple[bool, ...]:
+        """Which columns hold numbers alone (or dashes for missing ones), and are set flush right."""
+        texts = [[row[i].text for row in self.rows] for i in range(len(self.columns))]
+        known = [[text for text in column if text not in ("", "-", "–")] for column in texts]
+        return tuple(bool(column) and all(map(NUMBER.match, column)) for column in known)
+
 
 def cell(value: object, **rest: str) -> Cell:
     """A cell with `value` as text; None gives an empty one."""
@@ -52,12 +61,6 @@ def table(name: str, title: str, columns: list[str | Cell], rows: list[list[Cell
     return Table(
         name=file_name(name), title=title, columns=heads, rows=tuple(tuple(r) for r in rows), note=note
     )
-
-
-def numeric(t: Table, column: int) -> bool:
-    """Whether a column holds numbers alone (or dashes for missing ones), and is set flush right."""
-    texts = [row[column].text for row in t.rows if row[column].text not in ("", "-", "–")]
-    return bool(texts) and all(re.match(r"^[-+]?[\d.,]*\d( ± .*)?$", text) for text in texts)
 
 
 def _one_line(c: Cell) -> str:
@@ -123,7 +126,7 @@ def to_tex(t: Table) -> str:
 
     lines = [
         f"% {t.title}. Needs \\usepackage{{booktabs}}.".replace("\n", " "),
-        rf"\begin{{tabular}}{{{''.join('r' if numeric(t, i) else 'l' for i in range(len(t.columns)))}}}",
+        rf"\begin{{tabular}}{{{''.join('r' if is_number else 'l' for is_number in t.numeric)}}}",
         r"\toprule",
         " & ".join(spell(c) for c in t.columns) + r" \\",
         r"\midrule",
