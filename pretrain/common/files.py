@@ -79,6 +79,13 @@ def file_name(text: str) -> str:
     return f"{name[: LONGEST_NAME - 7].rstrip('.-')}-{digest}".lstrip("-")
 
 
+def whole_number(text: object) -> int | None:
+    """The number that the text of a stranger's file writes in at most 18 digits of 0 to 9; None for others:
+    Python also takes other scripts' digits and refuses thousands of them."""
+    found = str(text)
+    return int(found) if re.fullmatch(r"[0-9]{1,18}", found) else None
+
+
 def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
     """Append JSON objects, a line each, starting a new line after a torn one: all of them or none."""
     path = Path(path)
@@ -110,7 +117,22 @@ def read_jsonl(path: str | Path, *, nan: bool = True) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records, bad = [], []
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, record, whole in numbered_jsonl(path, nan=nan):
+        if record is not None:
+            records.append(record)
+        elif whole:  # a last line without an end was cut off by a kill
+            bad.append(number)
+    if bad:
+        shown = ", ".join(map(str, bad[:TOLD])) + (" ..." if len(bad) > TOLD else "")
+        logger.warning("%s: %d lines without a JSON object left out (line %s)", path, len(bad), shown)
+    return records
+
+
+def numbered_jsonl(
+    path: str | Path, *, nan: bool = True
+) -> Iterator[tuple[int, dict[str, Any] | None, bool]]:
+    """The lines of a file that are not empty: number from 1, JSON object or None, whether it has an end."""
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -118,14 +140,7 @@ def read_jsonl(path: str | Path, *, nan: bool = True) -> list[dict[str, Any]]:
             record = json.loads(line, parse_constant=None if nan else _refuse)
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict):
-            records.append(record)
-        elif number < len(lines):  # a last line without an end was cut off by a kill
-            bad.append(number)
-    if bad:
-        shown = ", ".join(map(str, bad[:TOLD])) + (" ..." if len(bad) > TOLD else "")
-        logger.warning("%s: %d lines without a JSON object left out (line %s)", path, len(bad), shown)
-    return records
+        yield number, record if isinstance(record, dict) else None, number < len(lines)
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.common.files import whole_number
 from pretrain.common.locks import process_start
 
 
@@ -28,11 +29,10 @@ class LocalProcess:
     @staticmethod
     def submitted(sent: Mapping[str, Any]) -> LocalProcess | None:
         """The one that a step's submitted.json names; None for a step that was not started on a machine."""
-        if sent.get("cluster") != "local" or not str(sent.get("job_id", "")).isdigit():
+        pid = whole_number(sent.get("job_id"))
+        if sent.get("cluster") != "local" or pid is None:
             return None
-        return LocalProcess(
-            host=str(sent.get("host", "")), pid=int(sent["job_id"]), started=str(sent.get("started", ""))
-        )
+        return LocalProcess(host=str(sent.get("host", "")), pid=pid, started=str(sent.get("started", "")))
 
     @property
     def is_here(self) -> bool:

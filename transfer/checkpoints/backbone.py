@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,4 +318,4 @@ def _fits(name: str, text: str) -> bool:
         return False
     if name in ("mean", "std"):
         return len(numbers) == 3 and all(map(math.isfinite, numbers)) and (name == "mean" or min(numbers) > 0)
-    return text.isdigit() and len(text) < 6 and (name == "stem_padding" or numbers[0] > 0)
+    return bool(re.fullmatch("[0-9]{1,5}", text)) and (name == "stem_padding" or numbers[0] > 0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pretrain.common.files import whole_number
 from transfer.checkpoints.families.match import COUNTER, Match
 from transfer.checkpoints.families.resnet import match_arch
 from transfer.checkpoints.inert_values import Placeholder
@@ -202,8 +203,8 @@ _HUGGING_FACE = re.compile(
 
 def _first_stage(stages: set[str]) -> int | None:
     """The first of four consecutive indices, as nn.Sequential(*resnet.children()) numbers its stages."""
-    numbers = sorted(int(stage) for stage in stages if stage.isdecimal())
-    whole = [n for n in numbers if {n + 1, n + 2, n + 3} <= set(numbers)]
+    numbers = {number for stage in stages if (number := whole_number(stage)) is not None}
+    whole = [n for n in sorted(numbers) if {n + 1, n + 2, n + 3} <= numbers]
     return whole[0] if whole else None
 
 
@@ -248,7 +249,7 @@ def _in_timms_names(
         moves += [(f"{first + i}.", f"layer{i + 1}.") for i in range(4)]
         early = {
             key: rest for key, rest in inside.items()
-            if rest.partition(".")[0].isdecimal() and int(rest.partition(".")[0]) < first
+            if (number := whole_number(rest.partition(".")[0])) is not None and number < first
         }  # fmt: skip
         convolutions = [rest for key, rest in early.items() if tensors[key].dim() == 4]
         norms = [rest for rest in early.values() if rest.endswith(".running_mean")]

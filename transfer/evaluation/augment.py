@@ -60,7 +60,9 @@ def drawn_from(*numbers: int, device: torch.device | None = None) -> Iterator[No
             np.random.set_state(kept[1])
 
 
-_RAND_AUGMENT = re.compile(r"rand(-(m|n|p|mstd|mmax|inc)\d+(\.\d+)?)+")
+_RAND_AUGMENT = re.compile(r"rand(-((p|mstd)[0-9]+(\.[0-9]+)?|(m|n|mmax|inc)[0-9]+))+")
+_RANGES = {"m": (0, 30), "n": (1, 20), "p": (0, 1), "mstd": (0, 100), "mmax": (1, 30), "inc": (0, 1)}
+"""Of timm's words: magnitude and its spread and limit, operations an image, their share, the rising ones."""
 
 
 def rand_augment(words: str, size: int, mean: tuple[float, ...], interpolation: str) -> RandAugment:
@@ -74,8 +76,12 @@ def check_auto_augment(words: str) -> None:
     """Raises ValueError unless `words` is empty or names a RandAugment of timm's."""
     if words and not _RAND_AUGMENT.fullmatch(words):  # timm passes over parts that it does not know
         raise ValueError(
-            f"auto_augment: {words}: wanted a RandAugment by timm's words, such as rand-m9-mstd0.5-inc1"
+            f"auto_augment: {words:.60}: wanted a RandAugment by timm's words, such as rand-m9-mstd0.5-inc1"
         )
+    for name, number in re.findall(r"-([a-z]+)([\d.]+)", words):
+        least, most = _RANGES[name]
+        if not least <= float(number) <= most:
+            raise ValueError(f"auto_augment: {words:.60}: {name} {number:.20}: wanted {least} to {most}")
 
 
 class Mixing:

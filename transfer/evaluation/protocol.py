@@ -74,6 +74,8 @@ class Protocol:
                 raise UserError(f"protocol {self}: unknown value {key!r}; known: {', '.join(fields)}")
             if not _fits(value, hints[key]):
                 raise UserError(f"protocol {self}: {key}: {short(value)}: wanted {in_words(hints[key])}")
+            if why := _too_much(key, value):
+                raise UserError(f"protocol {self}: {key}: {short(value)}: wanted {why}")
         needed = (
             n
             for n, f in fields.items()
@@ -86,6 +88,36 @@ class Protocol:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.values.items()})
         except ValueError as error:
             raise UserError(f"protocol {self}: {error}") from error
+
+
+MOST = {
+    "batch": 2**17, "epochs": 10**5, "warmup_epochs": 10**5, "steps_per_epoch": 10**6, "iterations": 10**7,
+    "folds": 100, "samples": 1000, "shots": 10**6, "ks": 10**6, "crop": 4096, "resize": 8192,
+    "image_size": 4096, "images": 10**6, "sizes": 10**6, "view_images": 10**6, "views": 1000,
+    "clusters": 10**5, "neighbours": 10**5, "repeats": 10**4,
+}  # fmt: skip
+"""The largest whole numbers of some values: beyond what anybody runs, within what memory can hold."""
+MOST_OF_OTHERS = 10**6
+LARGEST = 1e100
+LONGEST = 1000
+"""Entries of a list, or characters of a text."""
+
+
+def _too_much(key: str, value: Any) -> str:
+    """What is wanted instead of a value, or an entry of it, that is beyond all use; empty where it is not."""
+    if isinstance(value, (str, list, dict)) and len(value) > LONGEST:
+        return f"at most {LONGEST} {'characters' if isinstance(value, str) else 'entries'}"
+    if isinstance(value, (list, dict)):
+        entries = value if isinstance(value, list) else [*value, *value.values()]
+        return next(filter(None, (_too_much(key, v) for v in entries)), "")
+    most = MOST.get(key, MOST_OF_OTHERS) if isinstance(value, int) else LARGEST
+    return (
+        ""
+        if isinstance(value, str) or value is None or not value > most
+        else f"at most {most:,}"
+        if isinstance(value, int)
+        else f"at most {most:g}"
+    )
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -134,7 +166,7 @@ def load_protocol(name: str, task: str | None = None) -> Protocol:
 
 def _read(path: Path) -> Protocol:
     stem, at, version = path.stem.rpartition("@")
-    if not at or not version.isdigit():
+    if not at or not re.fullmatch("[0-9]{1,9}", version):
         raise UserError(f"{path}: a protocol's file is named NAME@VERSION.yaml, such as mine@1.yaml")
     try:
         content = read_yaml(path, _Loader)

@@ -6,9 +6,11 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import platform
+import reprlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -31,7 +33,22 @@ KINDS: dict[str, tuple[type, ...]] = {
     "dict[str, float]": (dict,), "dict[str, Any]": (dict,), "dict[str, str]": (dict,), "list[str]": (list,),
 }  # fmt: skip
 """What a field of a Result may be, by its annotation; words of a Literal are those of later versions too."""
+NUMBER = (int, float, NONE)
+INSIDE: dict[str, dict[str, tuple[type, ...]]] = {
+    "protocol": {"name": (str, NONE), "version": (int, str, NONE), "hash": (str, NONE),
+                 "differs": (list, NONE)},
+    "weights": {
+        "path": (str, NONE), "sha256": (str, NONE), "format": (str, NONE), "branch": (str, NONE),
+    },
+    "settings": {
+        "folder": (str, NONE), "train_loss": NUMBER, "world_size": NUMBER, "num_gpus": NUMBER, "bank": NUMBER,
+        "metric": (str, NONE), "sweep": (list, NONE), "intervals": (dict, NONE), "unreadable": (dict,),
+    },
+}  # fmt: skip
+"""What the entries that are read again may be; others are shown at most."""
+LONGEST_NAME = 100  # of a metric
 LARGEST = 2**63
+_short = reprlib.repr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,27 +121,53 @@ def check(values: Mapping[str, Any]) -> None:
     percentages, but those of task spectrum."""
     for f in dataclasses.fields(Result):
         value, kinds = values.get(f.name), KINDS.get(str(f.type), (str,))
-        if f.name in values and (
-            isinstance(value, bool) or not isinstance(value, kinds) or not _plain(value)
-        ):
-            raise ValueError(f"{f.name} is {value!r:.60}, which is no {f.type}")
+        if f.name in values and not _is(value, kinds):
+            raise ValueError(f"{f.name} is {_short(value)}, which is no {f.type}")
+        found: dict[str, Any] = value if isinstance(value, dict) else {}
+        inside = INSIDE.get(f.name, {})
+        for key in sorted(inside.keys() & found.keys()):
+            if not _is(found[key], inside[key]):
+                known = " or ".join("null" if k is NONE else k.__name__ for k in inside[key])
+                raise ValueError(f"{f.name}.{key} is {_short(found[key])}, which is no {known}")
+        if f.name != "metrics" and not _plain(value):
+            raise ValueError(f"{f.name} holds a number that is not finite or too large")
+    for key in ("deviations", "warnings"):
+        _all_of(str, key, values.get(key, []))
+    _all_of(str, "protocol.differs", values.get("protocol", {}).get("differs") or [])
+    _all_of(dict, "settings.sweep", values.get("settings", {}).get("sweep") or [])
     for name, value in values.get("metrics", {}).items():
+        if len(name) > LONGEST_NAME:
+            raise ValueError(f"{_short(name)} is no name of a metric: {len(name):,} characters")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{name} is {value!r:.60}, which is no number")
+            raise ValueError(f"{name} is {_short(value)}, which is no number")
         if values.get("task") != "spectrum" and not -1 <= value <= 100:
-            raise ValueError(f"{name} is {value!r:.60}, which is no percentage")
+            raise ValueError(f"{name} is {_short(value)}, which is no percentage")
+        if not _plain(value):
+            raise ValueError(f"{name} is {_short(value)}: not finite, or too large")
     if values.get("n", 1) <= 0:
         raise ValueError("a result over no image")
     left_out = values.get("settings", {}).get("unreadable", {})
-    if not isinstance(left_out, dict) or not all(type(n) is int for n in left_out.values()):
-        raise ValueError(f"unreadable is {left_out!r:.60}, which are no counts of images")
+    if not all(type(n) is int for n in left_out.values()):
+        raise ValueError(f"unreadable is {_short(left_out)}, which are no counts of images")
+
+
+def _is(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _all_of(kind: type, name: str, entries: Sequence[Any]) -> None:
+    wrong = next((e for e in entries if not isinstance(e, kind)), None)
+    if wrong is not None:
+        raise ValueError(f"{name} holds {_short(wrong)}, which is no {kind.__name__}")
 
 
 def _plain(value: Any) -> bool:
-    """Whether numbers are of a size that can be computed with, and lists hold texts."""
-    if isinstance(value, int | float):
-        return abs(value) < LARGEST
-    return not isinstance(value, list) or all(isinstance(v, str) for v in value)
+    """Whether all numbers in it can be computed with: finite, whole ones below LARGEST."""
+    if isinstance(value, dict | list):
+        return all(map(_plain, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or abs(value) < LARGEST
 
 
 def hash_of(conditions: Mapping[str, Any]) -> str:

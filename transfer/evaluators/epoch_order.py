@@ -24,9 +24,8 @@ def epoch_batches(
     rng = np.random.default_rng([seed, epoch])
     once = math.ceil(n / batch)
     steps = once if steps is None else steps
-    order = np.concatenate([rng.permutation(n) for _ in range(max(1, math.ceil(steps * batch / max(n, 1))))])
-    if steps == once:
-        order = order[:n]
+    passes = 1 if steps == once else max(1, math.ceil(steps * batch / max(n, 1)))
+    order = np.concatenate([rng.permutation(n) for _ in range(passes)])
     cut = [order[s * batch : (s + 1) * batch] for s in range(steps)]
     if len(cut[-1]) < least:
         cut[-1] = np.concatenate([cut[-1], np.resize(order, least - len(cut[-1]))])

@@ -12,6 +12,9 @@ from transfer.evaluation.transforms import ImageValues
 from transfer.evaluators.epoch_order import steps_of
 from transfer.evaluators.heads import Optimizer, Schedule, check_steps
 
+MOST_DRAWN = 10**8  # images of an epoch, whose order is drawn at once
+MOST_HEADS = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class LinearProtocol(ImageValues):
@@ -95,7 +98,9 @@ class LinearProtocol(ImageValues):
         for key, least in (("batch", 1), ("iterations", 1), ("folds", 2), ("samples", 1)):
             want(getattr(self, key) >= least, key, getattr(self, key), f"{least} or more")
         if self.steps_per_epoch is not None:
-            want(self.steps_per_epoch >= 1, "steps_per_epoch", self.steps_per_epoch, "1 or more")
+            steps = 1 <= self.steps_per_epoch <= MOST_DRAWN // self.batch
+            most = f"1 to {MOST_DRAWN // self.batch:,} of batch {self.batch}"
+            want(steps, "steps_per_epoch", self.steps_per_epoch, most)
         if self.norm_batch is not None:
             want(self.norm_batch >= 2, "norm_batch", self.norm_batch, "2 or more")
         want(all(k >= 1 for k in self.shots), "shots", self.shots, "numbers of 1 or more")
@@ -118,6 +123,9 @@ class LinearProtocol(ImageValues):
             raise ValueError(f"pooling {self.pooling}: only svm takes another than average")
         if len(self.features) > 1 and self.scaling in ("l2", "centred l2"):
             raise ValueError("scaling l2 is of an image's whole features: it wants a single set of them")
+        want(
+            self.grid_size <= MOST_HEADS, "learning_rates", self.learning_rates, f"{MOST_HEADS} heads at most"
+        )
         if self.grid_size > 1 and self.choose_on == "held-out" and not held:
             raise ValueError("a grid of heads needs held_out_percent above 0, or choose_on: reported")
         if self.method == "logreg" and not held and len(self.costs) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from pretrain.common.errors import UserError
 from transfer.__main__ import main as transfer_main
 from transfer.evaluation.pooled_features import stages_of
-from transfer.evaluation.protocol import FOLDER, all_protocols, as_markdown, load_protocol
+from transfer.evaluation.protocol import FOLDER, Protocol, all_protocols, as_markdown, load_protocol
+from transfer.evaluators.epoch_order import epoch_batches
 from transfer.evaluators.knn import KnnProtocol
 from transfer.evaluators.linear_protocol import LinearProtocol
 from transfer.evaluators.semisup import SemisupProtocol
@@ -221,6 +223,12 @@ WRONG = {
         ("image_size: 4", "8 px"),
         ("image_size: huge", "whole number or native"),
         ("precision: double", "auto or float32"),
+        ("ks: [20000000]", "at most 1,000,000"),
+        ("temperature: 1e300", "at most 1e\\+100"),
+        ("crop: 100000", "at most 4,096"),
+        ("resize: 1000000000", "at most 8,192"),
+        (f"ks: {list(range(1, 1002))}", "at most 1000 entries"),
+        (f"vote: {'x' * 2000}", "weighted or majority"),
     ],
     "linear": [
         ("batch: -5", "batch: -5: wanted 1 or more"),
@@ -246,6 +254,14 @@ WRONG = {
         ("samples: 0", "1 or more"),
         ("features: []", "wanted at least one"),
         ("batch: true", "wanted a whole number"),
+        ("batch: 200000", "at most 131,072"),
+        ("epochs: 1000000", "at most 100,000"),
+        ("steps_per_epoch: 390626", "1 to 390,625 of batch 256"),
+        ("iterations: 100000000", "at most 10,000,000"),
+        (f"learning_rates: {[0.1] * 1001}", "at most 1000 entries"),
+        ("costs: [1e101]", "at most 1e\\+100"),
+        ("samples: 1001", "at most 1,000"),
+        ("milestones: [1000001]", "at most 1,000,000"),
         ("pooling: 6x6", "only svm"),
     ],
     "semisup": [
@@ -254,6 +270,14 @@ WRONG = {
         ("lr_head: {'1': -1}", "0 .* or more"),
         ("lr_head: {'10': 0.1}", "shares of lr_backbone"),
         ("batch: 1", "2 images or more"),
+        ("batch: 20000000000", "batch: 20000000000: wanted at most 131,072"),
+        ("batch: 2e10", "whole number"),
+        ("epochs: 20000000000", "at most 100,000"),
+        ("lr_head: {'1': 1e101}", "at most 1e\\+100"),
+        ("auto_augment: rand-m9-n1000000", "n 1000000: wanted 1 to 20"),
+        ("auto_augment: rand-m99999999999999", "wanted 0 to 30"),
+        ("auto_augment: rand-m9.5", "timm's words"),
+        ("auto_augment: rand-p2", "p 2: wanted 0 to 1"),
         ("epochs: -1", "1 or more"),
         ("weight_decay: -1", "0 or more"),
         ("std: [1]", "three numbers"),
@@ -276,6 +300,23 @@ def test_a_value_out_of_range_is_refused_by_its_key(
     path.write_text("\n".join([f"task: {task}", "title: t", "source: s", "values:", *lines]))
     with pytest.raises(UserError, match=rf"protocol mine@1: .*{message}"):
         load_protocol(str(path), task).settings(CLASSES[task])
+
+
+def test_every_number_of_every_protocol_is_bounded() -> None:
+    """The largest value that a file can hold of each whole number, a list's entries too, is refused."""
+    for name, cls in CLASSES.items():
+        for key, hint in typing.get_type_hints(cls).items():
+            if "int" in str(hint) and "Literal" not in str(hint):
+                value = [10**18] if "tuple" in str(hint) else 10**18
+                values = {key: value}
+                protocol = Protocol(name="x", version=1, task=name, title="", source="", values=values)
+                with pytest.raises(UserError, match=f"protocol x@1: {key}: .*wanted at most "):
+                    protocol.settings(cls)
+
+
+def test_a_batch_larger_than_the_set_is_one_permutation() -> None:
+    (only,) = epoch_batches(10, 2 * 10**10, seed=0, epoch=0)  # drawn once, not until the batch is full
+    assert sorted(only) == list(range(10))
 
 
 def test_a_file_of_ones_own_may_not_take_the_name_of_another(tmp_path: Path) -> None:

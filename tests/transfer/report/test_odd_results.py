@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from tests.helpers.report_data import record, write_lines
 from transfer.evaluation import results
 from transfer.report.command import main as report
+from transfer.report.pages.plots import MOST_LABELS, _log_lines, draw
 
 ODD: list[Any] = [
     None, [], {}, "", -1, True, 10**400, "\ud800", "x\x1b]0;o\x07\0", "../../evil", "x" * 10_000, ["a", 1],
@@ -31,6 +33,55 @@ def odd_lines() -> list[dict[str, Any]]:
         found.append(copy.deepcopy(good))
         del found[-1][name]
     return found
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"protocol": {"name": "x", "version": 1, "differs": 5}}, "protocol.differs is 5, which is no list"),
+        ({"protocol": {"name": "x", "differs": ["a", 5]}}, "protocol.differs holds 5, which is no str"),
+        ({"metrics": {"top1_k" + "9" * 5000: 1.0}}, "is no name of a metric: 5,006 characters"),
+        ({"metrics": {"top1": True}}, "top1 is True, which is no number"),
+        ({"weights": {"path": ["a"]}}, "weights.path is ['a'], which is no str or null"),
+        ({"settings": {"sweep": 5}}, "settings.sweep is 5, which is no list or null"),
+        ({"settings": {"sweep": [5]}}, "settings.sweep holds 5, which is no dict"),
+        ({"settings": {"world_size": "two"}}, "settings.world_size is 'two'"),
+        ({"settings": {"train_loss": {}}}, "settings.train_loss is {}"),
+        ({"evaluated_under": {"n": [10**400]}}, "evaluated_under holds a number that is not finite or too"),
+        ({"evaluated_under": {"mean": float("nan")}}, "evaluated_under holds a number that is not finite"),
+        ({"warnings": [{}]}, "warnings holds {}, which is no str"),
+    ],
+)
+def test_a_line_out_of_shape_is_left_out_with_its_number(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    good = record("INTL", "knn", {"top1_k10": 80.0, "top1_k20": 81.0})
+    write_lines(tmp_path / "run" / results.FILE, [good, good | change])
+    report([str(tmp_path), "--output", str(tmp_path / "out")])
+    with open(tmp_path / "out" / "tables" / "gaps.csv", encoding="utf-8", newline="") as file:
+        (gap,) = csv.DictReader(file)
+    assert f"{tmp_path / 'run' / results.FILE}: left out line 2 (" in gap["detail"]
+    assert said in gap["detail"]
+    assert len(results.read(tmp_path / "run")) == 1
+
+
+def test_odd_sweeps_and_conditions_are_shown(tmp_path: Path) -> None:
+    good = record("INTL", "linear", {"top1": 80.0})
+    sweep = [{"lr": 0.1, "top1": 80.0}, {"lr": 1.0, "top1": 79.0}, {"lr": "x", "top1": 1.0}, {"lr": 3}]
+    write_lines(tmp_path / "run" / results.FILE, [
+        good | {"settings": {"sweep": sweep}, "evaluated_under": {"mean": mean}}
+        for mean in ([0.5], ["x", None], {"a": 1})
+    ])  # fmt: skip
+    report([str(tmp_path), "--output", str(tmp_path / "out")])
+    assert "mean x, None" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert len(list((tmp_path / "out" / "plots").glob("sweep-*.svg"))) == 3
+
+
+def test_a_plot_shows_the_first_lines_of_very_many() -> None:
+    series = [(f"m{i}", [1, 2], [3.0, 4.0]) for i in range(MOST_LABELS + 5)]
+    plot = draw("many", "Many", _log_lines, series, x="k", y="percent")
+    assert plot.title == f"Many: the first {MOST_LABELS} of {MOST_LABELS + 5}"
+    assert f">m{MOST_LABELS - 1}<" in plot.svg and f">m{MOST_LABELS}<" not in plot.svg
 
 
 def test_odd_lines_are_left_out_or_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,7 +174,7 @@ def test_a_torn_line_is_left_out_and_told(tmp_path: Path) -> None:
         out.write('{"task": "knn", "metr')
     evidence = collect([tmp_path])
     assert len(evidence.records) == 1
-    assert evidence.problems == [f"{file}: 1 line without a readable result left out"]
+    assert evidence.problems == [f"{file}: left out line 2 (no JSON object)"]
 
 
 def test_a_repeated_run_replaces_its_earlier_result(tmp_path: Path) -> None:

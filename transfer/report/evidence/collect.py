@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.common.errors import UserError
-from pretrain.common.files import read_jsonl
+from pretrain.common.files import numbered_jsonl, read_jsonl
 from transfer.evaluation.results import check
 from transfer.report.evidence.labels import named, printable
 from transfer.report.evidence.records import Record, why_altered, why_stale
@@ -24,6 +24,7 @@ from transfer.report.evidence.unfinished import (
 )
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg")
+MOST_TOLD = 5
 DRAWN_HERE = ("curves.png",)
 """Pictures of what the report draws itself."""
 
@@ -133,22 +134,30 @@ def _section_of(run: Path) -> Literal["predictions", "studies", "spectrum"]:
 
 
 def _results(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The lines that say what was measured; others are counted among the problems."""
-    lines = read_jsonl(path)
-    whole = [v for v in lines if v.get("metrics") and v.get("task") and _is_result(v)]
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lost = sum(1 for line in text.splitlines() if line.strip()) - len(whole)
+    """The lines that say what was measured; others are told among the problems, each with its number."""
+    whole, lost = [], []
+    for number, line, _ in numbered_jsonl(path):
+        if why := _why_none(line):
+            lost.append(f"line {number} ({why})")
+        elif line is not None:
+            whole.append(line)
     if lost:
-        problems.append(f"{path}: {lost} line{'s' if lost > 1 else ''} without a readable result left out")
+        more = f" and {len(lost) - MOST_TOLD} more" if len(lost) > MOST_TOLD else ""
+        problems.append(f"{path}: left out {', '.join(lost[:MOST_TOLD])}{more}")
     return whole
 
 
-def _is_result(line: dict[str, Any]) -> bool:
+def _why_none(line: dict[str, Any] | None) -> str:
+    """Why a line is no result; empty where it is one."""
+    if line is None:
+        return "no JSON object"
+    if not (line.get("metrics") and line.get("task")):
+        return "without task or metrics"
     try:
         check(line)
-    except ValueError:
-        return False
-    return True
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return ""
 
 
 def _folders(root: Path, skip: Path | None) -> Iterator[tuple[Path, frozenset[str]]]:

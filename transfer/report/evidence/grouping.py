@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pretrain.common.files import whole_number
 from pretrain.data.transfer_sets import metric_of
 from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.compare import Summary, Trial
@@ -174,7 +175,7 @@ def metric_name(metric: str) -> str:
     """A metric's name as a paper has it: top1_k20 is 'top-1, k = 20'."""
     head, _, k = metric.partition("_k")
     spelt = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}.get(head, head)
-    return f"{spelt}, k = {k}" if k.isdigit() else spelt
+    return f"{spelt}, k = {k}" if whole_number(k) is not None else spelt
 
 
 def task_of(record: Record, ambiguous: frozenset[str] = frozenset()) -> Task:
@@ -280,8 +281,12 @@ def _above(results: Results) -> Counter[str]:
 def condition(record: Record, key: str) -> str:
     """One of a record's conditions in words."""
     value = record.conditions.get(key)
-    text = ", ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    text = ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
     return f"{key.replace('_', ' ')} {'not recorded' if value is None else text[:24]}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def _parting(records: Iterable[Record], names: dict[int, str]) -> dict[Task, set[str]]:

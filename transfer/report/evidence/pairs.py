@@ -120,7 +120,7 @@ def _by_seeds(summaries: list[Summary]) -> dict[int, tuple[np.ndarray, np.ndarra
     for place, s in enumerate(summaries):
         if values := paired_seeds(s):
             groups[tuple(sorted(values))][place] = [values[seed] for seed in sorted(values)]
-    found = {}
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for members in groups.values():
         arrays = np.array(list(members)), np.array(list(members.values()))
         found |= dict.fromkeys(members, arrays)

@@ -241,7 +241,7 @@ def _by_k_plots(results: Results) -> list[Plot]:
     plots = []
     for task in results.tasks:
         metric = metric_of(task.dataset)
-        names = [m for m in results.metrics(task) if re.fullmatch(rf"{metric}_k\d+", m)]
+        names = [m for m in results.metrics(task) if re.fullmatch(rf"{metric}_k[1-9][0-9]{{0,8}}", m)]
         ks = sorted(int(name.rpartition("_k")[2]) for name in names)
         if len(ks) < 2:
             continue
@@ -269,8 +269,9 @@ def _sweep_plots(results: Results) -> list[Plot]:
             best: dict[float, float] = {}
             for record in results.all_records(method, task)[:1]:
                 for head in (record["settings"] or {}).get("sweep") or []:
-                    lr, value = float(head["lr"]), float(head[metric])
-                    best[lr] = max(value, best.get(lr, value))
+                    lr, value = head.get("lr"), head.get(metric)
+                    if isinstance(lr, int | float) and isinstance(value, int | float) and lr > 0:
+                        best[lr] = max(value, best.get(lr, value))
             if len(best) > 1:
                 series.append((method, sorted(best), [best[lr] for lr in sorted(best)]))
         if series:
