@@ -46,11 +46,13 @@ LAYERS = {
     "transfer.evaluators": ("transfer.evaluation", "transfer.checkpoints"),
     "transfer.conversion": ("transfer.checkpoints",),
     "transfer.detection": (
+        "transfer.detection.annotations",
         "transfer.detection.pixels",
         "transfer.conversion",
         "transfer.evaluation",
         "transfer.checkpoints",
     ),
+    "transfer.detection.annotations": (),
     "transfer.detection.pixels": (),
     "transfer.spectrum": ("transfer.evaluators", "transfer.evaluation", "transfer.checkpoints"),
     "transfer.report": ("transfer.report.pages", "transfer.report.evidence"),

@@ -20,6 +20,7 @@ from slurm.steps.tasks import BACKBONES, DETECTION, Images, Target
 from transfer.checkpoints.own_layout import read_layout
 from transfer.conversion.availability import CONFIGS
 from transfer.evaluation.protocol import FOLDER
+from transfer.evaluation.provenance import kept_epoch
 from transfer.evaluators.voc07 import NAME as VOC07
 from transfer.options import WeightsOptions
 from transfer.zoo.download import located
@@ -39,7 +40,8 @@ class Suite(WeightsOptions):
     """Pretrain by this recipe, a name or a YAML file; or give --weights."""
     weights: list[str] | None = None
     """Checkpoint files to evaluate, in any known format, all read alike, or zoo:NAME, fetched here and now:
-    --weights A.pth B.pth zoo:dino_resnet50."""
+    --weights A.pth B.pth zoo:dino_resnet50; RUN/checkpoint_epoch*.pt are a run's kept checkpoints,
+    which the report plots over the epochs."""
     branch: Literal["online", "ema"] | None = None
     """Which of two networks to evaluate, of a checkpoint or of a recipe that trains with --ema; default:
     online, of zoo:NAME the one that is published."""
@@ -52,8 +54,8 @@ class Suite(WeightsOptions):
     seeds: int = 1
     """Runs of every task that has randomness, with seeds 0, 1 ...; k-NN has none and runs once."""
     label: str | None = None
-    """Name of the row in the report, of all --weights, which are seeds of one method then, or of the recipe;
-    default: the file's name, or the objective's."""
+    """Name of the row in the report, of all --weights, which are seeds of one method then (of
+    checkpoint_epoch*.pt: its epochs), or of the recipe; default: the file's name, or the objective's."""
     pretrain_seed: int = 0
     """Seed of pretraining."""
     pretrain_seeds: int = 1
@@ -199,9 +201,15 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
         steps += trained
         targets += made_from
     layout = asked.weights_format and str(Path(asked.weights_format).resolve())
-    for name, (path, branch) in _weights(asked).items():
+    weights = _weights(asked)
+    epochs = {name: kept_epoch(str(path)) for name, (path, _) in weights.items()}
+    several = len(set(epochs.values())) > 1
+    for name, (path, branch) in weights.items():
+        label = asked.label or name
+        if asked.label and several and epochs[name] is not None:
+            label += f", epoch {epochs[name]}"
         read = asked.reading(weights_format=layout, branch=branch, zoo=None)
-        targets.append(Target(name=name, label=asked.label or name, weights=str(path), read=read))
+        targets.append(Target(name=name, label=label, weights=str(path), read=read))
     wanted = asked.tasks or []
     detections = [task for task in wanted if task not in CLASSIFICATION]
     evaluations: list[Step] = []

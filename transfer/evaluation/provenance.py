@@ -1,8 +1,9 @@
-"""The git commit of this project's code."""
+"""Where figures come from: the commit of this project's code, the epoch of a kept checkpoint."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,12 @@ def commit() -> str | None:
         return _git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def kept_epoch(path: str) -> int | None:
+    """The epoch of a checkpoint that pretraining kept: 100 of checkpoint_epoch100.pt; None of others."""
+    match = re.fullmatch(r"checkpoint_epoch(\d{1,9})\.pt", Path(path).name)
+    return int(match[1]) if match else None
 
 
 def _git(*words: str) -> str:

@@ -17,6 +17,8 @@ from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.grouping import Results
 from transfer.report.evidence.labels import printable
 from transfer.report.pages import inventory, pictures, plots, statements, tables
+from transfer.report.pages.epochs import TEXT as EPOCHS_TEXT
+from transfer.report.pages.epochs import epoch_plots
 from transfer.report.pages.pictures import Shown
 from transfer.report.pages.plots import Plot
 from transfer.report.pages.spectrum import spectrum_tables
@@ -89,6 +91,10 @@ def compose(evidence: Evidence, results: Results, *, title: str, per_folder: int
             text=" ".join([TASKS_TEXT, *results.notes]),
             tables=tuple(statements.task_table(results, task) for task in results.tasks),
             plots=tuple(plots.classification_plots(results)),
+        ),
+        Section(
+            slug="epochs", title="Over the epochs of pretraining", text=EPOCHS_TEXT,
+            plots=tuple(epoch_plots(results)),
         ),
         Section(slug="elsewhere", title="Published under other protocols", tables=_some(elsewhere)),
         Section(slug="pretraining", title="Pretraining", plots=tuple(curves)),

@@ -96,12 +96,13 @@ def _inline(svg: str, name: str, title: str) -> str:
     return f'<svg role="img" aria-label="{label}" {attributes}>' + svg[match.end() :]
 
 
-def _lines(
+def lines(
     axes: Axes, series: Series, *, x: str, y: str, log: bool = False, marker: str | None = None
 ) -> None:
+    """Paint one line a series; of one name in one colour, with one line in the legend."""
     labels = list(dict.fromkeys(label for label, _, _ in series))
     named: set[str] = set()
-    for label, xs, ys in series:  # seeds of one method share its colour and its line in the legend
+    for label, xs, ys in series:
         step = max(1, math.ceil(len(xs) / MAX_POINTS))
         few = marker or ("o" if len(xs) < 3 else None)
         shown = None if label in named or labels == [""] else label
@@ -165,7 +166,7 @@ def pretraining_plots(runs: Sequence[Curve]) -> list[Plot]:
     for name, title, y, names, log in PRETRAINING_PLOTS:
         series = _curves(runs, "step", names)
         if series:
-            plots.append(draw(f"pretrain-{name}", title, _lines, series, x="step", y=y, log=log))
+            plots.append(draw(f"pretrain-{name}", title, lines, series, x="step", y=y, log=log))
     return plots
 
 
@@ -187,7 +188,7 @@ def detection_plots(runs: Sequence[Curve], results: Results) -> list[Plot]:
     for name, title, key, y in DETECTION_PLOTS:
         series = _curves(runs, "iteration", {key: title})
         if series:
-            plots.append(draw(f"detection-{name}", title, _lines, series, x="iteration", y=y))
+            plots.append(draw(f"detection-{name}", title, lines, series, x="iteration", y=y))
     for task in results.tasks:
         sizes = [m for m in SIZES if m in results.metrics(task)]
         bars = _bars(results, task, sizes)
@@ -225,7 +226,7 @@ def _bar_groups(axes: Axes, bars: dict[str, list[tuple[float, float]]], names: l
 
 def _log_lines(axes: Axes, series: Series, ticks: Sequence[float] = (), *, x: str, y: str) -> None:
     """Lines over a logarithmic x axis, labelled at `ticks` where they are given."""
-    _lines(axes, series, x=x, y=y, marker="o")
+    lines(axes, series, x=x, y=y, marker="o")
     axes.set_xscale("log")
     if ticks:
         axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
