@@ -7,6 +7,9 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
 from transfer.evaluation.provenance import kept_epoch
 from transfer.report.evidence.grouping import Results, Task, metric_name
 from transfer.report.evidence.records import Record
@@ -27,9 +30,7 @@ def epoch_plots(results: Results) -> list[Plot]:
         if series:
             title = f"{task.title} over epochs ({task.dataset}, {task.protocol})"
             y = f"{metric_name(results.headline_metric(task))}, percent"
-            plots.append(
-                draw(f"epochs-{task.slug}", title, lines, series, x="epoch of pretraining", y=y, marker="o")
-            )
+            plots.append(draw(f"epochs-{task.slug}", title, _lines, series, y))
     return plots
 
 
@@ -49,6 +50,11 @@ def _series(results: Results, task: Task) -> Series:
         for (name, _), values in runs.items()
         if len(values) > 1
     ]
+
+
+def _lines(axes: Axes, series: Series, y: str) -> None:
+    lines(axes, series, x="epoch of pretraining", y=y, marker="o")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _path(record: Record) -> str:
