@@ -10,6 +10,8 @@ STAMP := $(VENV)/.intl-bench
 JOBS ?= 2
 # index: the wheel on PyPI, no compiler needed.  source: the authors' repository, needs internet and a compiler.
 DETECTRON2 ?= index
+# 1: each package at the lowest version that setup.cfg allows.
+OLDEST ?=
 DISK_GB := 7
 # pip's own progress on a terminal; in a log the line of each stage is enough.
 INSTALL := $(PY) -m pip install --disable-pip-version-check $(shell [ -t 2 ] || echo -q)
@@ -45,7 +47,8 @@ $(STAMP): setup.cfg
 	  $(PYTHON) -m venv --without-pip "$(VENV)" && $(PYTHON) -m pip --python "$(PY)" install -q pip || exit 1; \
 	fi
 	@echo "1 of 3: installing PyTorch and the other packages into $(VENV): about $(DISK_GB) GB, 2 to 15 minutes by the network's speed"
-	@$(INSTALL) -e '.[test]' || { echo "error: a package did not install (see above); is the package index reachable? Run make again to go on" >&2; exit 1; }
+	@sed -n 's/^ *\([a-z0-9-]*\)[^ ]* >= /\1==/p' setup.cfg | sort -u >"$(VENV)/oldest.txt"
+	@$(INSTALL) $(if $(OLDEST),-c "$(VENV)/oldest.txt") -e '.[test]' || { echo "error: a package did not install (see above); is the package index reachable? Run make again to go on" >&2; exit 1; }
 	@echo "2 of 3: installing detectron2: $(if $(filter source,$(DETECTRON2)),compiling it takes 5 to 20 minutes,seconds)"
 	@$(MAKE) --no-print-directory detectron2-$(DETECTRON2) || { echo "error: detectron2 did not install (see above); run make again to go on" >&2; exit 1; }
 	@echo "3 of 3: importing them once, which compiles them to byte code: up to a minute"

@@ -7,9 +7,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -535,20 +534,35 @@ def write_voc(root: Path, scene_folder: Path) -> None:
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
 
 
-def test_voc_by_its_registered_names(scene_folder: Path, weights: Path, tmp_path: Path) -> None:
-    from detectron2.data.datasets.pascal_voc import CLASS_NAMES
+@pytest.fixture
+def voc_folder(scene_folder: Path, tmp_path: Path) -> Iterator[Path]:
+    """VOC as detectron2 registers it when it is imported with DETECTRON2_DATASETS set to this folder."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets.builtin import register_all_pascal_voc
+
+    def register_in(root: Path) -> None:
+        for name in [n for n in DatasetCatalog.list() if n.startswith("voc_20")]:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        register_all_pascal_voc(str(root))
 
     write_voc(tmp_path / "datasets", scene_folder)
+    register_in(tmp_path / "datasets")
+    yield tmp_path / "datasets"
+    register_in(Path(os.environ.get("DETECTRON2_DATASETS", "datasets")))
+
+
+def test_voc_by_its_registered_names(
+    scene_folder: Path, weights: Path, voc_folder: Path, tmp_path: Path
+) -> None:
+    from detectron2.data.datasets.pascal_voc import CLASS_NAMES
+
     argv = words(
         scene_folder, tmp_path / "o", "MODEL.WEIGHTS", str(weights), "MODEL.MASK_ON", "False",
         "MODEL.ROI_HEADS.NUM_CLASSES", "20", "DATASETS.TRAIN", "('voc_2007_trainval','voc_2012_trainval')",
         "DATASETS.TEST", "('voc_2007_test',)", "SOLVER.MAX_ITER", "2",
     )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "transfer.train_net", *argv], capture_output=True, text=True,
-        env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path / "datasets")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert run(train_net.main, argv) == 0
     (line,) = read_jsonl(tmp_path / "o" / "results.jsonl")
     assert line["task"] == "detection" and line["metrics"].keys() == {"AP", "AP50", "AP75"}
     assert line["settings"]["AP_by_category"].keys() == set(CLASS_NAMES)

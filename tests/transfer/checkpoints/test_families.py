@@ -20,6 +20,7 @@ from tests.helpers.checkpoint_zoo import head, lightning, pre, trainer
 from transfer.checkpoints import formats
 from transfer.checkpoints.backbone import load_backbone
 from transfer.checkpoints.families import by_index
+from transfer.checkpoints.families.match import on_paper
 
 State = dict[str, Tensor]
 SIDE = 32  # of the positions that these small files have, px
@@ -427,6 +428,17 @@ def test_torchvisions_vit(tmp_path: Path):
     with torch.no_grad():
         wanted = model.double().eval()(images)
         torch.testing.assert_close(loaded.network().double()(images), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_that_reads_values_while_it_is_built_is_on_paper_too(monkeypatch: pytest.MonkeyPatch):
+    def create(*_: Any, **__: Any) -> torch.nn.Module:
+        return torch.nn.Linear(*(torch.arange(1, 3) * 2).tolist())  # as timm's RegNets find their widths
+
+    monkeypatch.setattr(timm, "create_model", create)
+    network = on_paper("regnetx_002")
+    assert {k: (*v.shape, v.device.type) for k, v in network.state_dict().items()} == {
+        "weight": (4, 2, "meta"), "bias": (4, "meta")
+    }  # fmt: skip
 
 
 def test_the_index_is_what_timm_builds():

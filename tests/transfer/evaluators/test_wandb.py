@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import wandb
 import yaml
+from wandb.sdk.wandb_run import Run
 
 from tests.helpers.tiny_resnet import save_tiny
 from transfer.__main__ import main
@@ -36,13 +37,13 @@ def test_every_epoch_is_logged(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     logged: list[tuple[str, int, dict[str, float]]] = []
-    log = wandb.Run.log
+    log = Run.log
 
-    def look(run: wandb.Run, data: dict[str, float], *, step: int, **more: Any) -> None:
+    def look(run: Run, data: dict[str, float], *, step: int, **more: Any) -> None:
         logged.append((run.id, step, dict(data)))
         log(run, data, step=step, **more)
 
-    monkeypatch.setattr(wandb.Run, "log", look)
+    monkeypatch.setattr(Run, "log", look)
     assert main(words(task, tmp_path, cifar_folder)) == 0
     output = tmp_path / "out"
     ours = (output / "wandb_id").read_text().strip()

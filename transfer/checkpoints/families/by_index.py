@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transfer.checkpoints.families.match import COUNTER, Match, Shape, compare, is_model, timm_shapes
+from transfer.checkpoints.families.match import (
+    COUNTER,
+    Match,
+    Shape,
+    compare,
+    is_model,
+    on_paper,
+    timm_shapes,
+)
 
 INDEX = Path(__file__).with_name("timm_index.json")
 MODULES = (
@@ -81,13 +89,9 @@ def forward_digest(model: Any) -> str:
 
 def written(names: list[str]) -> dict[str, list[list[str]]]:
     """Index of timm's networks `names`: digest of keys and shapes -> names that compute alike, in groups."""
-    import timm
-    import torch
-
     found: dict[str, dict[str, list[str]]] = {}
     for name in names:
-        with torch.device("meta"):
-            model = timm.create_model(name, num_classes=0)
+        model = on_paper(name)
         here = digest({key: tuple(value.shape) for key, value in model.state_dict().items()})
         found.setdefault(here, {}).setdefault(forward_digest(model), []).append(name)
     return {here: list(groups.values()) for here, groups in sorted(found.items())}

@@ -114,5 +114,8 @@ def on_paper(arch: str, options: Options = ()) -> Any:
         near = difflib.get_close_matches(arch, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise UserError(f"--arch {arch}: timm has no such model{hint}")
-    with torch.device("meta"):
-        return created(arch, options)
+    try:
+        with torch.device("meta"):
+            return created(arch, options)
+    except RuntimeError:  # it reads values of tensors while it is built, and those on paper have none
+        return created(arch, options).to("meta")
