@@ -415,6 +415,7 @@ def test_every_config_loads_and_its_header_names_what_it_is(path: Path) -> None:
     frozen = path.stem.endswith("frozen") or "linear" in path.stem
     assert is_semantic(cfg) != cfg.TEST.PRECISE_BN.ENABLED and (cfg.MODEL.BACKBONE.FREEZE_AT == 5) == frozen
     assert frozen or cfg.MODEL.BACKBONE.FREEZE_AT == 0
+    assert (cfg.MODEL.DEVICE == "cpu") == path.stem.startswith(("small", "scenes"))
     supervised = path.stem.endswith("supervised")
     assert (cfg.INPUT.FORMAT == "BGR") == cfg.MODEL.RESNETS.STRIDE_IN_1X1 == supervised
     if path.stem.startswith("sem_seg"):
