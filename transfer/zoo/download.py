@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.common.errors import UserError, is_disk_full
-from pretrain.common.files import read_json, write_json
+from pretrain.common.files import read_json, whole_number, write_json
 from pretrain.common.locks import hold
 from pretrain.common.output_folder import need_space
 from pretrain.common.progress import Progress
@@ -84,8 +84,12 @@ def _receive(entry: Entry, path: Path) -> None:
         try:
             _go_on(entry, part)
             break
-        except (OSError, http.client.HTTPException) as error:
-            if is_disk_full(error):
+        except (
+            OSError,
+            http.client.HTTPException,
+            ValueError,
+        ) as error:  # ValueError: a redirection to no URL
+            if is_disk_full(error) or isinstance(error, UserError):
                 raise
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             if _size(part) > before and attempt < MOST_ATTEMPTS:
@@ -159,6 +163,8 @@ def _go_on(entry: Entry, part: Path) -> None:
             os.fsync(file.fileno())
     if total is not None and done < total:
         raise OSError(f"cut off after {done:,} of {total:,} bytes")
+    if not done:
+        raise OSError("an empty answer")
 
 
 @contextlib.contextmanager
@@ -191,11 +197,12 @@ def _open_web(url: str, have: int, known: str) -> Iterator[_Answer]:
     with answer:
         tag = answer.headers.get("ETag") or ""
         version = answer.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
-        length = answer.headers.get("Content-Length", "")
-        total = int(length) if length.isdigit() else None
+        total = whole_number(answer.headers.get("Content-Length"))
         start = 0
         if answer.status == 206:
-            said = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+            said = re.fullmatch(
+                r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", answer.headers.get("Content-Range", "")
+            )
             if said is None or int(said[1]) != have:
                 raise OSError(f"asked for bytes from {have} on, got {answer.headers.get('Content-Range')!r}")
             start, total = have, int(said[2])

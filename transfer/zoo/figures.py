@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 FILE = Path(__file__).parent / "figures.yaml"
+MOST_IMAGES = 10**9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ class Published:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a figure that nobody could compare or look up."""
+        for f in dataclasses.fields(self):
+            if f.type == "str" and not isinstance(value := getattr(self, f.name), str):
+                raise ValueError(f"{short(self.method)}: {f.name}: {short(value)}: wanted text")
         for name, kind in (("metrics", Mapping), ("spread", Mapping), ("tolerance", Mapping)):
             values = getattr(self, name)
             if not isinstance(values, kind) or not all(
@@ -58,7 +62,9 @@ class Published:
             raise ValueError(f"{self.name}: wanted metrics")
         if not str(self.source).startswith("https://"):
             raise ValueError(f"{self.name}: wanted a source, the URL of the page that has the figure")
-        if not isinstance(self.n, int) or self.n <= 0:
+        if self.trials is not None and not (type(self.trials) is int and 0 < self.trials <= MOST_IMAGES):
+            raise ValueError(f"{self.name}: trials: {short(self.trials)}: wanted a whole number above 0")
+        if not (type(self.n) is int and 0 < self.n <= MOST_IMAGES):
             raise ValueError(f"{self.name}: wanted n, the number of images evaluated")
 
     @property
@@ -94,11 +100,11 @@ def source_of(word: str) -> str:
 
 def read_figure(raw: Mapping[str, Any]) -> Published:
     """A row of figures.yaml. Raises ValueError for one without metrics, images or the URL of its source."""
-    said = {"n": _document()["images"].get(raw.get("dataset"), 0), **raw}
+    said = {"n": _document()["images"].get(str(raw.get("dataset")), 0), **raw}
     said["source"] = source_of(str(raw.get("source", "")))
     try:
         return Published(**said)
-    except TypeError as error:
+    except TypeError as error:  # a field is missing, or unknown
         why = str(error).replace("Published.__init__()", "a figure")
         raise ValueError(f"{short(dict(raw))}: {why}") from error
 

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import re
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -19,6 +20,7 @@ from transfer.zoo.figures import Published, load_published, read_figure, source_
 FILE = Path(__file__).parent / "zoo.yaml"
 PREFIX = "zoo:"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+LONGEST_URL = 2000
 SCHEMES = ("https://", "http://", "file:///")
 
 
@@ -50,9 +52,11 @@ class Entry:
             raise ValueError(f"{short(self.name)}: wanted a name of letters, digits and ._-")
         if not self.url.startswith(SCHEMES):
             raise ValueError(f"{self.name}: url {short(self.url)}: wanted {', '.join(SCHEMES)}...")
+        if why := _no_url(self.url):
+            raise ValueError(f"{self.name}: url {short(self.url)}: {why}")
         if self.branch not in ("online", "ema"):
             raise ValueError(f"{self.name}: branch {short(self.branch)}: wanted online or ema")
-        if self.epochs is not None and not isinstance(self.epochs, int):
+        if self.epochs is not None and not (type(self.epochs) is int and 0 <= self.epochs < 10**6):
             raise ValueError(f"{self.name}: epochs {short(self.epochs)}: wanted a whole number")
         for kind, longest in (("sha256", 64), ("md5", 32)):
             if not re.fullmatch(rf"(?:[0-9a-f]{{6,{longest}}})?", getattr(self, kind)):
@@ -70,6 +74,20 @@ class Entry:
             for what, said, found in pairs
             if said and said != found
         )
+
+
+def _no_url(url: str) -> str:
+    """Why nothing can be fetched by it; empty where it can be tried."""
+    if not url.isascii() or not url.isprintable() or " " in url:
+        return "wanted printable ASCII, other characters as %xx"
+    if len(url) > LONGEST_URL:
+        return f"wanted at most {LONGEST_URL} characters"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        missing = not parts.hostname and parts.scheme != "file"
+        return "names no host" if missing else "" if parts.port != 0 else "port 0"
+    except ValueError as error:
+        return f"no URL ({error})"
 
 
 TEXTS = ("url", "source", "arch", "format", "branch", "sha256", "md5", "note")

@@ -104,6 +104,17 @@ def test_the_list_and_one_entry(tmp_path: Path, published: Path, capsys: pytest.
     [
         ({}, "tiny: wanted url"),
         ({"url": "ftp://x/y"}, "wanted https://, http://, file:///"),
+        *(
+            ({"url": url}, said)
+            for url, said in (
+                ("http://[bad", "no URL"), ("https://x:y/z", "no URL"), ("https://x:99999/z", "no URL"),
+                ("https:///z", "names no host"), ("https://münchen.example/z", "printable ASCII"),
+                ("https://x/\u00b2", "printable ASCII"), ("https://x/a b", "printable ASCII"),
+                ("https://x/a\r\nHost: y", "printable ASCII"), ("https://x/" + "a" * 2000, "at most 2000"),
+            )
+        ),
+        ({"url": "https://x/y", "epochs": True}, "epochs True: wanted a whole number"),
+        ({"url": "https://x/y", "epochs": 10**30}, "epochs .*: wanted a whole number"),
         ({"url": "https://x/y", "size": 3}, "unknown size; there are url,"),
         ({"url": "https://x/y", "branch": "teacher"}, "branch 'teacher': wanted online or ema"),
         ({"url": "https://x/y", "sha256": 12345678}, "sha256: 12345678: wanted text"),
@@ -115,6 +126,12 @@ def test_the_list_and_one_entry(tmp_path: Path, published: Path, capsys: pytest.
         *(
             ({"url": "https://x/y", "figures": [{"task": "knn", "dataset": "d", "n": 3, **wrong}]}, said)
             for wrong, said in (
+                ({"metrics": {"a": 1}, "dataset": [1]}, r"dataset: \[1\]: wanted text"),
+                ({"metrics": {"a": 1}, "task": {"a": 1}}, "task: {'a': 1}: wanted text"),
+                ({"metrics": {"a": 1}, "split": 3}, "split: 3: wanted text"),
+                ({"metrics": {"a": 1}, "trials": "x"}, "trials: 'x': wanted a whole number"),
+                ({"metrics": {"a": 1}, "n": True}, "wanted n, the number of images"),
+                ({"metrics": {"a": 1}, "n": 10**30}, "wanted n, the number of images"),
                 ({"metrics": {"a": math.nan}}, "metrics: .*wanted entries NAME: NUMBER"),
                 ({"metrics": {1: 70.0}}, "metrics: .*wanted entries NAME: NUMBER"),
                 ({"metrics": {"a": 70.0}, "tolerance": {"a": math.inf}}, "tolerance: .*NAME: NUMBER"),
@@ -376,3 +393,49 @@ def test_a_file_that_changed_on_the_server(server: str, tmp_path: Path) -> None:
     Server.cuts = 0
     assert fetch(entry).read_bytes() == Server.content
     assert Server.asked == ["bytes=1000-"]  # asked to go on, and sent all of the new one
+
+
+class OddServer(http.server.BaseHTTPRequestHandler):
+    """Answers with the status, headers and body of the path in `answers`."""
+
+    answers: ClassVar[dict[str, tuple[int, dict[str, str], bytes]]] = {
+        "/square": (200, {"Content-Length": "\u00b2"}, b"12"),
+        "/long": (200, {"Content-Length": "9" * 5000}, b"12"),
+        "/empty": (200, {"Content-Length": "0"}, b""),
+        "/nothing": (200, {}, b""),
+        "/moved": (302, {"Location": "http://[bad"}, b""),
+        "/device": (302, {"Location": "file:///dev/zero"}, b""),
+        "/part": (206, {"Content-Range": "bytes 0-" + "9" * 5000 + "/\u00b2"}, b"12"),
+        "/lie": (200, {"Content-Length": "3"}, b"12"),
+    }
+
+    def do_GET(self) -> None:
+        status, headers, body = self.answers[self.path]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_odd_answers_of_a_server(tmp_path: Path) -> None:
+    """Each is kept where it is whole, or refused in one line that says where to put the file by hand."""
+    with http.server.HTTPServer(("127.0.0.1", 0), OddServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for path, said in (
+            ("/square", None), ("/long", None), ("/empty", "an empty answer"),
+            ("/nothing", "an empty answer"),
+            ("/moved", "could not be fetched"), ("/device", "could not be fetched"),
+            ("/part", "asked for bytes from 0"), ("/lie", "could not be fetched"),
+        ):  # fmt: skip
+            entry = entry_of(tmp_path, url=f"http://127.0.0.1:{server.server_port}{path}")
+            if said is None:
+                assert fetch(entry).read_bytes() == b"12"
+                continue
+            with pytest.raises(UserError, match=f"{said}.*put it at {place_of(entry)}"):
+                fetch(entry)
+            assert not place_of(entry).exists()
+        server.shutdown()
