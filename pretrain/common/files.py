@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,22 @@ LARGEST_YAML = 1 << 20  # bytes
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+(\.[0-9a-f]+)?\.(tmp|pkl)")
 LONGEST_NAME = 120
 TOLD = 3
+
+
+class NoFile(OSError):
+    """What is to be read is there, and is no file: a folder, a pipe or a device."""
+
+
+def regular(path: str | Path) -> Path:
+    """`path`, to be opened where a stranger named it: a pipe may have no writer, a device no end.
+
+    Raises OSError where there is nothing, NoFile where it is no file or link to one.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+        raise NoFile(f"{path} is no file ({kind})")
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -132,7 +149,7 @@ def numbered_jsonl(
     path: str | Path, *, nan: bool = True
 ) -> Iterator[tuple[int, dict[str, Any] | None, bool]]:
     """The lines of a file that are not empty: number from 1, JSON object or None, whether it has an end."""
-    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    lines = regular(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -150,7 +167,7 @@ def _refuse(constant: str) -> NoReturn:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file, or an empty one where there is no such file or it is torn."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -159,7 +176,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def sha256_of(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -173,7 +190,7 @@ def read_yaml(path: str | Path, loader: Any = None) -> Any:
     """
     import yaml
 
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         data = file.read(LARGEST_YAML + 1)
     if len(data) > LARGEST_YAML:
         raise ValueError(f"larger than {LARGEST_YAML:,} bytes")

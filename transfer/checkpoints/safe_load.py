@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import NoFile, regular
 from transfer.checkpoints.inert_pickle import InertUnpickler
 from transfer.checkpoints.inert_values import Global, Placeholder, Refused, Storage, with_tensors
 from transfer.checkpoints.other_files import folder_is, what_else
@@ -62,6 +63,10 @@ def load_file(path: str | Path) -> RawFile:
         raise UserError(f"{path}: no such file")
     if path.is_dir():
         raise UserError(f"{path} {folder_is(path)}")
+    try:
+        regular(path)
+    except NoFile as error:
+        raise UserError(str(error)) from error
     stat = path.stat()
     if stat.st_size > SPARSE_FROM and 0 < stat.st_blocks * 512 < stat.st_size // 8:
         raise UserError(

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.common.errors import UserError
-from pretrain.common.files import atomic_path
+from pretrain.common.files import atomic_path, regular
 from pretrain.data.datasets import ImageDataset
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def balanced_draw(data: ImageDataset, percent: float, seed: int) -> np.ndarray:
 def read_list(path: Path) -> list[str]:
     """The file's image names, one a line, in its order. Raises UserError where one comes twice."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--lists {path}: not a readable text file ({error})") from error
     names = [line.strip() for line in text.splitlines() if line.strip()]

@@ -13,12 +13,17 @@ import pytest
 
 from pretrain.common.errors import is_disk_full
 from pretrain.common.files import (
+    NoFile,
     append_jsonl,
     atomic_path,
     file_name,
+    read_json,
     read_jsonl,
+    read_yaml,
+    regular,
     remove_leftovers,
     sha256_of,
+    whole_number,
     write_text,
 )
 
@@ -123,3 +128,30 @@ def test_lines_that_do_not_fit_leave_the_file_as_it_was(tmp_path: Path) -> None:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
     assert path.read_text() == '{"a": 1}\n'
+
+
+def test_only_files_are_opened(tmp_path: Path) -> None:
+    """A pipe without a writer, a device and a folder: each is named at once, none is waited for."""
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    link = tmp_path / "link.yaml"
+    link.symlink_to("/dev/zero")
+    for path, kind in ((pipe, "a pipe"), (link, "a device or socket"), (tmp_path, "a folder")):
+        for read in (read_jsonl, read_yaml, sha256_of, regular):
+            with pytest.raises(NoFile, match=rf"{path.name} is no file \({kind}\)"):
+                read(path)
+        assert read_json(path) == {}
+    with pytest.raises(FileNotFoundError):
+        regular(tmp_path / "none")
+    file = tmp_path / "file"
+    file.write_text("{}")
+    assert regular(file) == file
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0", 0), ("12", 12), ("9" * 18, 10**18 - 1), ("9" * 19, None), ("9" * 5000, None), ("", None),
+     ("\u00b2", None), ("\u0661", None), ("-1", None), (" 1", None), ("1.0", None), (None, None), (7, 7)],
+)  # fmt: skip
+def test_whole_numbers_of_strangers(text: object, number: int | None) -> None:
+    assert whole_number(text) == number

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 from pretrain.common.errors import UserError
 from tests.helpers.damage import spoilt
+from transfer.__main__ import main
 from transfer.checkpoints.safe_load import Placeholder, load_file
 
 STATE = {"weight": torch.arange(12.0).view(3, 4), "bias": torch.tensor([1, 2, 3])}
@@ -542,3 +543,10 @@ def load_whole(data: bytes, path: Path) -> str:
         return "placeholders" if load_file(path).placeholders else "loaded"
     except UserError:
         return "refused"
+
+
+def test_a_pipe_or_a_device_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")  # opening it would wait for a writer
+    for path, kind in ((tmp_path / "pipe.pth", "a pipe"), (Path("/dev/zero"), "a device or socket")):
+        assert main(["inspect", "--weights", str(path)]) == 2
+        assert f"{path} is no file ({kind})" in capsys.readouterr().err

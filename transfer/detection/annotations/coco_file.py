@@ -20,6 +20,7 @@ from typing import Any
 import pycocotools.mask as mask_codec
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import regular
 from transfer.detection.annotations.label_shares import LabelShare
 
 MOST_BEYOND = 0.5  # share of boxes that may reach beyond their image before they are held for another format
@@ -34,7 +35,7 @@ def examine(
     does not exist, or cannot be trained on.
     """
     try:
-        raw = file.read_bytes()
+        raw = regular(file).read_bytes()
         content = json.loads(raw.decode("utf-8-sig"))
         if not isinstance(content, dict):
             raise TypeError(f"holds a {type(content).__name__}")

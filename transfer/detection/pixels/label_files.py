@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import NoFile, regular
 
 THREADS = 8
 MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes of images with one number a pixel; P holds numbers into a palette, which are the labels."""
 
 
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[Image.Image]:
+    """A mask whose header has been read. Raises UserError for what is none, or shows other labels than it
+    holds."""
+    try:
+        with Image.open(regular(file)) as image:
+            if image.mode not in MODES:
+                raise UserError(
+                    f"{file} is an image of colours ({image.mode}); wanted class numbers in a grey or "
+                    "palette PNG. One that was read and saved as RGB has lost them: take the original"
+                )
+            _refuse_scaled(file, image)
+            if (way := image.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
+                raise UserError(f"{file} is turned by its EXIF orientation ({way}): save it upright")
+            yield image
+    except NoFile as error:
+        raise UserError(str(error)) from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} is not a readable mask ({error})") from error
+
+
 def counts_of(file: str) -> tuple[np.ndarray, np.ndarray]:
     """The labels of a mask file and the pixels of each. Raises UserError as `read_labels`."""
-    with contextlib.suppress(OSError, SyntaxError, Image.DecompressionBombError), Image.open(file) as image:
-        _refuse_scaled(file, image)
+    with _opened(file) as image:
         if image.mode in ("L", "P"):  # ten times faster than of an array
             counts = np.array(image.histogram())
             return counts.nonzero()[0], counts[counts > 0]
-    return np.unique(read_labels(file), return_counts=True)
+        return np.unique(_labels(image), return_counts=True)
 
 
 def read_labels(file: str, dtype: Any = None, **_: Any) -> np.ndarray:
@@ -32,19 +53,14 @@ def read_labels(file: str, dtype: Any = None, **_: Any) -> np.ndarray:
 
     Raises UserError for an image of colours, which holds no class numbers.
     """
-    try:
-        with Image.open(file) as image:
-            if image.mode not in MODES:
-                raise UserError(
-                    f"{file} is an image of colours ({image.mode}); wanted class numbers in a grey or "
-                    "palette PNG. One that was read and saved as RGB has lost them: take the original"
-                )
-            _refuse_scaled(file, image)
-            if image.mode in ("1", "I;16"):  # bool and uint16, which neither PyTorch nor OpenCV resizes
-                dtype = dtype or (np.uint8 if image.mode == "1" else np.int32)
-            return np.array(image, dtype=dtype)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} is not a readable mask ({error})") from error
+    with _opened(file) as image:
+        return _labels(image, dtype)
+
+
+def _labels(image: Image.Image, dtype: Any = None) -> np.ndarray:
+    if image.mode in ("1", "I;16"):  # bool and uint16, which neither PyTorch nor OpenCV resizes
+        dtype = dtype or (np.uint8 if image.mode == "1" else np.int32)
+    return np.array(image, dtype=dtype)
 
 
 def _refuse_scaled(file: str, image: Image.Image) -> None:
@@ -57,12 +73,9 @@ def _refuse_scaled(file: str, image: Image.Image) -> None:
 
 
 def size_of(file: str) -> tuple[int, int]:
-    """Width and height from a mask's header. Raises UserError for what is no image."""
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} is not a readable mask ({error})") from error
+    """Width and height from a mask's header. Raises UserError for what is no mask."""
+    with _opened(file) as image:
+        return image.size
 
 
 def sizes_of(files: Sequence[str]) -> list[tuple[int, int]]:

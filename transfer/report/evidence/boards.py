@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain.common.files import regular
 from transfer.evaluation.results import FILE, hash_of
 from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.grouping import SPECTRUM, Results, Task, condition, group, task_of
@@ -101,7 +102,7 @@ def key_of(line: dict[str, Any]) -> str:
 def numbered(folder: Path) -> dict[str, int]:
     """The number of each line of a folder's results, by its content."""
     found: dict[str, int] = {}
-    text = (folder / FILE).read_text(encoding="utf-8-sig", errors="replace")
+    text = regular(folder / FILE).read_text(encoding="utf-8-sig", errors="replace")
     for number, line in enumerate(text.split("\n"), 1):
         try:
             value = json.loads(line)

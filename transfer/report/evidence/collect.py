@@ -173,7 +173,7 @@ def _folders(root: Path, skip: Path | None) -> Iterator[tuple[Path, frozenset[st
         folder = Path(name)
         dirs[:] = sorted(d for d in dirs if wanted(folder / d))
         if folder.resolve() != skipped:
-            yield folder, frozenset(files)
+            yield folder, frozenset(f for f in files if (folder / f).is_file())  # no pipes, no devices
 
 
 def _last_of_each(rows: list[dict[str, Any]], key: str) -> tuple[dict[str, Any], ...]:

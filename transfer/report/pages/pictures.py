@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from pretrain.common.files import regular
 from transfer.report.evidence.collect import Picture
 
 MAX_SIDE = 1200
@@ -59,7 +60,7 @@ def load(pictures: Sequence[Picture], *, per_folder: int) -> tuple[list[Shown], 
 
 def _prepare(picture: Picture, number: str) -> Shown:
     """The file itself where it is small, else a JPEG of at most MAX_SIDE pixels."""
-    raw = picture.path.read_bytes()
+    raw = regular(picture.path).read_bytes()
     if picture.path.suffix.lower() == ".svg":
         width, height = _size_of_svg(raw)
         return Shown(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pretrain.common.errors import UserError
 from tests.helpers.pixel_data import COLOURS, write_pixels
@@ -64,6 +65,28 @@ def test_images_and_labels_are_changed_alike(tmp_path: Path) -> None:
     assert shapes == {(40, 40)}
 
 
+def _as_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _turn(file: Path, way: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = way
+    with Image.open(file) as image:
+        image.load()
+        image.save(file, exif=exif)
+
+
+def test_images_turned_by_half_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_pixels(tmp_path, 3)
+    checked(tmp_path)
+    assert "EXIF" not in caplog.text
+    _turn(tmp_path / "images/1.jpg", 3)  # whether its mask is, no size shows
+    checked(tmp_path)
+    assert "1 of 3 images are turned by their EXIF orientation" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -80,6 +103,10 @@ def test_images_and_labels_are_changed_alike(tmp_path: Path) -> None:
         (lambda f: [Image.new("L", (52, 44), 255).save(p) for p in (f / "masks").iterdir()],
          "no pixel of its 3 masks is labelled"),
         (lambda f: (f / "masks/1.png").write_bytes(b"none"), r"1\.png is not a readable mask"),
+        (lambda f: _as_pipe(f / "masks/1.png"), r"masks/1\.png is no file \(a pipe\)"),
+        (lambda f: _as_pipe(f / "images/1.jpg"), r"images/1\.jpg is no file \(a pipe\)"),
+        (lambda f: _turn(f / "masks/1.png", 3), r"masks/1\.png is turned by its EXIF orientation \(3\)"),
+        (lambda f: _turn(f / "images/1.jpg", 6), r"1\.jpg is shown as 44 x 52 by its EXIF orientation, its"),
         (lambda f: (f / "images/1.jpg").write_bytes(b"none"), r"1\.jpg is not a readable image"),
     ],
 )  # fmt: skip
