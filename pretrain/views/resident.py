@@ -126,14 +126,8 @@ class _Decoding(Dataset[Any]):
 def _stand_in(pixels: Tensor, sizes_A2: np.ndarray, broken: set[int]) -> None:
     """Put the next readable image in the place of each broken one, as the loader does."""
     for i in broken:
-        after = next(
-            (
-                k % len(pixels)
-                for k in range(i + 1, i + MOST_BROKEN_IN_A_ROW)
-                if k % len(pixels) not in broken
-            ),
-            None,
-        )
+        following = (k % len(pixels) for k in range(i + 1, i + MOST_BROKEN_IN_A_ROW))
+        after = next((k for k in following if k not in broken), None)
         if after is None:
             raise BrokenImage(f"{MOST_BROKEN_IN_A_ROW} images in a row cannot be read, from image {i} on")
         pixels[i], sizes_A2[i] = pixels[after], sizes_A2[after]

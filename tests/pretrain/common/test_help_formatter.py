@@ -16,7 +16,7 @@ from slurm.__main__ import COMMANDS as SLURM
 from transfer.__main__ import COMMANDS as TRANSFER
 
 COMMANDS = [
-    ["pretrain"], ["pretrain.profile.__main__"], ["benchmarks"],
+    ["pretrain"], ["pretrain.profile"], ["benchmarks"],
     ["transfer"], *(["transfer", name] for name in TRANSFER),
     ["slurm"], *(["slurm", name] for name in SLURM),
 ]  # fmt: skip
@@ -96,7 +96,9 @@ def test_every_help_fits_the_terminal(
     command: list[str], columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    module = importlib.import_module(command[0] + (".__main__" if "." not in command[0] else ""))
+    module = importlib.import_module(command[0])
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{command[0]}.__main__")
     with contextlib.suppress(SystemExit):
         module.main([*command[1:], "--help"])
     text = capsys.readouterr().out
