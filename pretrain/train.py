@@ -329,6 +329,7 @@ def _write_backbones(settings: Settings, learner: Learner, *, step: int, source:
             "stem_padding": cast(nn.Conv2d, encoder.backbone.conv1).padding[0],
             "image_size": settings.image_size, "mean": settings.mean, "std": settings.std,
             "dataset": settings.dataset, "epochs": settings.epochs, "seed": settings.seed, "step": step,
+            "precision": settings.precision,
             "zero_init_last": settings.arch not in SHALLOW if zero is None else zero,
         }  # fmt: skip
         save_backbone(output / file, encoder.backbone.state_dict(), metadata)

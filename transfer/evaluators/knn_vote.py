@@ -61,7 +61,7 @@ def knn_evaluate(
         near, index = nearest(bank, queries, max(ks), metric=metric, device=device, told=told)
         votes = _votes(near, temperature=temperature, vote=vote, metric=metric)
         labels = bank_labels.to(device)[index]
-        for rows in row_blocks(len(labels), classes * 8):
+        for rows in row_blocks(len(labels), classes * 8, device):
             for column, place in enumerate(
                 _places(labels[rows], votes[rows], query_labels[rows], ks, classes)
             ):

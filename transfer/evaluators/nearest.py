@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-BLOCK_BYTES = 1 << 27  # of one block of similarities, and of one block of the bank
+BLOCK_BYTES = 1 << 27  # of one block of similarities, and of one block of the bank, on a CPU
+ON_GPU = 8  # times as large, for what a block costs beside its products
+CPU = torch.device("cpu")
 SPARE = 8  # candidates beyond k whose Euclidean distances are computed exactly
 SMALL, LARGE = 1e-15, 1e15  # of a row's largest feature: between them float32 has room for products
 
@@ -42,7 +44,7 @@ def nearest(
         dtype = torch.float64
     centre = _centre(bank, device).to(dtype) if metric == "euclidean" else None
     wide = k if centre is None else min(k + SPARE, len(bank))
-    bank_block = min(len(bank), max(wide, BLOCK_BYTES // (bank.shape[1] * dtype.itemsize)))
+    bank_block = min(len(bank), max(wide, block_bytes(device) // (bank.shape[1] * dtype.itemsize)))
     queries = queries.to(device, dtype)
     best = queries.new_empty(len(queries), wide)
     index_of = torch.empty(len(queries), wide, dtype=torch.long, device=device)
@@ -52,7 +54,7 @@ def nearest(
             block = block - centre
             norms = block.square().sum(1)
         merged = 6 * wide * (block.element_size() + index_of.element_size())  # what _in_order holds of a row
-        for rows in row_blocks(len(queries), max(len(block) * block.element_size(), merged)):
+        for rows in row_blocks(len(queries), max(len(block) * block.element_size(), merged), device):
             part = _prepared(queries[rows], metric)
             if centre is None:
                 near = part @ block.T
@@ -71,7 +73,7 @@ def nearest(
             told(len(block))
         del block, near  # before the next are made
     if centre is not None:
-        for rows in row_blocks(len(queries), wide * bank.shape[1] * dtype.itemsize):
+        for rows in row_blocks(len(queries), wide * bank.shape[1] * dtype.itemsize, device):
             difference = bank[index_of[rows].to(bank.device)].to(device, dtype) - queries[rows, None]
             best[rows], index_of[rows] = _in_order(-difference.square().sum(2), index_of[rows], wide)
     return best[:, :k], index_of[:, :k]
@@ -83,7 +85,7 @@ def _centre(bank: Tensor, device: torch.device) -> Tensor:
     So rounded, values of few digits (whole numbers) keep few digits when it is subtracted, and their ties.
     """
     total, square = (torch.zeros(bank.shape[1], dtype=torch.float64, device=device) for _ in range(2))
-    for rows in row_blocks(len(bank), bank.shape[1] * 8):
+    for rows in row_blocks(len(bank), bank.shape[1] * 8, device):
         block = bank[rows].to(device, torch.float64)
         total += block.sum(0)
         square += block.square().sum(0)
@@ -129,7 +131,12 @@ def _in_order(value: Tensor, index: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return value[:, :k], index.gather(1, by_value)[:, :k]
 
 
-def row_blocks(n: int, bytes_each: int) -> Iterator[slice]:
-    """Slices of range(n), each of as many rows of `bytes_each` as fit BLOCK_BYTES, at least one."""
-    step = max(1, BLOCK_BYTES // max(1, bytes_each))
+def block_bytes(device: torch.device) -> int:
+    """The size of a block on `device`."""
+    return BLOCK_BYTES * (ON_GPU if device.type == "cuda" else 1)
+
+
+def row_blocks(n: int, bytes_each: int, device: torch.device = CPU) -> Iterator[slice]:
+    """Slices of range(n), each of as many rows of `bytes_each` as fit a block, at least one."""
+    step = max(1, block_bytes(device) // max(1, bytes_each))
     return (slice(s, s + step) for s in range(0, n, step))

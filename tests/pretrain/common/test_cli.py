@@ -73,7 +73,9 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
 
 
 def test_a_choice_of_values_reads_well() -> None:
-    with pytest.raises(UserError, match=r"^--precision half: wanted auto, float32, tf32, bfloat16 or float16 "):
+    with pytest.raises(
+        UserError, match=r"^--precision half: wanted auto, float32, tf32, bfloat16 or float16 "
+    ):
         parse_recipe(["--data-dir", "d", "--output", "o", "--precision", "half"])
 
 
