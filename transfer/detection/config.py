@@ -8,7 +8,9 @@ refused here, before anything starts.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from pretrain.common.machine import computes_bfloat16
 from transfer.conversion.availability import CONFIGS, find_config
 from transfer.detection import heads  # noqa: F401 - registers the head that C4 configs name
 from transfer.detection.pixels import keys, networks  # noqa: F401 - registers the networks of scenes
+from transfer.detection.pixels.learning_rate import POLY
 from transfer.detection.protocol import flat, shipped_name, spell
 
 # What may differ when a run goes on where it stopped: none of it changes what is learned.
@@ -48,6 +51,48 @@ CHOICES = {
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler", "RepeatFactorTrainingSampler"),
 }
 """The values that this project can train and evaluate; detectron2 has others."""
+WORDS = {
+    r".*\.NORM": ("", "BN", "SyncBN", "naiveSyncBN", "FrozenBN", "GN"), r"INPUT\.FORMAT": ("RGB", "BGR"),
+    r"INPUT\.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    r"INPUT\.MASK_FORMAT": ("polygon", "bitmask"), r"INPUT\.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    r"INPUT\.CROP\.TYPE": ("relative", "relative_range", "absolute", "absolute_range"),
+    r"SOLVER\.WARMUP_METHOD": ("linear", "constant"), r"SOLVER\.CLIP_GRADIENTS\.CLIP_TYPE": ("value", "norm"),
+    r"SOLVER\.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", POLY),
+    r"MODEL\.RESNETS\.DEPTH": (18, 34, 50, 101, 152), r"MODEL\.RESNETS\.RES5_DILATION": (1, 2),
+    r"MODEL\.RESNETS\.OUT_FEATURES": ("stem", "res2", "res3", "res4", "res5"),
+    r"MODEL\.FPN\.FUSE_TYPE": ("sum", "avg"),
+    r"MODEL\..*\.POOLER_TYPE": ("ROIAlignV2", "ROIAlign", "ROIPool"),
+    r"MODEL\..*\.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
+}  # fmt: skip
+"""The values of keys whose names match, or each of several."""
+LARGE = 10**6
+NUMBERS: dict[str, tuple[float, float]] = {
+    r"SEED": (-1, 2**31 - 1), r"VIS_PERIOD|TEST\.EVAL_PERIOD|SOLVER\.WARMUP_ITERS": (0, 10**9),
+    r"INPUT\.MIN_SIZE_(TRAIN|TEST)|TEST\.AUG\.MIN_SIZES": (0, 10**4),  # 0: as it is
+    r"INPUT\.MAX_SIZE_(TRAIN|TEST)|TEST\.AUG\.MAX_SIZE": (32, 10**4), r"TEST\.SLIDE\.\w+": (0, 10**4),
+    r"MODEL\.BACKBONE\.FREEZE_AT": (0, 5), r"MODEL\.PIXEL_STD": (1e-6, 1e6),
+    r"MODEL\.PIXEL_MEAN": (-1e6, 1e6),
+    r"SOLVER\.BASE_LR": (1e-12, 1e6), r"SOLVER\.POLY_LR_POWER": (1e-6, 100), r"SOLVER\.GAMMA": (1e-12, 1),
+    r"SOLVER\.(MOMENTUM|WARMUP_FACTOR)": (0, 1),
+    r"SOLVER\.(BASE_LR_END|WEIGHT_DECAY\w*|BIAS_LR_FACTOR)": (0, 1e6),
+    r"SOLVER\.(MAX_ITER|CHECKPOINT_PERIOD|STEPS)": (1, 10**9), r"SOLVER\.IMS_PER_BATCH": (1, LARGE),
+    r"SOLVER\.CLIP_GRADIENTS\.CLIP_VALUE": (1e-12, 1e12), r"SOLVER\.NUM_DECAYS": (1, LARGE),
+    r"SOLVER\.CLIP_GRADIENTS\.NORM_TYPE": (1e-6, math.inf),
+    r"INPUT\.CROP\.SINGLE_CATEGORY_MAX_AREA": (1e-6, 1), r"DATALOADER\.NUM_WORKERS": (0, 1024),
+    r"DATALOADER\.REPEAT_THRESHOLD": (0, 1), r"TEST\.(DETECTIONS_PER_IMAGE|PRECISE_BN\.NUM_ITER)": (1, LARGE),
+    r"MODEL\.SEM_SEG_HEAD\.LOSS_WEIGHT": (1e-6, 1e6), r"MODEL\..*(LOSS|AUX)_WEIGHT": (0, 1e6),
+    r"MODEL\..*\.(POSITIVE_FRACTION|SCORE_THRESH_TEST|NMS_THRESH(_TEST)?|IOU_THRESHOLDS|IOUS)": (0, 1),
+    r"MODEL\..*\.(NUM_CLASSES|NUM_GROUPS|BATCH_SIZE_PER_IMAGE|P(RE|OST)_NMS_TOPK_\w+|TOPK_\w+)": (1, LARGE),
+    r"MODEL\..*\.(CONV_DIM|CONVS_DIM|FC_DIM|AUX_DIM|\w+_CHANNELS|WIDTH_PER_GROUP)": (1, 2**15),
+    r"MODEL\..*\.(NUM_CONVS?|NUM_FC|POOLER_SAMPLING_RATIO)": (0, 100),
+    r"MODEL\..*\.POOLER_RESOLUTION": (1, 256),
+    r"MODEL\.SEM_SEG_HEAD\.DILATION": (1, 1000),
+    r"MODEL\.ANCHOR_GENERATOR\.(SIZES|ASPECT_RATIOS)": (1e-6, 1e6),
+    r".*": (-1e12, 1e12),
+}  # fmt: skip
+"""Least and largest number of keys whose names match, or of each of several: the first that fits counts."""
+LENGTHS = {"MODEL.PIXEL_MEAN": (3, 3), "MODEL.PIXEL_STD": (3, 3), "INPUT.CROP.SIZE": (2, 2),
+           "INPUT.MIN_SIZE_TRAIN": (1, 1000), "MODEL.RESNETS.OUT_FEATURES": (1, 5)}  # fmt: skip
 CHOICES_OF_SCENES = {"MODEL.META_ARCHITECTURE": (keys.SEGMENTOR,), **keys.CHOICES}
 
 
@@ -83,6 +128,8 @@ def load_config(
     ) as error:
         raise UserError(f"{path}: {_said(error)}") from error
     _override(cfg, overrides)
+    _refuse_without_effect(cfg)
+    _check_values(cfg)
     cfg = _scaled(cfg, ranks)
     if to_run_here:
         _suit_the_machine(cfg)
@@ -178,8 +225,9 @@ def _suit_the_machine(cfg: CfgNode) -> None:
 
 
 def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
-    """Refuse what would have no effect, what detectron2 would build and half-load, or fail on late."""
-    _refuse_without_effect(cfg)
+    """Refuse what detectron2 would build and half-load, or fail on late."""
+    if keys.is_semantic(cfg):
+        keys.check(cfg)
     depth = cfg.MODEL.RESNETS.DEPTH
     if depth < 50 and not keys.is_semantic(cfg) and "Res5ROIHeads" in cfg.MODEL.ROI_HEADS.NAME:
         raise UserError(
@@ -225,6 +273,47 @@ def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
         )
 
 
+def _check_values(cfg: CfgNode) -> None:
+    """Refuse by its key what is no number, no word or no list that anything here could work with."""
+    for key, value in flat(cfg).items():
+        entries = list(_leaves(value))
+        words = next((known for name, known in WORDS.items() if re.fullmatch(name, key)), None)
+        least, most = next(limits for name, limits in NUMBERS.items() if re.fullmatch(name, key))
+        fewest, longest = LENGTHS.get(key, (0, LARGE))
+        if isinstance(value, list) and not fewest <= len(value) <= longest:
+            count = str(fewest) if fewest == longest else f"{fewest} to {longest}"
+            raise UserError(f"{key} {_shown(value)}: wanted {count} values")
+        if words and not all(entry in words for entry in entries):
+            raise UserError(f"{key} {_shown(value)}: wanted {' or '.join(map(spell, words))}")
+        numbers = [e for e in entries if isinstance(e, int | float) and not isinstance(e, bool)]
+        if not all(least <= number <= most for number in numbers):
+            raise UserError(f"{key} {_shown(value)}: wanted {least:g} to {most:g}")
+        if key in LENGTHS and not words and len(numbers) < len(entries):
+            raise UserError(f"{key} {_shown(value)}: wanted numbers")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError as error:
+        raise UserError(f"MODEL.DEVICE {_shown(cfg.MODEL.DEVICE)}: wanted cuda or cpu") from error
+    crop = cfg.INPUT.CROP
+    whole = crop.TYPE.startswith("absolute")
+    fits = (side >= 1 and side == int(side) if whole else 0 < side <= 1 for side in crop.SIZE)
+    if crop.ENABLED and not all(fits):
+        wanted = "height and width in pixels" if whole else "shares of height and width, above 0, at most 1"
+        raise UserError(f"INPUT.CROP.SIZE {_shown(list(crop.SIZE))}: wanted {wanted}")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for entry in value:
+            yield from _leaves(entry)
+    else:
+        yield value
+
+
+def _shown(value: Any) -> str:
+    return f"{spell(value):.80}"
+
+
 def _refuse_without_effect(cfg: CfgNode) -> None:
     """A key that nothing reads, or a choice that this project cannot evaluate, would go unnoticed."""
     semantic = keys.is_semantic(cfg)
@@ -253,5 +342,3 @@ def _refuse_without_effect(cfg: CfgNode) -> None:
     for key, known in choices.items():
         if ours[key] not in known:
             raise UserError(f"{key} {ours[key]}: can be {' or '.join(map(str, known))} here")
-    if semantic:
-        keys.check(cfg)

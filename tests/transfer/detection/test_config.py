@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import detectron2
+import numpy as np
 import pytest
 import torch
 import yacs.config
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetMapper
+from detectron2.data import transforms as T
 from detectron2.modeling import DatasetMapperTTA, build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 
 from pretrain.common.cli import run
 from pretrain.common.errors import UserError
+from transfer.conversion.availability import CONFIGS
 from transfer.detection import config, schedule
 from transfer.detection.config import load_config
 from transfer.detection.pixels import keys
 from transfer.detection.pixels.learning_rate import build_schedule
-from transfer.detection.pixels.mapper import mapper_of
+from transfer.detection.pixels.mapper import SemanticMapper, mapper_of
 from transfer.detection.protocol import flat
 
 ELSEWHERE = {"VERSION"}
@@ -161,6 +165,86 @@ def test_keys_without_effect_are_refused_when_changed() -> None:
 def test_what_cannot_be_judged_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         load_config("scenes_R18_FPN", words)
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "said"),
+    [(config, words, said) for config, cases in {
+        "small_R18_FCN": [
+            ("MODEL.SEM_SEG_HEAD.LOSS_WEIGHT 0.0", "0.0: wanted 1e-06 to 1e+06"),
+            ("MODEL.SEM_SEG_HEAD.LOSS_WEIGHT -1.0", "-1.0: wanted 1e-06"),
+            ("MODEL.SEM_SEG_HEAD.AUX_WEIGHT -0.4", "-0.4: wanted 0 to"),
+            ("MODEL.SEM_SEG_HEAD.CONVS_DIM 0", "0: wanted 1 to 32768"),
+            ("MODEL.SEM_SEG_HEAD.DILATION 0", "0: wanted 1 to 1000"),
+            ("MODEL.SEM_SEG_HEAD.NORM bn", "bn: wanted .* or BN or "),
+            ("SOLVER.POLY_LR_POWER -1.0", "-1.0: wanted 1e-06 to 100"),
+            ("SOLVER.LR_SCHEDULER_NAME Poly", "Poly: wanted WarmupMultiStepLR or"),
+            ("INPUT.CROP.SIZE (40,)", "(40,): wanted 2 values"),
+            ("INPUT.CROP.SIZE ('a','b')", "(a, b): wanted numbers"),
+            ("INPUT.CROP.SIZE (0.5,0.5)", "wanted height and width in pixels"),
+            ("INPUT.CROP.TYPE circle", "circle: wanted relative or"),
+            ("TEST.SLIDE.WINDOW -3", "-3: wanted 0 to 10000"),
+        ],
+        "scenes_R18_FPN": [
+            ("INPUT.MIN_SIZE_TEST -1", "-1: wanted 0 to 10000"),
+            ("INPUT.MAX_SIZE_TEST 1", "1: wanted 32 to 10000"),
+            ("INPUT.MIN_SIZE_TRAIN ()", "(): wanted 1 to 1000 values"),
+            ("INPUT.MIN_SIZE_TRAIN ('a',)", "(a,): wanted numbers"),
+            ("INPUT.FORMAT YUV", "YUV: wanted RGB or BGR"),
+            ("INPUT.RANDOM_FLIP sideways", "sideways: wanted horizontal or vertical or none"),
+            ("INPUT.MASK_FORMAT paper", "paper: wanted polygon or bitmask"),
+            ("SOLVER.BASE_LR 0.0", "0.0: wanted 1e-12 to"),
+            ("SOLVER.BASE_LR 1e999", "inf: wanted 1e-12 to"),
+            ("SOLVER.MOMENTUM 1.5", "1.5: wanted 0 to 1"),
+            ("SOLVER.MAX_ITER 0", "0: wanted 1 to 1e+09"),
+            ("SOLVER.IMS_PER_BATCH 0", "0: wanted 1 to"),
+            ("SOLVER.STEPS (-5,)", "(-5,): wanted 1 to"),
+            ("MODEL.PIXEL_STD (1.0,)", "(1.0,): wanted 3 values"),
+            ("MODEL.PIXEL_STD (1.0,0.0,1.0)", "(1.0, 0.0, 1.0): wanted 1e-06 to"),
+            ("MODEL.PIXEL_MEAN (1.0,1.0,1.0,1.0)", "wanted 3 values"),
+            ("MODEL.FPN.NORM Batch", "Batch: wanted .* or BN or"),
+            ("MODEL.BACKBONE.FREEZE_AT 99", "99: wanted 0 to 5"),
+            ("MODEL.RESNETS.DEPTH 20", "20: wanted 18 or 34 or 50 or"),
+            ("MODEL.RESNETS.OUT_FEATURES ('res7',)", "(res7,): wanted stem or res2"),
+            ("MODEL.ROI_HEADS.SCORE_THRESH_TEST 2.0", "2.0: wanted 0 to 1"),
+            ("MODEL.ROI_BOX_HEAD.POOLER_TYPE Max", "Max: wanted ROIAlignV2 or"),
+            ("MODEL.DEVICE toaster", "toaster: wanted cuda or cpu"),
+            (f"SEED {10**30}", "wanted -1 to 2.14748e+09"),
+            ("DATALOADER.NUM_WORKERS -1", "-1: wanted 0 to 1024"),
+            ("TEST.DETECTIONS_PER_IMAGE 0", "0: wanted 1 to"),
+        ],
+    }.items() for words, said in cases],
+)  # fmt: skip
+def test_values_that_nothing_could_work_with_are_refused_by_their_key(
+    config: str, words: str, said: str
+) -> None:
+    key, value = words.split()
+    with pytest.raises(UserError) as refused:
+        load_config(config, [key, value])
+    assert str(refused.value).startswith(f"{key} ") and re.search(
+        re.escape(said).replace(r"\.\*", ".*"), str(refused.value)
+    )
+
+
+def test_every_shipped_config_of_detectron2_has_values_in_range() -> None:
+    """Its own and ours: they are read, or refused for what they are, never for one of these values."""
+    own = Path(detectron2.__file__).parent / "model_zoo/configs"
+    files = [*own.glob("*/*R_50*.yaml"), *CONFIGS.glob("*_R*.yaml")]
+    assert len(files) > 60
+    for file in files:
+        try:
+            load_config(file, [], to_run_here=False)
+        except UserError as error:
+            assert re.search("whole scenes|would have no effect|can be |determine a constr", str(error)), file
+
+
+def test_a_size_of_0_leaves_images_as_they_are() -> None:
+    cfg = load_config("small_R18_FCN", ["INPUT.MIN_SIZE_TEST", "0"])
+    mapper = SemanticMapper(cfg, train=False)
+    pixels = np.zeros((30, 50, 3), np.uint8)
+    given = T.AugInput(pixels)
+    mapper.augmentations(given)
+    assert given.image.shape == (30, 50, 3)
 
 
 def test_detectron2s_own_panoptic_config_is_refused_as_a_whole() -> None:

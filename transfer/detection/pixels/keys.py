@@ -102,8 +102,6 @@ def check(cfg: CfgNode) -> None:
             f"MODEL.SEM_SEG_HEAD.DROPOUT {head.DROPOUT} NUM_CONVS {head.NUM_CONVS}: wanted a share below "
             f"1, and at least one convolution (NAME {LINEAR} has none)"
         )
-    if cfg.INPUT.CROP.ENABLED and not all(side >= 1 and side == int(side) for side in cfg.INPUT.CROP.SIZE):
-        raise UserError(f"INPUT.CROP.SIZE {tuple(cfg.INPUT.CROP.SIZE)}: wanted height and width in pixels")
     if bool(slide.WINDOW) != bool(slide.STRIDE) or not 0 <= slide.STRIDE <= max(slide.WINDOW, 0):
         raise UserError(
             f"TEST.SLIDE.WINDOW {slide.WINDOW} STRIDE {slide.STRIDE}: wanted both 0, or steps of at most a "

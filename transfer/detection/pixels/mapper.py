@@ -40,9 +40,11 @@ class OpenCVResize(T.ResizeTransform):
 class ShortestEdge(T.ResizeShortestEdge):
     """detectron2's choice of a size, by OpenCV."""
 
-    def get_transform(self, image: np.ndarray) -> OpenCVResize:
+    def get_transform(self, image: np.ndarray) -> T.Transform:
         """The resizing of one image."""
         found = super().get_transform(image)
+        if not isinstance(found, T.ResizeTransform):  # of a size of 0: the image stays as it is
+            return found
         return OpenCVResize(found.h, found.w, found.new_h, found.new_w)
 
 

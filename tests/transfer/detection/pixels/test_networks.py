@@ -162,7 +162,6 @@ def test_the_poly_rate_is_mmsegmentations() -> None:
         (["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"], "have keys of their own; take a --config-file"),
         (["TEST.SLIDE.WINDOW", "32"], "wanted both 0, or steps of at most a window"),
         (["TEST.SLIDE.WINDOW", "32", "TEST.SLIDE.STRIDE", "40"], "wanted both 0, or steps"),
-        (["INPUT.CROP.SIZE", "(0.5,0.5)"], "wanted height and width in pixels"),
         (["MODEL.SEM_SEG_HEAD.IN_FEATURES", "('res3',)"], "of MODEL.RESNETS.OUT_FEATURES"),
         (["MODEL.SEM_SEG_HEAD.IGNORE_VALUE", "2"], "is one of the 3 classes 0 to 2"),
     ],
