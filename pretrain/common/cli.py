@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser, set_parsing_settings
 
 from pretrain.common.errors import RunFailed, UserError, outside_reason, worker_failure
-from pretrain.common.files import write_text
+from pretrain.common.files import whole_number, write_text
 from pretrain.common.help_formatter import EXIT_CODES, Formatter, help_text, in_words
 from pretrain.common.package import __version__
 from pretrain.common.signals import Stopped
@@ -34,6 +35,8 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 75  # stopped by a signal, everything saved; the same command goes on (EX_TEMPFAIL of sysexits)
 EXIT_INTERRUPTED = 130
 
+MOST_RANKS = 10**6
+NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 TRUTH = ("true", "false", "yes", "no")
 
 Settings = TypeVar("Settings")
@@ -211,13 +214,15 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
     show_all_characters()
     log = logging.StreamHandler()
     log.setFormatter(PlainFormatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
-    logging.basicConfig(level=os.environ.get("LOG_LEVEL", "INFO"), handlers=[log])
+    logging.basicConfig(level=logging.INFO, handlers=[log])
     logging.getLogger("timm").setLevel(logging.WARNING)  # it tells of every file it loads
     earlier_hook, threading.excepthook = threading.excepthook, _note_thread_error
     stdout, plain = sys.stdout, Plain(sys.stdout)
     sys.stdout = plain  # type: ignore[assignment]
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        logging.getLogger().setLevel(log_level())
+        _check_environment()
         if words == ["--version"]:
             print(f"intl-bench {__version__}")
             return EXIT_OK
@@ -239,6 +244,9 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         return EXIT_OK
     except Exception as error:
         reason = worker_failure(error) if isinstance(error, RuntimeError) else None  # told by a signal
+        if (path := _bad_path(error)) is not None:
+            _tell(f"error: {path}")
+            return EXIT_USAGE
         reason = reason or outside_reason(error)
         if reason is None:
             raise
@@ -248,6 +256,37 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
         threading.excepthook = earlier_hook
         if sys.stdout is plain:  # type: ignore[comparison-overlap]
             sys.stdout = stdout
+
+
+def log_level() -> int:
+    """LOG_LEVEL of the environment: a name of logging's or a number. Raises UserError."""
+    said = os.environ.get("LOG_LEVEL") or "INFO"
+    level = logging.getLevelName(said.upper()) if whole_number(said) is None else whole_number(said)
+    if not isinstance(level, int):
+        raise UserError(f"LOG_LEVEL={said}: wanted DEBUG, INFO, WARNING, ERROR or CRITICAL")
+    return level
+
+
+def _check_environment() -> None:
+    """Raises UserError for variables of a launcher that are no numbers, or do not fit each other."""
+    counts = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE",
+                 "SLURM_RESTART_COUNT", "MASTER_PORT"):  # fmt: skip
+        said = os.environ.get(name)
+        if said is not None and ((number := whole_number(said)) is None or number > MOST_RANKS):
+            raise UserError(f"{name}={said}: wanted a whole number; a launcher (torchrun, SLURM) sets it")
+        counts[name] = None if said is None else int(said)
+    size, rank = counts["WORLD_SIZE"], counts["RANK"] or 0
+    if size == 0 or rank >= (size or 1):
+        told = "; unset both where no launcher has set them"
+        raise UserError(f"RANK={rank} WORLD_SIZE={size}: wanted a rank below the number of processes{told}")
+
+
+def _bad_path(error: Exception) -> str | None:
+    """What to say of a path that no file system could have; else None."""
+    if isinstance(error, OSError) and error.errno in NO_PATH:
+        return f"{str(error.filename)[:100]}...: {error.strerror}" if error.filename else error.strerror
+    return "a path holds a null byte" if str(error) == "embedded null byte" else None
 
 
 def _tell(line: str) -> None:

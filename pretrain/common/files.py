@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 logger = logging.getLogger(__name__)
 
 LARGEST_YAML = 1 << 20  # bytes
+MOST_VALUES = 200_000
 
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+(\.[0-9a-f]+)?\.(tmp|pkl)")
 LONGEST_NAME = 120
@@ -195,8 +196,16 @@ def read_yaml(path: str | Path, loader: Any = None) -> Any:
     if len(data) > LARGEST_YAML:
         raise ValueError(f"larger than {LARGEST_YAML:,} bytes")
     try:
-        return yaml.load(data.decode("utf-8"), Loader=loader or yaml.SafeLoader)
+        value = yaml.load(data.decode("utf-8"), Loader=loader or yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"not YAML: {error}") from error
     except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"not YAML: {type(error).__name__} at a value that cannot be read") from error
+    left, count = [value], 0
+    while left:
+        inside = left.pop()
+        found = inside.values() if isinstance(inside, dict) else inside if isinstance(inside, list) else ()
+        if (count := count + len(found)) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values, an alias (*NAME) being what it stands for")
+        left += found
+    return value

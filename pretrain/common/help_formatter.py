@@ -7,12 +7,13 @@ import dataclasses
 import json
 import re
 import shlex
-import shutil
 import textwrap
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from pretrain.common.terminal import width as terminal_width
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 failed; 2 wrong input, nothing started; 75 stopped by SIGTERM or SIGUSR2 with "
@@ -37,7 +38,7 @@ class Formatter(argparse.HelpFormatter):
     """argparse's, with a usage line of what must be given and text whose paragraphs and drawings are kept."""
 
     def __init__(self, prog: str, **options: Any) -> None:
-        width = min(shutil.get_terminal_size().columns, 110) - 2
+        width = terminal_width() - 2
         super().__init__(prog, **(options | {"max_help_position": 26, "width": width}))
 
     def _format_usage(
@@ -63,7 +64,7 @@ class Formatter(argparse.HelpFormatter):
 
 def wrapped(text: str, width: int | None = None) -> str:
     """`text` in lines of `width` (the terminal's); paragraphs with a drawing in them stay as they are."""
-    width = width or min(shutil.get_terminal_size().columns, 110) - 2
+    width = width or terminal_width() - 2
     blocks = text.strip("\n").split("\n\n")
     return "\n\n".join(b if "─" in b else "\n".join(_wrap(b, width)) for b in blocks)
 

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+LEAST_WIDTH = 40
 
 
 def printable(text: str) -> str:
@@ -60,6 +64,14 @@ def show_all_characters() -> None:
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def width(most: int = 110, *, otherwise: int = 80) -> int:
+    """Columns of the terminal (COLUMNS where it is set, `otherwise` where nothing says).
+
+    At least LEAST_WIDTH, for words to fit, and at most `most`.
+    """
+    return max(LEAST_WIDTH, min(shutil.get_terminal_size((otherwise, 24)).columns, most))
 
 
 def console(*, stderr: bool = False, **options: Any) -> Console:

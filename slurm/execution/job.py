@@ -25,7 +25,7 @@ from typing import Any
 
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
-from pretrain.common.cli import EXIT_STOPPED, EXIT_USAGE
+from pretrain.common.cli import EXIT_STOPPED, EXIT_USAGE, log_level
 from pretrain.common.errors import UserError
 from pretrain.common.files import write_json
 from pretrain.common.locks import Held, hold
@@ -227,7 +227,7 @@ def _last_logged_line() -> str:
 def _log_to_stderr() -> None:
     """The commands' own log lines, as on a terminal."""
     logging.basicConfig(
-        level=os.environ.get("LOG_LEVEL", "INFO"),
+        level=log_level(),
         format="%(asctime)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
     )

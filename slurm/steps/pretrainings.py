@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from pretrain.common.errors import UserError
 from pretrain.common.files import file_name
 
+MOST_PRETRAININGS = 1000
+LONGEST_NAME = 200  # a file system takes 255 bytes, of which links and locks need some
 SWEPT = re.compile(r"([A-Za-z][\w-]*)=(.+)")
 COMMA = re.compile(r",(?![^(\[]*[)\]])")
 """One that is not inside brackets."""
@@ -50,12 +53,26 @@ def pretrainings(first_seed: int, seeds: int, sweep: Sequence[str]) -> list[Pret
         values = [v.strip() for v in COMMA.split(match[2])] if match else []
         if match is None or not all(values):
             raise UserError(f"--sweep {word}: wanted OPTION=VALUE,VALUE, such as lr=0.1,0.3")
-        if match[1] in options or len(set(values)) < len(values):
+        if match[1] in options or len(set(map(_number, values))) < len(values):
             raise UserError(f"--sweep {word}: {match[1]} or one of its values comes twice")
         options[match[1]] = values
+    if (count := math.prod(map(len, options.values())) * seeds) > MOST_PRETRAININGS:
+        asked = f"--sweep and --pretrain-seeds ask for {count:,} pretrainings"
+        raise UserError(f"{asked}; {MOST_PRETRAININGS} are the most")
     chosen = [tuple(zip(options, values)) for values in itertools.product(*options.values())]
-    return [
+    found = [
         Pretraining(seed=seed, varied=varied, seeds=seeds)
         for varied in chosen
         for seed in range(first_seed, first_seed + seeds)
     ]
+    if longest := next((p.setting for p in found if len(p.setting) > LONGEST_NAME), ""):
+        raise UserError(f"--sweep: {longest[:80]}... would be a folder; its name is too long for one")
+    return found
+
+
+def _number(value: str) -> float | str:
+    """What tells values apart: 0.1 and 0.10 are one."""
+    try:
+        return float(value)
+    except ValueError:
+        return value

@@ -14,7 +14,7 @@ from pretrain.settings import RECIPES
 from pretrain.settings import Settings as PretrainSettings
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
-from slurm.steps.pretrainings import pretrainings
+from slurm.steps.pretrainings import MOST_PRETRAININGS, pretrainings
 from slurm.steps.resources import Resources
 from slurm.steps.tasks import BACKBONES, DETECTION, Images, Target
 from transfer.checkpoints.own_layout import read_layout
@@ -124,8 +124,9 @@ class Suite(WeightsOptions):
                     "detection_configs/, or a detectron2 YAML file"
                 ) from error
         for name in ("seeds", "pretrain_seeds"):
-            if (count := getattr(self, name)) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {count}: wanted at least 1")
+            if not 1 <= (count := getattr(self, name)) <= MOST_PRETRAININGS:
+                wanted = f"1 to {MOST_PRETRAININGS}"
+                raise UserError(f"--{name.replace('_', '-')} {count}: wanted {wanted}")
         others = [w for w in self.weights or ["a recipe's"] if not w.startswith(PREFIX)]
         if REPRODUCE in self.tasks and others:
             raise UserError(f"--tasks {REPRODUCE}: wanted --weights zoo:NAME, not {others[0]}")

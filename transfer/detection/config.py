@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
 from pretrain.common.errors import UserError
+from pretrain.common.files import read_yaml
 from pretrain.common.machine import computes_bfloat16
 from transfer.conversion.availability import CONFIGS, find_config
 from transfer.detection import heads  # noqa: F401 - registers the head that C4 configs name
@@ -66,6 +68,7 @@ WORDS = {
 }  # fmt: skip
 """The values of keys whose names match, or each of several."""
 LARGE = 10**6
+MOST_BASES = 20
 NUMBERS: dict[str, tuple[float, float]] = {
     r"SEED": (-1, 2**31 - 1), r"VIS_PERIOD|TEST\.EVAL_PERIOD|SOLVER\.WARMUP_ITERS": (0, 10**9),
     r"INPUT\.MIN_SIZE_(TRAIN|TEST)|TEST\.AUG\.MIN_SIZES": (0, 10**4),  # 0: as it is
@@ -109,14 +112,13 @@ def load_config(
     `record` is what `convert` wrote into the weights file, if it did.
     """
     path = find_config(file)
+    _check_files(path)
     try:
         cfg = _default(semantic=keys.is_semantic(CfgNode.load_yaml_with_base(str(path), allow_unsafe=False)))
         cfg.PROTOCOL = f"{path.stem}@1"  # the name under which results may be compared
         cfg.merge_from_file(str(path), allow_unsafe=False)  # a YAML tag may otherwise run any code
         if record:
             _merge_record(cfg, record)
-    except RecursionError as error:
-        raise UserError(f"{path}: its _BASE_ leads back to itself") from error
     except (
         AttributeError,
         KeyError,
@@ -124,6 +126,8 @@ def load_config(
         ValueError,
         TypeError,
         AssertionError,
+        LookupError,
+        ArithmeticError,
         yaml.YAMLError,
     ) as error:
         raise UserError(f"{path}: {_said(error)}") from error
@@ -136,6 +140,30 @@ def load_config(
     _check(cfg, record, ranks)
     cfg.freeze()
     return cfg
+
+
+def _check_files(path: Path) -> None:
+    """Read a config and those that its _BASE_ names. Raises UserError for what is no small YAML file."""
+    left = [path]
+    for _ in range(MOST_BASES):
+        if not left:
+            return
+        path = left.pop()
+        try:
+            content = read_yaml(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: wanted entries KEY: VALUE, as detectron2's configs have them")
+        sections = (key for key, value in get_cfg().items() if isinstance(value, CfgNode))
+        if wrong := [key for key in sections if not isinstance(content.get(key, {}), dict)]:
+            raise UserError(f"{path}: {wrong[0]}: {content[wrong[0]]!r:.60}: wanted entries KEY: VALUE")
+        bases = content.get("_BASE_", [])
+        bases = bases if isinstance(bases, list) else [bases]
+        if not all(isinstance(base, str) for base in bases):
+            raise UserError(f"{path}: _BASE_: wanted a file's name")
+        left += [path.parent / os.path.expanduser(base) for base in bases]
+    raise UserError(f"{path}: its _BASE_ leads back to itself, or to more than {MOST_BASES} files")
 
 
 def _default(*, semantic: bool) -> CfgNode:

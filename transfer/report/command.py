@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pretrain.common.cli import save_settings
 from pretrain.common.output_folder import output_folder
 from pretrain.common.progress import Progress
 from pretrain.common.terminal import console
+from pretrain.common.terminal import width as terminal_width
 from transfer.options import ReportSettings, parse
 from transfer.report.evidence.collect import collect
 from transfer.report.evidence.grouping import group
@@ -61,7 +61,7 @@ def show(alarms: Sequence[str], told: str, verdict: Table | None, differences: T
     if verdict is None:
         print("no result has been written yet")
         return
-    width = shutil.get_terminal_size((110, 24)).columns  # COLUMNS, where there is no terminal
+    width = terminal_width(1000, otherwise=110)  # COLUMNS, where there is no terminal
     if told:
         print(textwrap.fill(told, width), end="\n\n")
     shown = [verdict] if differences is None else [verdict, _short(differences)]

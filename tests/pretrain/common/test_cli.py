@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.common.cli import parse_settings, run, save_settings
+from pretrain.common.cli import log_level, parse_settings, run, save_settings
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.progress import Progress
 from pretrain.common.signals import Stopped
@@ -70,6 +70,48 @@ def test_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixtu
 
     assert run(main, []) == code and "Traceback" not in capsys.readouterr().err
     assert run(lambda _: None, []) == 0 and run(lambda _: 3, []) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"LOG_LEVEL": "foo"}, "LOG_LEVEL=foo: wanted DEBUG, INFO,"),
+        ({"RANK": "x"}, "RANK=x: wanted a whole number; a launcher"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x: wanted a whole number"),
+        ({"WORLD_SIZE": "2\u00b2"}, "wanted a whole number"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: wanted"),
+        ({"WORLD_SIZE": "9" * 5000}, "wanted a whole number"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 WORLD_SIZE=0: wanted a rank below"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 WORLD_SIZE=2: wanted a rank below"),
+        ({"RANK": "1"}, "RANK=1 WORLD_SIZE=None"),
+        ({"LOCAL_WORLD_SIZE": "1.5"}, "LOCAL_WORLD_SIZE=1.5"),
+        ({"SLURM_CPUS_ON_NODE": "many"}, "SLURM_CPUS_ON_NODE=many"),
+    ],
+)
+def test_an_odd_environment_is_one_line(
+    said: dict[str, str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert run(lambda _: pytest.fail("was started"), []) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_levels_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, level in (("debug", 10), ("WARNING", 30), ("15", 15), ("", 20)):
+        monkeypatch.setenv("LOG_LEVEL", said)
+        assert log_level() == level
+
+
+def test_names_that_no_file_system_takes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, said in (("x" * 300, "File name too long"), ("a\0b", "null byte"), ("file/below", "Not a dir")):
+        (tmp_path / "file").write_text("")
+        assert run(lambda _, name=name: (tmp_path / name).write_text("") and None, []) == 2
+        told = capsys.readouterr().err
+        assert said in told and told.count("\n") == 1 and len(told) < 250
 
 
 def test_a_choice_of_values_reads_well() -> None:

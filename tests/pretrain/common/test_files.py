@@ -155,3 +155,15 @@ def test_only_files_are_opened(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_whole_numbers_of_strangers(text: object, number: int | None) -> None:
     assert whole_number(text) == number
+
+
+def test_yaml_whose_aliases_stand_for_very_much_is_refused(tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.yaml"
+    lists = ["a0: &a0 [" + ",".join(["x"] * 10) + "]"]
+    lists += [f"a{i}: &a{i} [" + ",".join([f"*a{i - 1}"] * 10) + "]" for i in range(1, 9)]
+    for text in ("\n".join(lists), "a: &a [*a, *a]", "a: &a {b: *a}"):
+        bomb.write_text(text)
+        with pytest.raises(ValueError, match="more than 200,000 values"):
+            read_yaml(bomb)
+    bomb.write_text("a: &a [1, 2]\nb: *a")
+    assert read_yaml(bomb) == {"a": [1, 2], "b": [1, 2]}

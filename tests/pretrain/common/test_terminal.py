@@ -12,7 +12,8 @@ import pytest
 
 from pretrain.common.cli import run
 from pretrain.common.errors import UserError
-from pretrain.common.terminal import PlainFormatter, console, printable
+from pretrain.common.help_formatter import wrapped
+from pretrain.common.terminal import PlainFormatter, console, printable, width
 
 NASTY = "a\x1b]0;owned\x07\x9b2J\rb\u202ec\x08\x7f\u200b"
 
@@ -64,3 +65,13 @@ def test_a_closed_pipe_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys, "stdout", Closed())
     assert run(lambda argv: print("x"), []) == 0
+
+
+@pytest.mark.parametrize(
+    ("columns", "wide"), [("1", 40), ("0", 80), ("-5", 80), ("x", 80), ("90", 90), ("100000", 110)]
+)
+def test_the_width_is_one_that_words_fit_in(columns: str, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())  # no terminal, whose own width would count
+    assert width() == wide
+    assert wrapped("many words " * 20) and max(map(len, wrapped("many words " * 20).split("\n"))) < wide

@@ -86,7 +86,13 @@ def test_what_is_no_sweep(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             steps(tmp_path, sweep=sweep)
     for more, said in (
-        ({"pretrain_seeds": 0}, "--pretrain-seeds 0: wanted at least 1"),
+        ({"pretrain_seeds": 0}, "--pretrain-seeds 0: wanted 1 to 1000"),
+        ({"pretrain_seeds": 1_000_000}, "--pretrain-seeds 1000000: wanted 1 to 1000"),
+        ({"seeds": 10**9}, "--seeds 1000000000: wanted 1 to 1000"),
+        ({"pretrain_seeds": 600, "sweep": ["lr=1,2"]}, "ask for 1,200 pretrainings; 1000 are the most"),
+        ({"sweep": ["lr=0.1,0.10"]}, "or one of its values comes twice"),
+        ({"sweep": ["lr=1e-1,0.1"]}, "or one of its values comes twice"),
+        ({"sweep": ["output=" + "x" * 90, "label=" + "y" * 90, "stem=" + "z" * 90]}, "too long for one"),
         ({"recipe": None, "weights": ["w"], "sweep": ["lr=1"]}, "go with --recipe"),
         ({"recipe": None, "weights": ["w"], "pretrain_seeds": 2}, "go with --recipe"),
     ):

@@ -182,7 +182,6 @@ def test_what_cannot_be_judged_is_refused(words: list[str], said: str) -> None:
             ("INPUT.CROP.SIZE (40,)", "(40,): wanted 2 values"),
             ("INPUT.CROP.SIZE ('a','b')", "(a, b): wanted numbers"),
             ("INPUT.CROP.SIZE (0.5,0.5)", "wanted height and width in pixels"),
-            ("INPUT.CROP.TYPE circle", "circle: wanted relative or"),
             ("TEST.SLIDE.WINDOW -3", "-3: wanted 0 to 10000"),
         ],
         "scenes_R18_FPN": [
@@ -191,6 +190,7 @@ def test_what_cannot_be_judged_is_refused(words: list[str], said: str) -> None:
             ("INPUT.MIN_SIZE_TRAIN ()", "(): wanted 1 to 1000 values"),
             ("INPUT.MIN_SIZE_TRAIN ('a',)", "(a,): wanted numbers"),
             ("INPUT.FORMAT YUV", "YUV: wanted RGB or BGR"),
+            ("INPUT.CROP.TYPE circle", "circle: wanted relative or"),
             ("INPUT.RANDOM_FLIP sideways", "sideways: wanted horizontal or vertical or none"),
             ("INPUT.MASK_FORMAT paper", "paper: wanted polygon or bitmask"),
             ("SOLVER.BASE_LR 0.0", "0.0: wanted 1e-12 to"),
@@ -272,6 +272,20 @@ def test_yaml_runs_nothing(tag: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert run(schedule.main, ["--config-file", str(file), "--num-gpus", "1"]) == 2
         assert "could not determine a constructor" in capsys.readouterr().err
     assert not mark.exists()
+    for text, said in (
+        ("SEED: " + "9" * 5000, "not YAML"), ("SEED: 2001-99-99", "not YAML"), ("SEED: !!int ''", "not YAML"),
+        ("SEED: !!float '.'", "not YAML"), ("SEED: .nan", "ismatch"),
+        ("SOLVER: {BASE_LR: .nan}", "BASE_LR nan: wanted 1e-12"), ("- a", "wanted entries KEY: VALUE"),
+        ("_BASE_: 5", "_BASE_: wanted a file's name"), ("_BASE_: /dev/zero", "zero is no file"),
+        ("_BASE_: https://x/y.yaml", "No such file"), ("_BASE_: [heir.yaml, heir.yaml]", "leads back"),
+        ("? [a, b]\n: 1", "not YAML"), ("1: 2", "1"), ("SOLVER: 5", "SOLVER"), ("MODEL: [1]", "MODEL"),
+        ("MODEL: {META_ARCHITECTURE: 5}", "META_ARCHITECTURE"), ("MODEL: null", "MODEL"),
+        ("DATASETS: {TRAIN: [[1]]}", "DATASETS.TRAIN"),
+    ):  # fmt: skip
+        heir.write_text(text + "\n")
+        with pytest.raises(UserError, match=said) as refused:
+            load_config(heir, [])
+        assert len(str(refused.value)) < 1000
     heir.write_text("_BASE_: heir.yaml\n")
     with pytest.raises(UserError, match="_BASE_ leads back to itself"):
         load_config(heir, [])
