@@ -94,6 +94,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     r".*": (-1e12, 1e12),
 }  # fmt: skip
 """Least and largest number of keys whose names match, or of each of several: the first that fits counts."""
+NAMES = re.compile(r"DATASETS\.(TRAIN|TEST)|MODEL\..*\.(IN|OUT)_FEATURES")
 LENGTHS = {"MODEL.PIXEL_MEAN": (3, 3), "MODEL.PIXEL_STD": (3, 3), "INPUT.CROP.SIZE": (2, 2),
            "INPUT.MIN_SIZE_TRAIN": (1, 1000), "MODEL.RESNETS.OUT_FEATURES": (1, 5)}  # fmt: skip
 CHOICES_OF_SCENES = {"MODEL.META_ARCHITECTURE": (keys.SEGMENTOR,), **keys.CHOICES}
@@ -316,6 +317,8 @@ def _check_values(cfg: CfgNode) -> None:
         numbers = [e for e in entries if isinstance(e, int | float) and not isinstance(e, bool)]
         if not all(least <= number <= most for number in numbers):
             raise UserError(f"{key} {_shown(value)}: wanted {least:g} to {most:g}")
+        if NAMES.fullmatch(key) and not all(isinstance(entry, str) for entry in value):
+            raise UserError(f"{key} {_shown(value)}: wanted names")
         if key in LENGTHS and not words and len(numbers) < len(entries):
             raise UserError(f"{key} {_shown(value)}: wanted numbers")
     try:
