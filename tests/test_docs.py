@@ -312,7 +312,9 @@ images -> pretrain
 
 
 def help_of(module: str, sub: str) -> str:
-    loaded = importlib.import_module(f"{module}.__main__" if "." not in module else module)
+    loaded = importlib.import_module(module)
+    if hasattr(loaded, "__path__"):
+        loaded = importlib.import_module(f"{module}.__main__")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), contextlib.suppress(SystemExit):
         loaded.main([*([sub] if sub else []), "--help"])
