@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.slurm_queue import live_steps
-from slurm.execution.snapshot import SOURCE
+from slurm.execution.snapshot import SOURCE, pin
 from slurm.state.step_files import Record
 from slurm.state.step_state import all_views
 from slurm.steps.graph import Graph, Step
@@ -76,7 +77,10 @@ def test_the_graph_runs_in_order_and_only_once(world: Path) -> None:
     assert [runs(world, n) for n in "abc"] == [1, 2, 1] and not cut_off.exists()
 
 
-def test_a_failure_is_told_and_what_can_go_on_does(world: Path) -> None:
+def test_jobs_of_the_pinned_code_and_a_failure_is_told_while_what_can_go_on_does(world: Path) -> None:
+    """One run of several jobs, all of the copy: failures of each kind, a pair of ranks, all of the cores."""
+    code = pin(world)
+    assert pin(world) == code and (code / "COMMIT").read_text().strip()
     views = run(
         world,
         step(world, "bad", "fail"),
@@ -85,7 +89,11 @@ def test_a_failure_is_told_and_what_can_go_on_does(world: Path) -> None:
         step(world, "code", "code"),
         step(world, "empty", "nothing"),
         step(world, "fine"),
+        step(world, "pair", "ranks", kind="pretrain"),
+        step(world, "where", "where", kind="linear"),
         step(world, "last", after=("bad", "child", "fine")),
+        code=code,
+        resources=resources(tasks_per_node=2) | {"linear": Resources(cpus_per_task="all")},
     )
     assert views["bad"].state == "failed" and views["bad"].detail == "RuntimeError: the reason why"
     assert 'raise RuntimeError("the reason why")' in Record(world, "bad").failure["traceback"]
@@ -97,6 +105,15 @@ def test_a_failure_is_told_and_what_can_go_on_does(world: Path) -> None:
     assert views["fine"].state == views["last"].state == "done"
     assert runs(world, "child") == 0
     assert "the reason why" in views["bad"].log.read_text()
+
+    assert views["pair"].state == "done", views["pair"]
+    ranks = [json.loads((world / "pair" / f"rank{r}.json").read_text()) for r in (0, 1)]
+    assert [r["sum"] for r in ranks] == [3.0, 3.0]  # ranks add 1 and 2
+    assert [r["local"] for r in ranks] == ["0", "1"] and ranks[0]["world"] == 2
+
+    assert views["where"].state == "done", views["where"]
+    told = json.loads((world / "where" / "where.json").read_text())
+    assert Path(told["slurm"]).is_relative_to(code) and Path(told["cwd"]) == code and told["threads"] == "2"
 
 
 def test_after_a_stop_nothing_waits(world: Path) -> None:
@@ -123,16 +140,6 @@ def test_after_a_stop_nothing_waits(world: Path) -> None:
     ]  # fmt: skip
     quick = (step(world, "next", depends_on=()), steps[2])
     assert {v.state for v in run(world, *quick).values()} == {"done"}
-
-
-def test_two_ranks_form_one_group(world: Path) -> None:
-    import json
-
-    views = run(world, step(world, "pair", "ranks", kind="pretrain"), resources=resources(tasks_per_node=2))
-    assert views["pair"].state == "done", views["pair"]
-    told = [json.loads((world / "pair" / f"rank{r}.json").read_text()) for r in (0, 1)]
-    assert [t["sum"] for t in told] == [3.0, 3.0]  # ranks add 1 and 2
-    assert [t["local"] for t in told] == ["0", "1"] and told[0]["world"] == 2
 
 
 @pytest.mark.faults
@@ -175,25 +182,6 @@ def test_a_user_signal_queues_the_job_again(world: Path) -> None:
     thread.join()
     assert views["long"].state == "done" and Record(world, "long").state["starts"] == 2
     assert [int(x) for x in (world / "long" / "steps0.txt").read_text().split()] == list(range(20))
-
-
-def test_jobs_run_the_pinned_code_with_their_share_of_cores(world: Path) -> None:
-    import json
-
-    from slurm.execution.snapshot import pin
-
-    code = pin(world)
-    assert pin(world) == code
-    views = run(
-        world,
-        step(world, "where", "where", kind="pretrain"),
-        code=code,
-        resources=resources(cpus_per_task="all"),
-    )
-    assert views["where"].state == "done", views["where"]
-    told = json.loads((world / "where" / "where.json").read_text())
-    assert Path(told["slurm"]).is_relative_to(code) and Path(told["cwd"]) == code and told["threads"] == "2"
-    assert (code / "COMMIT").read_text().strip()
 
 
 @pytest.mark.faults

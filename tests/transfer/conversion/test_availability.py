@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -27,42 +30,54 @@ TRAIN_NET = """
 import runpy
 runpy.run_module("transfer.train_net", run_name="__main__", alter_sys=True)
 """
-TRANSFER = """
-from transfer.__main__ import main
-for words in sys.argv[1].split("|"):
-    print("exit code", main(words.split()), flush=True)
-"""
 
 
-def without_detectron2(code: str, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", BLOCK + code, *words]
+def train_net_without_detectron2(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BLOCK + TRAIN_NET, *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def transfer_without_detectron2(commands: list[str]) -> None:
+    """Imported anew, where PyTorch alone is there already."""
+    logging.root.handlers.clear()  # pytest's; the command sets its own
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("detectron2", "transfer")]:
+        del sys.modules[name]
+    exec(BLOCK, {})
+    main = importlib.import_module("transfer.__main__").main
+    for words in commands:
+        print("exit code", main(words.split()), flush=True)
 
 
 def test_train_net_says_what_is_missing(tmp_path: Path) -> None:
     words = ["--config-file", "scenes_R18_FPN", "--random-init", "OUTPUT_DIR", str(tmp_path / "out")]
-    done = without_detectron2(TRAIN_NET, *words)
+    done = train_net_without_detectron2(*words)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: detectron2 is missing") and "make env" in done.stderr
     assert "git+https://github.com/facebookresearch/detectron2.git" in done.stderr
     assert not (tmp_path / "out").exists()
-    helped = without_detectron2(TRAIN_NET, "--help")
+    helped = train_net_without_detectron2("--help")
     assert helped.returncode == 0 and "--config-file" in helped.stdout
 
 
-def test_convert_and_plan_say_so_and_converting_unproved_works(tmp_path: Path) -> None:
+def test_convert_and_plan_say_so_and_converting_unproved_works(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "w.pth")
     convert = f"convert --weights {tmp_path}/w.pth --output {tmp_path}/w.pkl"
     plan = "plan --config-file coco_R50_C4_2x --num-gpus 4"
     back = f"convert --reverse --weights {tmp_path}/w.pkl --output {tmp_path}/w.safetensors"
     commands = [convert, plan, f"{convert} --no-verify", back, f"{back} --no-verify"]
-    done = without_detectron2(TRANSFER, "|".join(commands))
-    codes = [x for x in done.stdout.splitlines() if x.startswith("exit code")]
-    assert codes == ["exit code 2", "exit code 2", "exit code 0", "exit code 2", "exit code 0"], done.stderr
-    errors = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    child = multiprocessing.get_context("fork").Process(target=transfer_without_detectron2, args=(commands,))
+    child.start()
+    child.join(120)
+    out, err = capfd.readouterr()
+    assert child.exitcode == 0, err
+    codes = [x for x in out.splitlines() if x.startswith("exit code")]
+    assert codes == ["exit code 2", "exit code 2", "exit code 0", "exit code 2", "exit code 0"], err
+    errors = [x for x in err.splitlines() if x.startswith("error: ")]
     assert len(errors) == 3 and all("detectron2 is missing" in e for e in errors)
     assert "--no-verify" in errors[0] and "--no-verify" not in errors[1]
-    assert "Traceback" not in done.stderr and (tmp_path / "w.safetensors").exists()
+    assert "Traceback" not in err and (tmp_path / "w.safetensors").exists()
 
 
 def test_a_suite_with_detection_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
