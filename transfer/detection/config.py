@@ -154,7 +154,7 @@ def _check_files(path: Path) -> None:
             content = read_yaml(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: {error}") from error
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
             raise UserError(f"{path}: wanted entries KEY: VALUE, as detectron2's configs have them")
         sections = (key for key, value in get_cfg().items() if isinstance(value, CfgNode))
         if wrong := [key for key in sections if not isinstance(content.get(key, {}), dict)]:
