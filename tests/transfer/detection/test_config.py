@@ -278,7 +278,8 @@ def test_yaml_runs_nothing(tag: str, tmp_path: Path, capsys: pytest.CaptureFixtu
         ("SOLVER: {BASE_LR: .nan}", "BASE_LR nan: wanted 1e-12"), ("- a", "wanted entries KEY: VALUE"),
         ("_BASE_: 5", "_BASE_: wanted a file's name"), ("_BASE_: /dev/zero", "zero is no file"),
         ("_BASE_: https://x/y.yaml", "No such file"), ("_BASE_: [heir.yaml, heir.yaml]", "leads back"),
-        ("? [a, b]\n: 1", "not YAML"), ("1: 2", "wanted entries"), ("SOLVER: 5", "SOLVER"), ("MODEL: [1]", "MODEL"),
+        ("? [a, b]\n: 1", "not YAML"), ("1: 2", "wanted entries"), ("SOLVER: 5", "SOLVER"),
+        ("MODEL: [1]", "MODEL"),
         ("MODEL: {META_ARCHITECTURE: 5}", "META_ARCHITECTURE"), ("MODEL: null", "MODEL"),
         ("DATASETS: {TRAIN: [[1]]}", "DATASETS.TRAIN"),
     ):  # fmt: skip
