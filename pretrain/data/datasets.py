@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import hashlib
 import io
@@ -148,13 +149,9 @@ def open_dataset(name: str, data_dir: str | Path, split: str, *, labelled: bool 
     number of classes than the data set has: a name stands for its data wherever figures are compared.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}; choose one of: {', '.join(DATASETS)}")
+    root = require_dataset(name, data_dir)
     if split not in SPLIT_FOLDERS:
         raise UserError(f"unknown split {split!r}; choose train or test")
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise UserError(no_folder(root, name))
     reader = DATASETS[name] if labelled or name != "imagefolder" else _open_unlabelled
     data = reader(name, root, split)
     wanted = CLASS_COUNTS.get(name, len(data.classes))
@@ -169,6 +166,18 @@ def open_dataset(name: str, data_dir: str | Path, split: str, *, labelled: bool 
         logger.warning("%s: %s; figures are not those of the whole set", data.root, note)
         data = replace(data, notes=(*data.notes, note))
     return data
+
+
+def require_dataset(name: str, data_dir: str | Path) -> Path:
+    """The folder of a known data set. Raises UserError, at once, where name or folder cannot be right."""
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? There are" if near else "choose one of:"
+        raise UserError(f"unknown data set {name!r}; {hint} {', '.join(DATASETS)}")
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(no_folder(root, name))
+    return root
 
 
 def _open_folder(

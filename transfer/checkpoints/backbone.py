@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pretrain.common.errors import UserError
 from pretrain.common.files import sha256_of
 from pretrain.common.terminal import printable
+from transfer.checkpoints.formats import FOUND
 from transfer.checkpoints.forward import Forward, build, forward_of
 from transfer.checkpoints.other_files import what_instead
 from transfer.checkpoints.reading import OWN_FORMAT, Reading, choose, read_all
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 RAW_PIXELS = "raw-pixels"
+CLASSIFIERS = ("fc", "head", "classifier")  # as timm's and torchvision's networks call theirs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,13 @@ def backbone_of_module(module: nn.Module) -> Backbone:
     """
     name = type(module).__name__
     weights = {"path": name, "sha256": digest_of(module), "format": "module", "branch": "online"}
-    return Backbone(model=module.eval(), arch=name, weights=weights)
+    heads = [n for n in CLASSIFIERS if hasattr(getattr(module, n, None), "out_features")]
+    notes = [
+        f"{name}: its last layer, {n}, looks like a classifier: what is evaluated are its scores, not the "
+        "features before it; put torch.nn.Identity() in its place"
+        for n in heads
+    ]
+    return Backbone(model=module.eval(), arch=name, weights=weights, notes=tuple(notes))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +157,10 @@ def load_backbone(path: str | Path, asked: WeightsOptions | None = None, **optio
     Raises UserError when the backbone is not complete, with what is missing, what is left over, and the
     options that take it.
     """
+    unknown = sorted(set(options) - {f.name for f in dataclasses.fields(WeightsOptions)})
+    if unknown:
+        known = ", ".join(f.name for f in dataclasses.fields(WeightsOptions))
+        raise UserError(f"load_backbone has no option {', '.join(unknown)}; there are {known}")
     asked = asked or WeightsOptions(**options)
     if asked.branch not in (None, "online", "ema"):
         raise UserError(f"--branch {asked.branch}: there are online and ema")
@@ -178,8 +190,21 @@ def _identity(path: str | Path) -> tuple[int, ...]:
 
 
 def find(raw: RawFile, path: str | Path, asked: WeightsOptions) -> Found:
-    """The backbone of the file that `asked` means, checked, not yet built. Raises UserError."""
+    """The backbone of the file that `asked` means, checked, not yet built. Raises UserError.
+
+    A format of one's own that does not fit the file is told, and the file read without it: a suite has files
+    of several writers.
+    """
     readings = read_all(raw, asked)
+    if asked.weights_format is not None and (unfit := _unfit(readings)) is not None:
+        said = f"--weights-format {asked.weights_format} does not fit it: {unfit}"
+        try:
+            found = find(raw, path, dataclasses.replace(asked, weights_format=None))
+        except UserError as error:
+            raise UserError(f"{error}\n  {said}") from None
+        return dataclasses.replace(
+            found, notes=(*found.notes, f"{said}; it was read as {found.reading.format.name}")
+        )
     if not readings:
         raise UserError(f"{path} holds no network of timm's: {what_instead(raw, containers(raw.value))}")
     try:
@@ -205,6 +230,18 @@ def find(raw: RawFile, path: str | Path, asked: WeightsOptions) -> Found:
         reading=reading, forward=forward, weights=weights, metadata=forward.metadata | metadata,
         notes=forward.notes,
     )  # fmt: skip
+
+
+def _unfit(readings: list[Reading]) -> str | None:
+    """Why no network of the file is complete in the one format that was asked for; None where one is."""
+    own = [r for r in readings if r.format is not FOUND]
+    if any(r.complete for r in own):
+        return None
+    if not own:
+        return "no network lies at the places that it names"
+    nearest = min(own, key=lambda r: r.faults)
+    missing, left_over = len(nearest.network.match.missing), len(nearest.left_over)
+    return nearest.reason or f"{missing} keys are missing and {left_over} left over"
 
 
 def network_text(forward: Forward) -> str:

@@ -123,6 +123,8 @@ def test_a_name_stands_for_its_classes(cifar_folder: Path) -> None:
 def test_wrong_folders_are_explained(cifar_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         open_dataset("imagenet", tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="unknown data set 'imagnet'; did you mean imagenet"):
+        open_dataset("imagnet", tmp_path, "train")
     with pytest.raises(UserError, match=f"unknown data set 'mnist'.*{next(iter(DATASETS))}"):
         open_dataset("mnist", tmp_path, "train")
     with pytest.raises(UserError, match="has no train/"):

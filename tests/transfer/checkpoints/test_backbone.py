@@ -23,7 +23,7 @@ import transfer.checkpoints.backbone
 from pretrain.common.errors import UserError
 from pretrain.network.model import build_backbone
 from tests.helpers import checkpoint_zoo as zoo
-from transfer.checkpoints.backbone import load_backbone
+from transfer.checkpoints.backbone import backbone_of_module, load_backbone
 from transfer.checkpoints.families.resnet import ARCHS, SAME_SHAPES, arch_shapes
 from transfer.checkpoints.formats import FORMATS
 from transfer.checkpoints.safe_load import load_file
@@ -440,3 +440,16 @@ def test_a_file_replaced_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(transfer.checkpoints.backbone, "load_found", read_and_replace)
     with pytest.raises(UserError, match="was replaced while it was read"):
         load_backbone(path)
+
+
+def test_a_module_with_its_classifier_is_told() -> None:
+    network = timm.create_model("resnet18")
+    (note,) = backbone_of_module(network).notes
+    assert "its last layer, fc, looks like a classifier" in note
+    network.fc = torch.nn.Identity()
+    assert backbone_of_module(network).notes == ()
+
+
+def test_an_option_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="load_backbone has no option branchh; there are"):
+        load_backbone(tmp_path / "a.pth", branchh="ema")

@@ -173,6 +173,14 @@ def test_a_layout_of_ones_own(tmp_path: Path):
         found = read(value, tmp_path, branch=branch, weights_format=str(layout))
         assert takes(found, state) and found.weights["format"] == "my lab"
         assert any("assumed, as the file cannot tell" in note for note in found.notes)
+    plain = read({"state_dict": A}, tmp_path, weights_format=str(layout))  # of another writer
+    assert takes(plain, A)
+    assert any("does not fit it: no network lies at the places that it names" in n for n in plain.notes)
+    assert "read_with" not in plain.weights
+    renamed = layout.read_text().replace("entry.: conv1.", "entri.: conv1.")
+    layout.write_text(renamed)
+    with pytest.raises(UserError, match=r"mine.yaml does not fit it: \d+ keys are missing and \d+ left over"):
+        read(value, tmp_path, weights_format=str(layout))
     for text, said in (
         ("onlin: []", "wanted a YAML mapping with `online`"),
         ("online: [{prefix: a.}]\nstrict: false", "unknown strict; there are name, online"),
