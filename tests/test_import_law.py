@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -69,7 +70,8 @@ LEAVES = {"transfer.options", "transfer.correlation", "transfer.network_cost"}
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
-def imported(path: Path, *, top_level: bool = False) -> set[str]:
+@functools.cache
+def imported(path: Path, *, top_level: bool = False) -> frozenset[str]:
     """Dotted names of the modules that a file imports; `top_level`: only when it is imported itself."""
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     names: set[str] = set()
@@ -90,7 +92,7 @@ def imported(path: Path, *, top_level: bool = False) -> set[str]:
         typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         if not (top_level and (inside or typing_only)):
             pending += ast.iter_child_nodes(node)
-    return names
+    return frozenset(names)
 
 
 def uses(path: Path, library: str) -> bool:
