@@ -20,7 +20,7 @@ from pretrain.data import transfer_sets
 from pretrain.data.datasets import DATASETS
 from slurm.steps.resources import Resources
 from tests.helpers import results_schema
-from transfer.checkpoints import formats
+from transfer import formats_command
 from transfer.evaluation import protocol
 from transfer.protocols_command import explained
 from transfer.zoo import listing
@@ -128,7 +128,7 @@ Written from `transfer/zoo/zoo.yaml` and `transfer/zoo/figures.yaml` (CONTRIBUTI
 def generated() -> dict[str, str]:
     return {
         "protocols.md": f"{HEADS['protocols.md']}\n{protocol.as_markdown().strip()}\n",
-        "formats.md": f"{HEADS['formats.md']}\n{formats.markdown().strip()}\n",
+        "formats.md": f"{HEADS['formats.md']}\n{formats_command.markdown().strip()}\n",
         "zoo.md": f"{HEADS['zoo.md']}\n{listing.markdown()}\n",
         "datasets.md": f"{HEADS['datasets.md']}\n{transfer_sets.markdown()}\n",
         "cluster.md": f"{written_by_hand('cluster.md')}{resources_table()}\n",

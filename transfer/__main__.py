@@ -9,7 +9,7 @@ from transfer.program import Program
 
 COMMANDS = {
     "inspect": ("transfer.checkpoints.inspect", "what a checkpoint holds, and whether its backbone loads"),
-    "formats": ("transfer.checkpoints.formats", "list the checkpoint formats that can be read"),
+    "formats": ("transfer.formats_command", "list the checkpoint formats that can be read"),
     "zoo": ("transfer.zoo.listing", "list the published checkpoints that --weights zoo:NAME fetches"),
     "protocols": ("transfer.protocols_command", "list the evaluation protocols, explain one, check your own"),
     "knn": ("transfer.evaluators.knn", "classify by nearest neighbours in feature space"),

@@ -1,4 +1,4 @@
-"""`protocols show` and `check`, `formats show`."""
+"""`protocols show` and `check`."""
 
 from __future__ import annotations
 
@@ -61,20 +61,4 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["tell", "dino_knn@2"], "wanted show NAME@VERSION or check FILE"),
     ):
         assert main(["protocols", *words]) == 2
-        assert said in capsys.readouterr().err
-
-
-def test_formats_show(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["formats", "show", "dino"]) == 0  # the one of this name, not DINOv2
-    assert capsys.readouterr().out.splitlines() == [
-        "DINO",
-        "  online: keys that begin with backbone., under student",
-        "  ema: keys that begin with backbone., under teacher",
-        "  dropped: head.*, projector",
-        "  note: DINO's own evaluation uses the teacher: --branch ema",
-    ]
-    assert main(["formats", "show", "PyTorch"]) == 0
-    assert "BYOL (PyTorch)\n" in capsys.readouterr().out
-    for words, said in ((["show", "MoCoo"], "did you mean"), (["DINO"], "wanted show NAME")):
-        assert main(["formats", *words]) == 2
         assert said in capsys.readouterr().err

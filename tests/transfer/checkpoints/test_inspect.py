@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from pretrain.common.files import sha256_of
 from tests.helpers import checkpoint_zoo as zoo
 from transfer.__main__ import main
-from transfer.checkpoints.formats import FORMATS
 
 A, B = zoo.backbone(0), zoo.backbone(1)
 
@@ -139,18 +138,3 @@ def test_what_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert main(["inspect", str(tmp_path / "empty.pth")]) == 2
     shown = " ".join(capsys.readouterr().out.split())
     assert "holds no network of timm's: there are no tensors in it, only 'args'" in shown
-
-
-def test_formats_are_listed_three_ways(capsys: pytest.CaptureFixture):
-    assert main(["formats"]) == 0
-    plain = capsys.readouterr().out
-    assert main(["formats", "--markdown"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert main(["formats", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert [row["source"] for row in said["formats"]] == [f.name for f in FORMATS]
-    for f in FORMATS:
-        assert f.name.split(",")[0] in plain
-        assert any(line.startswith(f"| {f.name} |") for line in lines)
-    assert "BYOL (DeepMind)" in said["refused"]
-    assert main(["formats", "--yaml"]) == 2
