@@ -72,7 +72,8 @@ class Suite(WeightsOptions):
     sem_seg_data: list[str] | None = None
     """Folders of images and label masks by name: NAME=IMAGES:MASKS, where not in DETECTRON2_DATASETS."""
     knn_protocol: str | None = None
-    """Protocol of k-NN: solo_knn@2, or INTL's intl_cifar_5nn@2 for a recipe with the CIFAR stem."""
+    """Protocol of k-NN: dino_knn@2 on ImageNet, INTL's intl_cifar_5nn@2 for a recipe with the CIFAR stem,
+    else solo_knn@2."""
     linear_protocol: str | None = None
     """Protocol of the linear probe: intl_linear@2, or INTL's intl_cifar_linear@2 for a recipe with the CIFAR
     stem, voc07_svm@2 for voc07."""
@@ -166,8 +167,9 @@ class Suite(WeightsOptions):
         """The protocol of each kind of task: the one asked for, else the one that the field reports it by."""
         cifar = self.pretraining is not None and self.pretraining.stem == "cifar"
         linear = "voc07_svm@2" if self.labelled == VOC07 else "intl_linear@2"
+        knn = "dino_knn@2" if self.labelled in ("imagenet", "imagenet100") else "solo_knn@2"
         chosen = {
-            "knn": self.knn_protocol or ("intl_cifar_5nn@2" if cifar else "solo_knn@2"),
+            "knn": self.knn_protocol or ("intl_cifar_5nn@2" if cifar else knn),
             "linear": self.linear_protocol or ("intl_cifar_linear@2" if cifar else linear),
             "semisup": self.semisup_protocol,
         }

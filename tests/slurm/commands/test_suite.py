@@ -62,6 +62,7 @@ def test_protocols_are_those_that_the_field_reports_by(tmp_path: Path, recipe: P
         return chosen["knn"], chosen["linear"]
 
     assert of(recipe=str(recipe)) == ("solo_knn@2", "intl_linear@2")
+    assert of(weights=["w.pth"], dataset="imagenet") == ("dino_knn@2", "intl_linear@2")
     assert of(weights=["w.pth"], dataset="voc07") == ("solo_knn@2", "voc07_svm@2")
     assert of(recipe="cifar10_ep1000") == ("intl_cifar_5nn@2", "intl_cifar_linear@2")
     assert of(recipe="cifar10_ep1000", linear_protocol="logreg@1") == ("intl_cifar_5nn@2", "logreg@1")
