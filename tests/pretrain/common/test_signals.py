@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from torch.utils.data import DataLoader
@@ -138,20 +141,26 @@ def test_a_command_stopped_after_saving_exits_with_75_and_says_how_to_go_on() ->
 
 def test_a_worker_that_starts_when_its_process_is_gone_already_ends() -> None:
     """Killed right after the fork, before torch's watch: such a worker would stay for ever."""
-    program = (
-        "import multiprocessing, os, signal, time\n"
-        "from pretrain.data.workers import set_up_worker\n"
-        "def work():\n"
-        "    time.sleep(1)\n"
-        "    set_up_worker(0)\n"
-        "    time.sleep(600)\n"
-        "worker = multiprocessing.get_context('fork').Process(target=work)\n"
-        "worker.start()\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
+    fork = multiprocessing.get_context("fork")
+
+    def work() -> None:
+        time.sleep(1)
+        set_up_worker(0)
+        time.sleep(600)
+
+    def start_and_die() -> None:
+        fork.Process(target=work).start()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    ours, theirs = os.pipe()
+    process = fork.Process(target=start_and_die)
+    process.start()
+    os.close(theirs)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     # The pipe ends when the last process that holds it does: the worker.
-    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, timeout=60)
-    assert done.returncode == -signal.SIGKILL
+    assert select.select([ours], [], [], 60)[0] and os.read(ours, 1) == b""
+    os.close(ours)
 
 
 def test_a_loaders_worker_heeds_the_process_it_works_for_alone() -> None:
