@@ -128,6 +128,23 @@ class VocAP(PascalVOCDetectionEvaluator):
         return outcome
 
 
+class LvisAP(LVISEvaluator):
+    """detectron2's evaluator of LVIS, whose package lvis (0.5.3, the newest) takes np.float, which numpy 1.24
+    and later no longer have (https://github.com/lvis-dataset/lvis-api/blob/master/lvis/eval.py)."""
+
+    def evaluate(self) -> Outcome | None:
+        """{"bbox": {"AP", "AP50", ... "APr", "APc", "APf"}}, "segm" too. All ranks must call."""
+        lacking = "float" not in vars(np)
+        if lacking:
+            vars(np)["float"] = float
+        try:
+            outcome: Outcome | None = super().evaluate()
+        finally:
+            if lacking:
+                del vars(np)["float"]
+        return outcome
+
+
 def _voc_objects(file: str) -> list[dict[str, Any]]:
     """The objects of a VOC annotation file as detectron2's evaluator wants them."""
     objects = []
@@ -202,7 +219,7 @@ def _evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     if kind == "pascal_voc":
         return VocAP(name)
     if kind == "lvis":
-        return LVISEvaluator(name, tasks=tasks, output_dir=folder)
+        return LvisAP(name, tasks=tasks, output_dir=folder)
     if kind == "cityscapes_instance":
         return CityscapesInstanceEvaluator(name)
     return CocoAP(
