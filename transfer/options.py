@@ -163,10 +163,7 @@ class EvaluationSettings(WeightsOptions):
             raise ValueError(f"--std {self.std}: wanted three numbers above 0")
         if self.max_broken_images < 0:
             raise ValueError(f"--max-broken-images {self.max_broken_images}: wanted 0 or more")
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size {self.batch_size}: wanted 1 or more")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers {self.workers}: wanted 0 or more")
+        _check_loading(self)
 
     @property
     def cache(self) -> Path:
@@ -235,6 +232,16 @@ class SemisupSettings(EvaluationSettings):
         if self.save_every < 1:
             raise ValueError(f"--save-every {self.save_every}: wanted 1 or more")
         _need_wandb(self.wandb)
+
+
+def _check_loading(settings: Any) -> None:
+    """Raises ValueError for numbers out of range."""
+    for name, least, most in (
+        ("batch_size", 1, 2**20), ("workers", 0, 1024), ("seed", 0, 2**32 - 1), ("subset_seed", 0, 2**32 - 1),
+    ):  # fmt: skip
+        value = getattr(settings, name, None)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: wanted {least:,} to {most:,}")
 
 
 def _need_wandb(project: str | None) -> None:
@@ -441,6 +448,10 @@ class ReproduceSettings:
     """Processes that decode images; default: none for small images, else the cores up to 8."""
     stage_to: Path | None = None
     """First copy the data set to this node-local folder."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers out of range."""
+        _check_loading(self)
 
 
 SETTINGS: dict[str, type] = {

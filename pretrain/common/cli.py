@@ -36,6 +36,7 @@ EXIT_STOPPED = 75  # stopped by a signal, everything saved; the same command goe
 EXIT_INTERRUPTED = 130
 
 MOST_RANKS = 10**6
+LONGEST_LINE = 4000
 NO_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 TRUTH = ("true", "false", "yes", "no")
 
@@ -290,6 +291,8 @@ def _bad_path(error: Exception) -> str | None:
 
 
 def _tell(line: str) -> None:
+    middle = " [...] " if len(line) > LONGEST_LINE else ""  # what was typed, told again
+    line = line[: LONGEST_LINE // 2] + middle + line[-LONGEST_LINE // 2 :] if middle else line
     print(printable(line), file=sys.stderr)
 
 

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 LARGEST_YAML = 1 << 20  # bytes
 MOST_VALUES = 200_000
+DEEPEST = 30  # levels of a line's lists and objects
 
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.\d+(\.[0-9a-f]+)?\.(tmp|pkl)")
 LONGEST_NAME = 120
@@ -158,7 +159,17 @@ def numbered_jsonl(
             record = json.loads(line, parse_constant=None if nan else _refuse)
         except (ValueError, RecursionError):
             record = None
-        yield number, record if isinstance(record, dict) else None, number < len(lines)
+        fits = isinstance(record, dict) and _is_shallow(record, DEEPEST)
+        yield number, record if fits else None, number < len(lines)
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Whether lists and objects stand in each other no deeper: what walks through them calls itself."""
+    if not isinstance(value, dict | list):
+        return True
+    return levels > 0 and all(
+        _is_shallow(v, levels - 1) for v in (value.values() if isinstance(value, dict) else value)
+    )
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -106,6 +106,9 @@ def test_nothing_to_reproduce_is_told_before_anything_is_fetched(tmp_path: Path,
         ),
         (["dino_resnet50", "--dataset", "cifar10"], "linear: it is of imagenet: --dataset imagenet"),
         (["dino_resnet51"], "did you mean dino_resnet50"),
+        (["dino_resnet50", "--batch-size", "0"], "--batch-size 0: wanted 1 to 1,048,576"),
+        (["dino_resnet50", "--workers", "1000000"], "--workers 1000000: wanted 0 to 1,024"),
+        (["dino_resnet50", "--seed", "-1"], "--seed -1: wanted 0 to 4,294,967,295"),
     ):
         assert main(["reproduce", *more, *words]) == 2
         assert said in capsys.readouterr().err

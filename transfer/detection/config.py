@@ -304,7 +304,10 @@ def _check(cfg: CfgNode, record: Mapping[str, Any] | None, ranks: int) -> None:
 
 def _check_values(cfg: CfgNode) -> None:
     """Refuse by its key what is no number, no word or no list that anything here could work with."""
+    default = flat(_default(semantic=keys.is_semantic(cfg)))
     for key, value in flat(cfg).items():
+        if value is None and default.get(key) is not None:  # which takes any type's place in a config
+            raise UserError(f"{key} None: wanted a value, such as {_shown(default[key])}")
         entries = list(_leaves(value))
         words = next((known for name, known in WORDS.items() if re.fullmatch(name, key)), None)
         least, most = next(limits for name, limits in NUMBERS.items() if re.fullmatch(name, key))

@@ -114,6 +114,16 @@ def test_names_that_no_file_system_takes_are_one_line(
         assert said in told and told.count("\n") == 1 and len(told) < 250
 
 
+def test_a_long_mistake_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: list[str]) -> None:
+        raise UserError(f"--name {'x' * 100_000}: wanted less")
+
+    assert run(main, []) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --name xx") and " [...] x" in told and told.endswith(": wanted less\n")
+    assert len(told) < 4100
+
+
 def test_a_choice_of_values_reads_well() -> None:
     with pytest.raises(
         UserError, match=r"^--precision half: wanted auto, float32, tf32, bfloat16 or float16 "

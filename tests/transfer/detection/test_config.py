@@ -212,6 +212,9 @@ def test_what_cannot_be_judged_is_refused(words: list[str], said: str) -> None:
             (f"SEED {10**30}", "wanted -1 to 2.14748e+09"),
             ("DATALOADER.NUM_WORKERS -1", "-1: wanted 0 to 1024"),
             ("TEST.DETECTIONS_PER_IMAGE 0", "0: wanted 1 to"),
+            ("SOLVER.STEPS None", "None: wanted a value, such as (30000,)"),
+            ("DATASETS.TRAIN None", "None: wanted a value, such as ()"),
+            ("SOLVER.BASE_LR None", "None: wanted a value, such as 0.001"),
         ],
     }.items() for words, said in cases],
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,31 @@ def test_a_line_out_of_shape_is_left_out_with_its_number(
     assert f"{tmp_path / 'run' / results.FILE}: left out line 2 (" in gap["detail"]
     assert said in gap["detail"]
     assert len(results.read(tmp_path / "run")) == 1
+
+
+def test_odd_files_of_runs_and_suites_are_passed_over(tmp_path: Path) -> None:
+    good = record("INTL", "knn", {"top1_k10": 80.0, "top1_k20": 81.0})
+    run = tmp_path / "suite" / "knn"
+    write_lines(run / results.FILE, [good, good | {"evaluated_under": {"a": _nested(500)}}])
+    steps = [1, "a", None, [1], 10**400, float("nan"), True, 2]
+    write_lines(run / "metrics.jsonl", [{"step": s, "loss": v, "deep": _nested(500) if s == 1 else 0}
+                                        for s in steps for v in (1.5, 10**400, "x")])  # fmt: skip
+    for name, step in (("a", {"name": "a", "order": "x", "output": 5, "depends_on": 5}),
+                       ("b", {"name": ["b"], "order": 3, "output": "o"})):  # fmt: skip
+        (tmp_path / "suite" / "jobs" / name).mkdir(parents=True)
+        (tmp_path / "suite" / "jobs" / name / "step.json").write_text(json.dumps(step))
+    done = {"state.json": {"ranks": "two"}, "done.json": {"seconds": 1e308}}
+    for name, said in done.items():
+        (tmp_path / "suite" / "jobs" / "b" / name).write_text(json.dumps(said))
+    os.mkfifo(run / "metrics.json")
+    report([str(tmp_path / "suite"), "--output", str(tmp_path / "out")])
+    shown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "left out line 2 (no JSON object" in shown.replace("\\", "") and "not started yet" in shown
+    assert [p.name for p in (tmp_path / "out" / "plots").glob("pretrain-*")] == ["pretrain-loss.svg"]
+
+
+def _nested(levels: int) -> Any:
+    return json.loads("[" * levels + "]" * levels)
 
 
 def test_odd_sweeps_and_conditions_are_shown(tmp_path: Path) -> None:

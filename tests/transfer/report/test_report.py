@@ -174,7 +174,9 @@ def test_a_torn_line_is_left_out_and_told(tmp_path: Path) -> None:
         out.write('{"task": "knn", "metr')
     evidence = collect([tmp_path])
     assert len(evidence.records) == 1
-    assert evidence.problems == [f"{file}: left out line 2 (no JSON object)"]
+    assert evidence.problems == [
+        f"{file}: left out line 2 (no JSON object, or lists in it are nested too deeply)"
+    ]
 
 
 def test_a_repeated_run_replaces_its_earlier_result(tmp_path: Path) -> None:

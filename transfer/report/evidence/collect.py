@@ -25,6 +25,7 @@ from transfer.report.evidence.unfinished import (
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".svg")
 MOST_TOLD = 5
+LARGEST = 1e300
 DRAWN_HERE = ("curves.png",)
 """Pictures of what the report draws itself."""
 
@@ -111,7 +112,8 @@ def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Ev
         ("metrics.jsonl", "step", found.pretraining),
         ("metrics.json", "iteration", found.detection),
     ):
-        rows = [row for row in read_jsonl(folder / file) if step in row] if file in files else []
+        read = map(_numbers, read_jsonl(folder / file)) if file in files else ()
+        rows = [row for row in read if step in row]
         if rows:
             runs.append(Curve(label=name, folder=folder, rows=_last_of_each(rows, step)))
     if "study.md" in files:
@@ -123,6 +125,11 @@ def _read(folder: Path, files: frozenset[str], root: Path, index: int, found: Ev
             caption = f"{run}: {Path(file).stem.replace('_', ' ')}"
             found.pictures.append(Picture(path=folder / file, caption=caption, section=section))
     return name
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """The finite numbers of a row of curves, of a size that can be drawn."""
+    return {k: v for k, v in row.items() if type(v) in (int, float) and abs(v) < LARGEST}
 
 
 def _section_of(run: Path) -> Literal["predictions", "studies", "spectrum"]:
@@ -150,7 +157,7 @@ def _results(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 def _why_none(line: dict[str, Any] | None) -> str:
     """Why a line is no result; empty where it is one."""
     if line is None:
-        return "no JSON object"
+        return "no JSON object, or lists in it are nested too deeply"
     if not (line.get("metrics") and line.get("task")):
         return "without task or metrics"
     try:

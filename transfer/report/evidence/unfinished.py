@@ -44,9 +44,9 @@ def job_times(jobs: Path) -> list[StepTime]:
     """Finished steps of a suite in the graph's order, its report left out."""
     times = []
     for step, folder in _steps(jobs):
-        seconds = read_json(folder / "done.json").get("seconds")
-        if isinstance(seconds, (int, float)):
-            ranks = read_json(folder / "state.json").get("ranks") or 1
+        seconds = _number(read_json(folder / "done.json").get("seconds"), -1)
+        if seconds >= 0:
+            ranks = _number(read_json(folder / "state.json").get("ranks"), 1) or 1
             output = Path(str(step.get("output"))).resolve()
             kind = str(step.get("kind") or "")
             times.append(
@@ -59,7 +59,12 @@ def _steps(jobs: Path) -> list[tuple[dict[str, Any], Path]]:
     """Every jobs/<step>/step.json but the report's, with its folder."""
     steps = [(read_json(path), path.parent) for path in jobs.glob("*/step.json")]
     steps = [(step, folder) for step, folder in steps if step.get("name") and step.get("kind") != "report"]
-    return sorted(steps, key=lambda item: (item[0].get("order", 0), item[1].name))
+    return sorted(steps, key=lambda item: (_number(item[0].get("order")), item[1].name))
+
+
+def _number(value: Any, otherwise: int = 0) -> Any:
+    """`value` where it is a number that can be computed with."""
+    return value if type(value) in (int, float) and abs(value) < 1e15 else otherwise
 
 
 def job_gaps(jobs: Path, accounted: set[Path]) -> list[Gap]:
@@ -87,7 +92,8 @@ def job_gaps(jobs: Path, accounted: set[Path]) -> list[Gap]:
 def _why(error: str, state: str, step: dict[str, Any]) -> str:
     if error.strip():
         return error.strip().splitlines()[-1]
-    waits = ", ".join(step.get("depends_on") or [])
+    waited = step.get("depends_on")
+    waits = ", ".join(map(str, waited)) if isinstance(waited, list) else ""
     return "see its log" if state else f"comes after {waits}" if waits else "not started yet"
 
 
