@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
@@ -128,20 +129,47 @@ class VocAP(PascalVOCDetectionEvaluator):
         return outcome
 
 
+@contextlib.contextmanager
+def _older_numpy() -> Iterator[None]:
+    """Names that numpy has no more, for a while: evaluators of other packages still take them.
+
+    np.float until 1.24 (https://github.com/lvis-dataset/lvis-api/blob/master/lvis/eval.py), np.in1d until 2.4
+    (https://github.com/mcordts/cityscapesScripts/blob/master/cityscapesscripts/evaluation/evalInstanceLevelSemanticLabeling.py).
+    """
+    names = {"float": float, "in1d": lambda values, wanted: np.isin(np.ravel(values), wanted)}
+    lacking = {name: value for name, value in names.items() if name not in vars(np)}
+    vars(np).update(lacking)
+    try:
+        yield
+    finally:
+        for name in lacking:
+            del vars(np)[name]
+
+
 class LvisAP(LVISEvaluator):
-    """detectron2's evaluator of LVIS, whose package lvis (0.5.3, the newest) takes np.float, which numpy 1.24
-    and later no longer have (https://github.com/lvis-dataset/lvis-api/blob/master/lvis/eval.py)."""
+    """detectron2's evaluator of LVIS, with any numpy."""
 
     def evaluate(self) -> Outcome | None:
         """{"bbox": {"AP", "AP50", ... "APr", "APc", "APf"}}, "segm" too. All ranks must call."""
-        lacking = "float" not in vars(np)
-        if lacking:
-            vars(np)["float"] = float
-        try:
+        with _older_numpy():
             outcome: Outcome | None = super().evaluate()
-        finally:
-            if lacking:
-                del vars(np)["float"]
+        return outcome
+
+
+class CityscapesAP(CityscapesInstanceEvaluator):
+    """detectron2's evaluator of Cityscapes' instances, with any numpy, and without a matches.json in the
+    current folder."""
+
+    def evaluate(self) -> Outcome | None:
+        """{"segm": {"AP", "AP50"}}. All ranks must call."""
+        judge = import_module("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
+
+        def write(values: Any, file: str) -> None:
+            if Path(file).is_absolute():
+                Path(file).write_text(json.dumps(values, default=int))
+
+        with _older_numpy(), _replaced(judge, writeDict2JSON=write):
+            outcome: Outcome | None = super().evaluate()
         return outcome
 
 
@@ -221,7 +249,7 @@ def _evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     if kind == "lvis":
         return LvisAP(name, tasks=tasks, output_dir=folder)
     if kind == "cityscapes_instance":
-        return CityscapesInstanceEvaluator(name)
+        return CityscapesAP(name)
     return CocoAP(
         name, tasks=tasks, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         allow_cached_coco=False,

@@ -12,14 +12,17 @@ import numpy as np
 import pycocotools.mask as mask_codec
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.lvis import get_lvis_instances_meta, register_lvis_instances
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from transfer.detection.evaluation import (
     KEYPOINT_METRICS,
     METRICS,
+    CityscapesAP,
     LvisAP,
     category_precisions,
     coco_evaluation,
@@ -167,3 +170,23 @@ def test_lvis_runs_with_todays_numpy(tmp_path: Path) -> None:
     outcome = evaluator.evaluate()
     assert outcome is not None and outcome["bbox"]["AP"] == pytest.approx(50)
     assert "float" not in vars(np)
+
+
+def test_cityscapes_runs_with_todays_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two cars one is found, whole: a precision of 1 up to a recall of 1 / 2. Nothing is left here."""
+    pytest.importorskip("cityscapesscripts")
+    pytest.importorskip("pyquaternion")
+    monkeypatch.chdir(tmp_path)
+    instances = np.zeros((64, 128), np.uint16)
+    instances[5:30, 5:60], instances[35:60, 60:120] = 26001, 26002  # a car is 26
+    (tmp_path / "gt" / "a").mkdir(parents=True)
+    Image.fromarray(instances).save(tmp_path / "gt" / "a" / "a_000000_000000_gtFine_instanceIds.png")
+    MetadataCatalog.get("cityscapes_tiny").set(thing_classes=["person", "car"], gt_dir=str(tmp_path / "gt"))
+    evaluator = CityscapesAP("cityscapes_tiny")
+    evaluator.reset()
+    found = Instances((64, 128), pred_masks=torch.from_numpy(instances == 26001)[None],
+                      scores=torch.tensor([0.9]), pred_classes=torch.tensor([1]))  # fmt: skip
+    evaluator.process([{"file_name": "a_000000_000000_leftImg8bit.png"}], [{"instances": found}])
+    outcome = evaluator.evaluate()
+    assert outcome is not None and outcome["segm"]["AP50"] == pytest.approx(50, abs=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["gt"] and "in1d" not in vars(np)
