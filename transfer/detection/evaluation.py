@@ -150,10 +150,13 @@ class LvisAP(LVISEvaluator):
     """detectron2's evaluator of LVIS, with any numpy."""
 
     def evaluate(self) -> Outcome | None:
-        """{"bbox": {"AP", "AP50", ... "APr", "APc", "APf"}}, "segm" too. All ranks must call."""
+        """{"bbox": {"AP", "AP50", ... "APr", "APc", "APf"}}, "segm" too, those without objects left out. All
+        ranks must call."""
         with _older_numpy():
             outcome: Outcome | None = super().evaluate()
-        return outcome
+        return outcome and {
+            task: {k: v for k, v in numbers.items() if v >= 0} for task, numbers in outcome.items()
+        }
 
 
 class CityscapesAP(CityscapesInstanceEvaluator):

@@ -169,6 +169,7 @@ def test_lvis_runs_with_todays_numpy(tmp_path: Path) -> None:
     evaluator.process([{"image_id": 1}], [{"instances": found}])
     outcome = evaluator.evaluate()
     assert outcome is not None and outcome["bbox"]["AP"] == pytest.approx(50)
+    assert outcome["bbox"].keys() == {"AP", "AP50", "AP75", "APm", "APf"}  # all of medium size and frequent
     assert "float" not in vars(np)
 
 
