@@ -147,8 +147,9 @@ class Settings:
     threads: int | Literal["auto"] | None = None
     """Threads of the model on a CPU; auto: one or all, timed in the first seconds; default: torch's."""
     step: Literal["auto", "eager", "compiled", "graph", "compiled_graph"] = "auto"
-    """How a step runs. compiled: kernels by torch.compile, which needs a C compiler; graph: captured once and
-    replayed, without Python; auto: on one GPU a graph, compiled too where the run is long enough to gain."""
+    """How a step runs. compiled: the network's kernels by torch.compile, which needs a C++ compiler; graph:
+    captured once and replayed, without Python; compiled_graph: both, views and loss compiled too; auto: on
+    one GPU a graph, compiled where the run is long enough to gain."""
     deterministic: bool = False
     """On a GPU take only operations that give the same bits each time, so that a run cut off and continued
     ends as an undisturbed one; slower."""
