@@ -65,7 +65,13 @@ LAYERS = {
     "slurm.steps": (),
 }
 """Each sub-package, and those of its own package that it may import."""
-LEAVES = {"transfer.options", "transfer.correlation", "transfer.network_cost"}
+LEAVES = {
+    "transfer.options",
+    "transfer.weights_options",
+    "transfer.evaluation_options",
+    "transfer.correlation",
+    "transfer.network_cost",
+}
 """Modules on top that anything may import: they import nothing of their package."""
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

@@ -22,7 +22,8 @@ from pretrain.common.files import set_usual_mode, sha256_of, write_json, write_t
 from pretrain.common.output_folder import need_space, output_folder
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from transfer.checkpoints.backbone import Backbone, load_backbone
-from transfer.options import ExportSettings, WeightsOptions, parse
+from transfer.options import parse
+from transfer.weights_options import ExportSettings, WeightsOptions
 
 RECORD = "export.json"
 TOLERANCE = 1e-5

@@ -149,9 +149,12 @@ def open_dataset(name: str, data_dir: str | Path, split: str, *, labelled: bool 
     number of classes than the data set has: a name stands for its data wherever figures are compared.
     """
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    root = require_dataset(name, data_dir)
+    require_known(name)
     if split not in SPLIT_FOLDERS:
         raise UserError(f"unknown split {split!r}; choose train or test")
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(no_folder(root, name))
     reader = DATASETS[name] if labelled or name != "imagefolder" else _open_unlabelled
     data = reader(name, root, split)
     wanted = CLASS_COUNTS.get(name, len(data.classes))
@@ -168,16 +171,12 @@ def open_dataset(name: str, data_dir: str | Path, split: str, *, labelled: bool 
     return data
 
 
-def require_dataset(name: str, data_dir: str | Path) -> Path:
-    """The folder of a known data set. Raises UserError, at once, where name or folder cannot be right."""
+def require_known(name: str) -> None:
+    """Raises UserError for a name of no data set."""
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? There are" if near else "choose one of:"
         raise UserError(f"unknown data set {name!r}; {hint} {', '.join(DATASETS)}")
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise UserError(no_folder(root, name))
-    return root
 
 
 def _open_folder(

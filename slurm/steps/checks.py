@@ -141,9 +141,9 @@ def _reproductions(asked: Suite) -> list[str]:
 def _label_shares(protocol: Protocol, wanted: list[str]) -> list[str]:
     """The protocol has learning rates for the share of labels of each semisupN task."""
     from transfer.evaluation.protocol import all_protocols
-    from transfer.evaluators.semisup import SemisupProtocol
+    from transfer.evaluators.semisup import FineTuneProtocol
 
-    has = protocol.settings(SemisupProtocol).lr_backbone
+    has = protocol.settings(FineTuneProtocol).lr_backbone
     problems = []
     for task in (t for t in wanted if t.startswith("semisup")):
         share = task.removeprefix("semisup")

@@ -22,7 +22,7 @@ from transfer.conversion.availability import CONFIGS
 from transfer.evaluation.protocol import FOLDER
 from transfer.evaluation.provenance import kept_epoch
 from transfer.evaluators.voc07 import NAME as VOC07
-from transfer.options import WeightsOptions
+from transfer.weights_options import WeightsOptions
 from transfer.zoo.download import located
 from transfer.zoo.manifest import PREFIX
 

@@ -11,7 +11,7 @@ from pretrain.common.errors import UserError
 from pretrain.settings import Settings, parse_recipe
 from slurm.steps.graph import Step
 from transfer.conversion.availability import CONFIGS, find_config
-from transfer.options import WeightsOptions
+from transfer.weights_options import WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,4 +90,4 @@ def test_published_recipes_have_the_published_figures() -> None:
     for name in ("cifar10_ep1000", "cifar100_ep1000"):
         cifar = values(name)
         assert (cifar["stem"], cifar["weight_decay"], cifar["decay_1d"]) == ("cifar", 1e-4, True)
-        assert cifar["precision"] == "float32" and cifar["blur_p"] == [0.0]
+        assert cifar["precision"] == "tf32" and cifar["blur_p"] == [0.0]

@@ -23,7 +23,7 @@ from transfer.checkpoints.other_files import what_instead
 from transfer.checkpoints.reading import OWN_FORMAT, Reading, choose, read_all
 from transfer.checkpoints.safe_load import RawFile, load_file
 from transfer.checkpoints.search import containers
-from transfer.options import WeightsOptions
+from transfer.weights_options import WeightsOptions
 from transfer.zoo.download import located
 
 if TYPE_CHECKING:
@@ -44,9 +44,10 @@ class Backbone:
     weights: dict[str, Any]
     """What a result says of the weights: path, sha256, format, branch (online or ema); of a ResNet from a
     file also stem (imagenet: 7x7, stride 2, max pooling; cifar: 3x3, stride 1, no pooling; others as
-    `transfer.options` has them), stem_padding, the effective zero padding of its convolution, and read_with,
-    what was said or found of how to read it, where that is not the usual; of another network what it is built
-    with (options: of timm.create_model; network: in words), and positions, how its writer resamples them."""
+    `transfer.weights_options` has them), stem_padding, the effective zero padding of its convolution, and
+    read_with, what was said or found of how to read it, where that is not the usual; of another network what
+    it is built with (options: of timm.create_model; network: in words), and positions, how its writer
+    resamples them."""
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     """What is known of its training: image_size, mean, std, source ..."""
     used: dict[str, str] = dataclasses.field(default_factory=dict)

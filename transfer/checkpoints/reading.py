@@ -27,7 +27,7 @@ from transfer.checkpoints.search import (
     role_of,
     unwrap,
 )
-from transfer.options import WeightsOptions
+from transfer.weights_options import WeightsOptions
 
 OWN_FORMAT = "intl-bench/"
 BRANCHES: tuple[Literal["online", "ema"], ...] = ("online", "ema")

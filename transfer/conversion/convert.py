@@ -21,7 +21,8 @@ from pretrain.common.output_folder import need_space, output_file
 from transfer.conversion.availability import need_detectron2
 from transfer.conversion.layout import from_detectron2, shape_of, to_detectron2
 from transfer.conversion.weights_file import AUTHOR, read_detectron2, read_pickle, write_pickle
-from transfer.options import ConvertSettings, parse
+from transfer.options import parse
+from transfer.weights_options import ConvertSettings
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from pretrain.common.cli import save_settings
 from pretrain.common.errors import UserError
 from pretrain.common.output_folder import output_folder, settings_in
 from pretrain.common.process_group import barrier, is_main, process_group, world_size
-from pretrain.data.datasets import ImageDataset, open_dataset, require_dataset
+from pretrain.data.datasets import ImageDataset, open_dataset, require_known
 from transfer.checkpoints.backbone import RAW_PIXELS, Backbone, load_backbone, numbers_text, raw_pixels
 from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
 from transfer.evaluation import results
@@ -28,15 +28,10 @@ from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.tokens import Positions, at_size, needs_other_positions
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
+from transfer.evaluation_options import EvaluationSettings, KnnSettings, LinearSettings, SemisupSettings
 from transfer.network_cost import network_cost
-from transfer.options import (
-    EvaluationSettings,
-    KnnSettings,
-    LinearSettings,
-    SemisupSettings,
-    SpectrumSettings,
-    WeightsOptions,
-)  # fmt: skip
+from transfer.options import SpectrumSettings
+from transfer.weights_options import WeightsOptions
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +76,7 @@ def backbone_of(settings: EvaluationSettings, backbone: Backbone | None = None) 
     if backbone is None and settings.weights == RAW_PIXELS:
         backbone = raw_pixels()
     elif backbone is None:
-        require_dataset(settings.dataset, settings.data_dir)  # told before the network is built
+        require_known(settings.dataset)  # before the network is built
         backbone = load_backbone(settings.weights, settings)
         if never_trained(backbone) and not settings.random_init:
             raise UserError(

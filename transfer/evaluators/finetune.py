@@ -32,7 +32,7 @@ from transfer.evaluators.heads import check_steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class SemisupProtocol(ImageValues):
+class FineTuneProtocol(ImageValues):
     """The values of a fine-tuning protocol; rates by the share of labels in percent."""
 
     lr_backbone: dict[str, float]
@@ -151,7 +151,7 @@ class Classifier(nn.Module):
 class FineTuning:
     """A classifier and its optimizer: all that learns and that a checkpoint holds.
 
-    A learning rate for the backbone and one for the head; the other options are SemisupProtocol's values.
+    A learning rate for the backbone and one for the head; the other options are FineTuneProtocol's values.
     BatchNorm is in train mode, with this rank's statistics, or all ranks' with `sync_bn`.
     """
 

@@ -39,12 +39,13 @@ from transfer.evaluation.pooled_features import network_of, stages_of
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.tokens import at_size
+from transfer.evaluation_options import SemisupSettings
 from transfer.evaluators.epoch_order import epoch_batches, steps_of
-from transfer.evaluators.finetune import FineTuning, SemisupProtocol, joined
+from transfer.evaluators.finetune import FineTuneProtocol, FineTuning, joined
 from transfer.evaluators.heads import rate_factor
 from transfer.evaluators.subsets import LabelSubset, choose_subset
 from transfer.evaluators.voc07 import refuse_voc07
-from transfer.options import SemisupSettings, parse
+from transfer.options import parse
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def evaluate(settings: SemisupSettings, backbone: Backbone | None = None) -> lis
 def _evaluate(settings: SemisupSettings, backbone: Backbone | None) -> list[Result]:
     clock = Clock()
     protocol = load_protocol(settings.protocol, "semisup")
-    values = protocol.settings(SemisupProtocol)
+    values = protocol.settings(FineTuneProtocol)
     if str(settings.label_percent) not in values.lr_backbone:
         shares = ", ".join(values.lr_backbone)
         raise UserError(
@@ -123,7 +124,7 @@ class Run:
     def __init__(
         self,
         evaluation: Evaluation,
-        values: SemisupProtocol,
+        values: FineTuneProtocol,
         subset: LabelSubset,
         settings: SemisupSettings,
         device: torch.device,

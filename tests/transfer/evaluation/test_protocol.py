@@ -15,11 +15,11 @@ from transfer.evaluation.protocol import FOLDER, Protocol, all_protocols, as_mar
 from transfer.evaluators.epoch_order import epoch_batches
 from transfer.evaluators.knn import KnnProtocol
 from transfer.evaluators.linear_protocol import LinearProtocol
-from transfer.evaluators.semisup import SemisupProtocol
+from transfer.evaluators.semisup import FineTuneProtocol
 from transfer.spectrum.diagnosis import SpectrumProtocol
 
 CLASSES = {
-    "knn": KnnProtocol, "linear": LinearProtocol, "semisup": SemisupProtocol, "spectrum": SpectrumProtocol,
+    "knn": KnnProtocol, "linear": LinearProtocol, "semisup": FineTuneProtocol, "spectrum": SpectrumProtocol,
 }  # fmt: skip
 TEXT = "task: knn\ntitle: t\nsource: s\nvalues:\n  ks: [3]\n  temperature: 1e-1\n"
 

@@ -144,7 +144,7 @@ def test_images_are_normalised_as_the_weights_want_or_as_told(name: str, wanted,
 
     def used(*words: str) -> list[float]:
         given = ["--weights", str(tmp_path / "m.pth"), "--protocol", "solo_knn@1", "--dataset", "cifar10"]
-        settings = parse("knn", [*given, "--data-dir", "d", "--output", "o", *words])
+        settings = parse("knn", [*given, "--data-dir", str(tmp_path), "--output", "o", *words])
         metadata = backbone_of(settings).metadata
         found = eval_transform(native_size=32, image_size=None, metadata=metadata)
         return [*found.mean, *found.std]

@@ -27,7 +27,7 @@ from transfer.evaluation.augment import Mixing, drawn_from, rand_augment
 from transfer.evaluation.pooled_features import network_of, stages_of
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluators import semisup
-from transfer.evaluators.finetune import FineTuning, SemisupProtocol
+from transfer.evaluators.finetune import FineTuneProtocol, FineTuning
 from transfer.evaluators.heads import rate_factor
 from transfer.options import parse
 
@@ -148,7 +148,7 @@ def test_images_are_changed_as_by_timms_own_transform_and_nothing_else_is_drawn(
 
 
 def test_published_values() -> None:
-    values = load_protocol("mae_finetune@1").settings(SemisupProtocol)
+    values = load_protocol("mae_finetune@1").settings(FineTuneProtocol)
     assert values.rates(100) == pytest.approx((0.002, 0.002))  # 5e-4 * 1024 / 256
 
     def factor(epoch: float) -> float:
@@ -166,7 +166,7 @@ def test_published_values() -> None:
         {"layer_decay": 0.0}, {"auto_augment": "rand-m9-what"}, {"auto_augment": "v0"}, {"warmup_epochs": 20},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            SemisupProtocol(**rates, **wrong)
+            FineTuneProtocol(**rates, **wrong)
 
 
 def test_stopped_and_gone_on_is_the_same_to_the_bit(

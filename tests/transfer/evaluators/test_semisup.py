@@ -28,7 +28,7 @@ from transfer.evaluation.protocol import load_protocol
 from transfer.evaluators.epoch_order import epoch_batches
 from transfer.evaluators.finetune import FineTuning, joined
 from transfer.evaluators.heads import rate_factor
-from transfer.evaluators.semisup import SemisupProtocol, main
+from transfer.evaluators.semisup import FineTuneProtocol, main
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def words(weights: Path, cifar_folder: Path, tmp_path: Path) -> list[str]:
 
 
 def _factors(name: str) -> list[float]:
-    p = load_protocol(name, "semisup").settings(SemisupProtocol)
+    p = load_protocol(name, "semisup").settings(FineTuneProtocol)
     return [
         rate_factor(
             p.schedule, step=e * 7, steps_per_epoch=7, epochs=p.epochs, milestones=p.milestones, gamma=p.gamma
@@ -78,7 +78,7 @@ def test_published_rates_and_schedules() -> None:
         "vicreg_semisup@1": {1: (0.03, 0.08), 10: (0.01, 0.1)},
     }
     for name, rates in published.items():
-        p = load_protocol(name, "semisup").settings(SemisupProtocol)
+        p = load_protocol(name, "semisup").settings(FineTuneProtocol)
         assert {int(k): p.rates(int(k)) for k in p.lr_head} == rates, name
         assert (p.batch, p.epochs, p.weight_decay, p.momentum) == (256, 20, 0, 0.9)
         assert (p.sync_bn, p.head_init) == ((True, "uniform") if "swav" in name else (False, "normal"))
@@ -89,7 +89,7 @@ def test_published_rates_and_schedules() -> None:
         # (1 + cos(pi e / 20)) / 2 at e = 0, 5, 10, 19
         at = [_factors(name)[e] for e in (0, 5, 10, 19)]
         assert at == pytest.approx([1, 0.8535534, 0.5, 0.0061558], abs=1e-6)
-    scaled = SemisupProtocol(lr_backbone={"1": 0.004}, lr_head={"1": 0.2}, lr_per_256=True, batch=512)
+    scaled = FineTuneProtocol(lr_backbone={"1": 0.004}, lr_head={"1": 0.2}, lr_per_256=True, batch=512)
     assert scaled.rates(1) == pytest.approx((0.008, 0.4))
 
 
