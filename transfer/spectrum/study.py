@@ -32,6 +32,7 @@ from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import ImageDataset, open_dataset
 from pretrain.network.model import Encoder, build_projector
+from pretrain.network.small_maps import multiply_small_maps
 from pretrain.objectives.diagnostics import collapse, diagnose
 from pretrain.objectives.expression import expression
 from pretrain.objectives.gaussian import sigreg_loss
@@ -300,7 +301,8 @@ def _encoder(features: int) -> Encoder:
         stem_width=32,
     )
     projector = build_projector(backbone.num_features, hidden=512, output=features, layers=3)
-    return Encoder(backbone, projector)
+    encoder = multiply_small_maps(Encoder(backbone, projector))
+    return encoder.to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
