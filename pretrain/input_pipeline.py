@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,8 +16,6 @@ from pretrain.views.batch import Batch, each_tensor
 from pretrain.views.colours import finish
 from pretrain.views.loader import StepBatches, Views, batches, colour_place, default_workers
 from pretrain.views.resident import ResidentImages
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +34,21 @@ class InputPipeline:
     std: Tensor
 
     @staticmethod
-    def of(settings: Settings, images: ImageDataset, device: torch.device) -> InputPipeline:
-        """The pipeline of a run. Raises UserError for --data-on device where the images do not fit."""
+    def of(
+        settings: Settings, images: ImageDataset, device: torch.device, *, must_fit: bool | None = None
+    ) -> InputPipeline:
+        """The pipeline of a run.
+
+        Raises UserError where the images do not fit the device and must (default: with --data-on device).
+        """
         workers = workers_of(settings, device)
         finish_here, where = colour_place(settings.augment_on, workers, device)
         resident = None
         if images_on_device(settings, device):
-            resident = ResidentImages.of(images, device, workers=workers)
+            resident = ResidentImages.of(images, device, batch=settings.batch_global, workers=workers)
             if resident is not None:
                 finish_here, workers, where = False, 0, f"views made on the {device.type} from {resident}"
-            elif settings.data_on == "device":
+            elif settings.data_on == "device" if must_fit is None else must_fit:
                 raise UserError(
                     f"--data-on device: {len(images):,} images take more than their share of the memory; "
                     "leave the option out, and workers load them"

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.machine import computes_bfloat16
 from pretrain.common.process_group import world_size
+from pretrain.network.data_parallel import parallel
 from pretrain.network.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
 from pretrain.network.small_maps import multiply_small_maps
 from pretrain.network.sync_batchnorm import convert_sync_batchnorm
-from pretrain.optim import Stepper, build_optimizer, parallel
+from pretrain.optim import Stepper, build_optimizer
 from pretrain.settings import Settings
 
 DTYPES = {
@@ -89,10 +90,10 @@ class Learner:
                     if value is not None:
                         value.copy_(momenta[p][name]) if p in momenta else value.zero_()
 
-    def update_target(self, momentum: float | Tensor) -> None:
-        """Move the target encoder, where there is one, towards the encoder: an exponential average."""
+    def update_target(self, share: float | Tensor) -> None:
+        """Move the target encoder, where there is one, by a share towards the encoder: 1 - momentum."""
         if self.target is not None:
-            ema_update(self.target, self.encoder, momentum)
+            ema_update(self.target, self.encoder, share)
 
     def embed(self, views: list[Tensor]) -> list[Tensor]:
         """Embeddings of all views, the first by the target encoder where there is one."""

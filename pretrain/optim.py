@@ -1,31 +1,12 @@
-"""The optimizer with its gradient scaler, and the schedules of learning rate and EMA momentum."""
+"""The optimizer with its gradient scaler."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from pretrain.common.process_group import world_size
-
-
-def lr_at(step: int, *, base: float, warmup: int, total: int, final_ratio: float = 0.001) -> float:
-    """Linear warm-up to `base` over `warmup` steps, then a cosine to `final_ratio · base` at the last step.
-
-    As in the released INTL code (main.py): step 0 has base / warmup, the last step the final value.
-    """
-    if step < warmup:
-        return base * (step + 1) / warmup
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / max(total - warmup, 1)))
-    return base * (cosine + final_ratio * (1 - cosine))
-
-
-def ema_momentum_at(step: int, *, base: float, total: int) -> float:
-    """From `base` at step 0 to 1 at `total`, by a cosine."""
-    return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def parameter_groups(
@@ -79,13 +60,3 @@ class Stepper:
         """Take up what `state` gave, in a checkpoint that may hold more."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-
-
-def parallel(model: nn.Module, device: torch.device, *, broadcast_buffers: bool = False) -> nn.Module:
-    """The model as it is called in training: in DDP where there are several ranks."""
-    if world_size() > 1:
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None,
-            broadcast_buffers=broadcast_buffers,
-        )  # fmt: skip
-    return model

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pretrain.common.cli import parse_settings
 from pretrain.common.errors import UserError
@@ -29,13 +29,25 @@ FREE_TO_CHANGE = frozenset({
     "data_dir", "output", "workers", "log_every", "save_every", "keep_every_epochs", "wandb", "on_collapse",
     "max_broken_images", "hook", "hook_every_epochs", "step", "data_on",
 })  # fmt: skip
-"""Settings that a continued run may change: all others shape the result (the last two round it)."""
+"""Settings that a continued run may change: all others shape the result. `step` and `data_on` change how it
+is rounded, `data_on` also the crops of JPEGs that the loader decodes smaller."""
 
 ADDED_SINCE = {
     "threads": None, "objective": None, "transform": None, "step": "eager", "deterministic": False,
     "data_on": "host",
 }  # fmt: skip
 """What a checkpoint that does not name these settings was made with."""
+
+
+def recorded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint holds, as they are called today.
+
+    What was float32 before there was a choice of steps is tf32 today: PyTorch's default.
+    """
+    before = {**ADDED_SINCE, **config}
+    if "step" not in config and before.get("precision") == "float32":
+        before["precision"] = "tf32"
+    return before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +167,7 @@ class Settings:
     ends as an undisturbed one; slower."""
     data_on: Literal["auto", "host", "device"] = "auto"
     """Where the images lie. device: all of them, as uint8, in the GPU's memory, where their views are made
-    without workers; auto: there if they take no more than a quarter of it."""
+    without workers; auto: there if they take no more than a quarter of it, unless --augment-on workers."""
     augment_on: Literal["auto", "workers", "device"] = "auto"
     """Where colour, blur and solarisation of loaded images run; auto: on a GPU where there is one, else in
     the workers."""
@@ -220,6 +232,11 @@ class Settings:
         if self.max_steps is not None and self.max_steps < 1:
             raise UserError(
                 f"--max-steps must be at least 1, got {self.max_steps}; for the control: --epochs 0"
+            )
+        if self.data_on == "device" and self.augment_on == "workers":
+            raise UserError(
+                "--data-on device --augment-on workers: views of images on the device are made there, not by "
+                "workers; leave one of the two out"
             )
         self._check_objective()
 

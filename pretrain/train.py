@@ -34,10 +34,10 @@ from pretrain.loss import Loss, floor_of, loss_of
 from pretrain.metrics import LossLog, MetricsWriter
 from pretrain.network.model import SHALLOW, build_backbone
 from pretrain.objectives.diagnostics import collapse, diagnose
-from pretrain.optim import ema_momentum_at, lr_at
 from pretrain.plan import Plan, StepEvents
-from pretrain.settings import ADDED_SINCE, FREE_TO_CHANGE, Settings
-from pretrain.training_step import TrainingStep, how_to_step
+from pretrain.schedules import ema_momentum_at, lr_at
+from pretrain.settings import FREE_TO_CHANGE, Settings, recorded
+from pretrain.training_step import TrainingStep, still_possible
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
         build_backbone(settings.arch, stem=settings.stem)  # an unknown name is told before the listing
     images = open_dataset(settings.dataset, settings.data_dir, "train", labelled=False)
     plan = Plan.of(settings, len(images), world_size())
-    start, saved, unlogged, broken = 0, None, [], []
+    start, saved, unlogged, broken, asked = 0, None, [], [], settings
     if (output / "checkpoint.pt").exists():
         saved = load_checkpoint(output / "checkpoint.pt")
         settings = tuning.taken_over(settings, saved["config"])
@@ -68,12 +68,15 @@ def train(settings: Settings, device: torch.device, *, hook: Hook | None = None)
         if start >= plan.steps and (output / "backbone.safetensors").exists():
             logger.info("%s is finished: %d of %d steps; nothing to do", output, start, plan.steps)
             return
-    pipeline = InputPipeline.of(settings, images, device) if plan.steps > 0 else None
+    dtype = choose_dtype(settings.precision, device)
+    settings = still_possible(settings, asked, device, dtype, plan.steps)
+    pipeline = None
+    if plan.steps > 0:
+        pipeline = InputPipeline.of(settings, images, device, must_fit=asked.data_on == "device")
     if saved is None and pipeline is not None:
         settings = tuning.chosen(settings, device, pipeline, plan.steps)
     tuning.set_up(settings, device)
     dtype = choose_dtype(settings.precision, device)
-    how_to_step(settings, device, dtype, plan.steps)  # refuses a graph where there can be none
     learner = Learner.build(settings, device, dtype, sync_bn=plan.steps > 0)
     if saved is not None:
         learner.restore(saved)
@@ -309,7 +312,7 @@ def _state(
 
 def _check_same_run(saved: Mapping[str, Any], settings: Settings, output: Path) -> int:
     """The step reached. Raises UserError when the checkpoint is of a run with other settings."""
-    now, before = settings_as_dict(settings), {**ADDED_SINCE, **saved["config"]}
+    now, before = settings_as_dict(settings), recorded(saved["config"])
     other = [k for k, v in now.items() if k not in FREE_TO_CHANGE and before.get(k) != v]
     if other:
         said = "; ".join(f"{k}: {before.get(k)} there, {now[k]} now" for k in other)

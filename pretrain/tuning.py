@@ -22,7 +22,7 @@ from torch import Tensor
 from pretrain.common.process_group import world_size
 from pretrain.input_pipeline import InputPipeline
 from pretrain.learner import Learner, choose_dtype
-from pretrain.settings import ADDED_SINCE, Settings
+from pretrain.settings import Settings, recorded
 from pretrain.training_step import how_to_step
 from pretrain.views.batch import moved
 
@@ -39,7 +39,7 @@ thread shares it, and several wait at every barrier for the one that was put off
 
 def taken_over(settings: Settings, saved: Mapping[str, Any]) -> Settings:
     """The settings with what the run, whose saved configuration this is, chose when it began."""
-    before = {**ADDED_SINCE, **saved}
+    before = recorded(saved)
     left = {k: before[k] for k in LEFT_TO_THE_MACHINE if getattr(settings, k) == "auto" and k in before}
     return dataclasses.replace(settings, **left)
 
@@ -124,6 +124,7 @@ def set_up(settings: Settings, device: torch.device) -> None:
         torch.set_num_threads(settings.threads)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = False  # some containers allow it
         torch.backends.cudnn.benchmark = not settings.deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
         torch.use_deterministic_algorithms(settings.deterministic)

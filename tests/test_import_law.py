@@ -14,7 +14,7 @@ import pytest
 from slurm.__main__ import COMMANDS as SLURM
 from slurm.state.step_files import Record
 from slurm.steps.graph import Step
-from transfer.options import SETTINGS
+from transfer.options.commands import SETTINGS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pretrain", "transfer", "slurm")
@@ -66,9 +66,9 @@ LAYERS = {
 }
 """Each sub-package, and those of its own package that it may import."""
 LEAVES = {
-    "transfer.options",
-    "transfer.weights_options",
-    "transfer.evaluation_options",
+    "transfer.options.commands",
+    "transfer.options.weights",
+    "transfer.options.evaluation",
     "transfer.correlation",
     "transfer.network_cost",
 }

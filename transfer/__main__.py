@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from transfer.options import SETTINGS, parse
+from transfer.options.commands import SETTINGS, parse
 from transfer.program import Program
 
 COMMANDS = {

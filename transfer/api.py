@@ -25,8 +25,8 @@ from transfer.evaluation.transforms import ImageValues, eval_transform
 from transfer.evaluators import knn, linear, semisup
 from transfer.evaluators.linear_features import Labelled, held_out_split, scale
 from transfer.evaluators.linear_protocol import LinearProtocol
-from transfer.options import SETTINGS
-from transfer.weights_options import ConvertSettings
+from transfer.options.commands import SETTINGS
+from transfer.options.weights import ConvertSettings
 
 EVALUATORS: dict[str, Callable[[Any, Backbone | None], list[Result]]] = {
     "knn": knn.evaluate,

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.checkpoint import size_of, write_safetensors
+from pretrain.checkpoint import FORMAT, size_of, write_safetensors
 from pretrain.common.errors import UserError
 from pretrain.common.files import set_usual_mode, sha256_of, write_json, write_text
 from pretrain.common.output_folder import need_space, output_folder
 from pretrain.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from transfer.checkpoints.backbone import Backbone, load_backbone
-from transfer.options import parse
-from transfer.weights_options import ExportSettings, WeightsOptions
+from transfer.options.commands import parse
+from transfer.options.weights import ExportSettings, WeightsOptions
 
 RECORD = "export.json"
 TOLERANCE = 1e-5
@@ -159,7 +159,7 @@ def _metadata(loaded: Backbone) -> dict[str, str]:
     """This project's own, so that the file can be judged here again and still says where it came from."""
     found = {"source": loaded.format, **loaded.metadata}
     found |= {
-        "format": "intl-bench/1",
+        "format": FORMAT,
         "arch": str(loaded.arch),
         "branch": loaded.branch,
     }

@@ -12,8 +12,8 @@ import yaml
 from pretrain.common.cli import Parser
 from pretrain.common.errors import UserError
 from pretrain.common.terminal import console
+from transfer.checkpoints.format import Format
 from transfer.checkpoints.formats import CMC, FORMATS, REFUSED
-from transfer.checkpoints.layout import Format
 from transfer.checkpoints.other_files import IN_PYTHON
 
 

@@ -61,7 +61,7 @@ def _knn(backbone: nn.Module, settings: Settings, device: torch.device) -> dict[
     model = build_backbone(settings.arch, stem=settings.stem)  # whose BatchNorm is of no process group
     model.load_state_dict(backbone.state_dict())
     under_way = Backbone(model=model.eval(), arch=settings.arch, weights={})
-    precision: Literal["float32", "auto"] = "float32" if settings.precision == "float32" else "auto"
+    precision: Literal["float32", "auto"] = "float32" if settings.precision in ("float32", "tf32") else "auto"
     extractor = make_extractor(under_way, train, transform, device, precision, over_ranks=False)
     workers = 0 if settings.workers == 0 else None
     parts = []

@@ -14,7 +14,7 @@ from pretrain.common.output_folder import output_folder
 from pretrain.common.process_group import is_main
 from transfer.evaluation.results import Result
 from transfer.evaluators import knn, linear
-from transfer.options import SETTINGS, ReproduceSettings, parse
+from transfer.options.commands import SETTINGS, ReproduceSettings, parse
 from transfer.report.evidence.grouping import SELECTIONS, metric_name, task_of
 from transfer.report.evidence.published import why_not
 from transfer.report.evidence.records import Record, why_altered

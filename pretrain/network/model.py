@@ -95,8 +95,11 @@ def target_encoder_of(encoder: Encoder) -> Encoder:
 
 
 @torch.no_grad()
-def ema_update(target: nn.Module, fast: nn.Module, momentum: float | Tensor) -> None:
-    """target <- momentum · target + (1 - momentum) · fast; BN statistics stay those of each branch."""
+def ema_update(target: nn.Module, fast: nn.Module, share: float | Tensor) -> None:
+    """target <- (1 - share) · target + share · fast; BN statistics stay those of each branch.
+
+    `share` is 1 - momentum; as a tensor it lies on the device, where a captured step reads it.
+    """
     slow, new = ([p.detach() for p in network.parameters()] for network in (target, fast))
-    weight: Any = 1 - momentum  # a tensor on the device, where a captured step reads it
-    torch._foreach_lerp_(slow, new, [weight] * len(slow) if isinstance(weight, Tensor) else weight)
+    weights: Any = [share] * len(slow) if isinstance(share, Tensor) else share
+    torch._foreach_lerp_(slow, new, weights)

@@ -40,17 +40,17 @@ def diagnose(z_ND: Tensor) -> dict[str, float]:
         raise ValueError(f"embeddings must be N x D with N, D >= 2, got shape {tuple(z_ND.shape)}")
     z = z_ND.detach().double()
     n, d = z.shape
-    columns = _eigenvalues(z - z.mean(0))[: min(n - 1, d)]
-    rows = _eigenvalues(z - z.mean(1, keepdim=True))[: min(n, d - 1)]
+    columns = squared_singular_values(z - z.mean(0))[: min(n - 1, d)]
+    rows = squared_singular_values(z - z.mean(1, keepdim=True))[: min(n, d - 1)]
     unit = torch.nn.functional.normalize(z, dim=1)
     return {
-        "condition_number": _condition_number(columns),
+        "condition_number": condition_number(columns),
         "stable_rank": _ratio(columns.sum(), columns[0], empty=1.0),
         "largest_share": _ratio(columns[0], columns.sum(), empty=1.0),
-        "rankme": _entropy_rank(_eigenvalues(z).sqrt(), epsilon=1e-7),
+        "rankme": entropy_rank(squared_singular_values(z).sqrt(), epsilon=1e-7),
         "spread": 1 - float(unit.mean(0).square().sum()) if bool(z.any()) else 0.0,
-        "row_condition_number": _condition_number(rows),
-        "row_entropy_rank": _entropy_rank(rows),
+        "row_condition_number": condition_number(rows),
+        "row_entropy_rank": entropy_rank(rows),
     }
 
 
@@ -69,20 +69,28 @@ def collapse(diagnosis: dict[str, float], *, n: int, d: int) -> str | None:
     return None
 
 
-def _eigenvalues(z: Tensor) -> Tensor:
-    """Squared singular values of z, the largest first, from the smaller Gram matrix."""
+def squared_singular_values(z: Tensor) -> Tensor:
+    """min(N, D) of N x D values, the largest first, from the smaller Gram matrix.
+
+    What rounding makes negative is 0; all are NaN where a value is not finite.
+    """
     gram = z @ z.mT if z.shape[0] <= z.shape[1] else z.mT @ z
     if not torch.isfinite(gram).all():
         return torch.full(gram.shape[:1], torch.nan, dtype=z.dtype, device=z.device)
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
-def _condition_number(eigenvalues: Tensor) -> float:
+def condition_number(eigenvalues: Tensor) -> float:
+    """λ_max / λ_min of eigenvalues, the largest first, at most 1 / epsilon of their dtype."""
     eps = torch.finfo(eigenvalues.dtype).eps
     return _ratio(eigenvalues[0], torch.maximum(eigenvalues[-1], eps * eigenvalues[0]), empty=1 / eps)
 
 
-def _entropy_rank(values: Tensor, *, epsilon: float = 0.0) -> float:
+def entropy_rank(values: Tensor, *, epsilon: float = 0.0) -> float:
+    """exp of the entropy of λ / Σ λ + epsilon, between 1 and their number.
+
+    The effective rank of Roy and Vetterli, EUSIPCO 2007, of eigenvalues in place of singular values.
+    """
     total = values.sum()
     if total == 0:
         return 1.0

@@ -48,20 +48,20 @@ def report(settings: Settings, steps: int, seconds: float) -> None:
     for part, value in parts.items():
         print(f"{part:22s}{1000 * value:10.1f} ms{100 * value / now.total:7.1f} %")
     how = f"{settings.precision}, {settings.step}"
-    if settings.step == "eager":
+    if device.type == "cpu":
         _say_total(settings, now.total, f"on {device} ({how})")
     else:
         _say_total(settings, now.total, f"on {device}, eager, each part waited for")
         now = time_step(settings, pipeline, steps)
         _say_total(settings, now.total, f"as the run takes it ({how})")
-    flops, peak = step_flops(settings), matmul_flops_per_s(choose_dtype(settings.precision, device), device)
+    flops, peak = step_flops(settings), matmul_flops_per_s(settings.precision, device)
     print(f"model: {flops / 1e9:.1f} GFLOP a step (forward and backward, multiply-add counted as two)")
     reached = flops / now.total
     share = 100 * reached / peak
     print(f"reached {reached / 1e9:.0f} GFLOP/s, {share:.0f} % of what a large matrix product reaches")
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
-    _say_alternatives(settings, images, device, now, steps=steps, until=began + seconds)
+    _say_alternatives(settings, images, pipeline, now, steps=steps, until=began + seconds)
 
 
 def _say_total(settings: Settings, seconds: float, how: str) -> None:
@@ -72,9 +72,10 @@ def _say_total(settings: Settings, seconds: float, how: str) -> None:
 
 
 def _say_alternatives(
-    settings: Settings, images: ImageDataset, device: torch.device, now: StepTime, *, steps: int, until: float
-) -> None:
-    gains, left_out = {}, []
+    settings: Settings, images: ImageDataset, pipeline: InputPipeline, now: StepTime, *, steps: int,
+    until: float,
+) -> None:  # fmt: skip
+    gains, left_out, device = {}, [], pipeline.device
     for name, value in alternatives(settings, device):
         option = f"--{name.replace('_', '-')} {str(value).lower()}"
         if time.monotonic() > until:
@@ -82,8 +83,8 @@ def _say_alternatives(
             continue
         try:
             other = dataclasses.replace(settings, **{name: value})
-            pipeline = InputPipeline.of(other, images, device)
-            seconds = now.total / gain_of(name, now, time_step(other, pipeline, steps))
+            theirs = InputPipeline.of(other, images, device) if name in LOADER else pipeline
+            seconds = now.total / gain_of(name, now, time_step(other, theirs, steps))
         except UserError as error:
             print(f"with {option:22s} not possible: {error}", flush=True)
             continue
@@ -177,7 +178,7 @@ def time_parts(settings: Settings, pipeline: InputPipeline, steps: int) -> dict[
         learner.stepper.backward(loss.total)
         marks.append(_now(device))
         learner.stepper.update(0.0)  # the weights stay
-        learner.update_target(settings.ema_momentum)
+        learner.update_target(1 - settings.ema_momentum)
         marks.append(_now(device))
         if step >= WARM_UP:
             for part, a, b in zip(PARTS, marks, marks[1:]):
@@ -207,13 +208,15 @@ def step_flops(settings: Settings) -> float:
     return total * settings.batch_global
 
 
-def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
+def matmul_flops_per_s(precision: str, device: torch.device) -> float:
     """What a large matrix product reaches here: the peak that the step is held against."""
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    a = torch.randn(n, n, device=device, dtype=choose_dtype(precision, device))
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     best = float("inf")
     for _ in range(5):
         start = _now(device)
         a @ a
         best = min(best, _now(device) - start)
+    torch.backends.cuda.matmul.allow_tf32 = False
     return 2 * n**3 / best

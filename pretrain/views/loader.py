@@ -8,7 +8,6 @@ workers to start.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,8 +23,6 @@ from pretrain.data.workers import load
 from pretrain.views.augment import Box, View, box_of, boxes_of, resized_crop, shrunk_crop, uniforms
 from pretrain.views.batch import Batch, Place
 from pretrain.views.colours import Colours, draw_colours, finish
-
-logger = logging.getLogger(__name__)
 
 MOST_BROKEN_IN_A_ROW = 100
 FIRST_COLOUR_SLOT = 22  # the first 22 uniform numbers place the crop
@@ -143,7 +140,7 @@ def batches(views: Views, steps: StepBatches, *, workers: int, pin_memory: bool 
     here = steps.batch_global // steps.world
     size = sum(3 * view.size**2 for view in views.views) * here * (4 if views.finish_here else 1)
     return load(
-        views, steps, workers=workers, collate=_as_it_is, batch_bytes=size, pin_memory=pin_memory, prefetch=2
+        views, steps, workers=workers, collate=as_it_is, batch_bytes=size, pin_memory=pin_memory, prefetch=2
     )
 
 
@@ -163,5 +160,6 @@ def colour_place(augment_on: str, workers: int, device: torch.device) -> tuple[b
     return by_views, "on the GPU" if device.type == "cuda" and not by_views else "in the training process"
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """What a dataset makes, for a loader that would put it together."""
     return batch

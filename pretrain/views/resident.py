@@ -20,13 +20,15 @@ from pretrain.data.images import BrokenImage
 from pretrain.data.workers import load
 from pretrain.views.augment import View, resized_crops
 from pretrain.views.batch import Place
-from pretrain.views.loader import MOST_BROKEN_IN_A_ROW
+from pretrain.views.loader import MOST_BROKEN_IN_A_ROW, as_it_is
 
 logger = logging.getLogger(__name__)
 
 SHARE = 0.25  # of a GPU's memory that images may take
 LOOKED_AT = 256  # images whose size is asked before all are decoded
-AT_ONCE = 256  # images that a process decodes before they are moved
+AT_ONCE_BYTES = 1 << 26  # of images that a process decodes before they are moved
+MOST_AT_ONCE = 256
+STEP_BYTES = 15  # a pixel and image: what a step holds of whole images, as bytes and as floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +43,31 @@ class ResidentImages:
     """Images that cannot be read; the next readable one stands in their place."""
 
     @staticmethod
-    def of(images: ImageDataset, device: torch.device, *, workers: int = 0) -> ResidentImages | None:
-        """The set, decoded by so many processes, on `device`; None beyond its share of the memory.
+    def of(
+        images: ImageDataset, device: torch.device, *, batch: int, workers: int = 0
+    ) -> ResidentImages | None:
+        """The set, decoded by so many processes, on `device`; None where it and what a step of `batch` images
+        takes of it are beyond their share of the memory.
 
         Raises BrokenImage when MOST_BROKEN_IN_A_ROW images in a row cannot be read.
         """
         budget, (height, width) = memory_of(device) * SHARE, largest_of_some(images)
-        if len(images) * height * width * 3 > budget:
+        a_pixel = 3 * len(images) + STEP_BYTES * batch
+        if a_pixel * height * width > budget:
             return None
+        at_once = max(1, min(MOST_AT_ONCE, AT_ONCE_BYTES // (3 * height * width)))
+        logger.info("decoding %d images into the memory of the %s", len(images), device.type)
         sizes_A2 = np.zeros((len(images), 2), np.int64)
         pixels = torch.zeros((len(images), height, width, 3), dtype=torch.uint8, device=device)
         broken: dict[int, str] = {}
-        blocks = [list(range(s, min(s + AT_ONCE, len(images)))) for s in range(0, len(images), AT_ONCE)]
+        blocks = [list(range(s, min(s + at_once, len(images)))) for s in range(0, len(images), at_once)]
         decoded = load(
-            _Decoding(images), blocks, workers=min(workers, len(blocks)), collate=lambda block: block,
-            batch_bytes=AT_ONCE * height * width * 3,
+            _Decoding(images), blocks, workers=min(workers, len(blocks)), collate=as_it_is,
+            batch_bytes=at_once * height * width * 3,
         )  # fmt: skip
         for rows, (block, sizes, unreadable) in zip(blocks, decoded, strict=True):
             height, width = (max(a, b) for a, b in zip(pixels.shape[1:3], block.shape[1:3]))
-            if len(images) * height * width * 3 > budget:
+            if a_pixel * height * width > budget:
                 return None
             if (height, width) != pixels.shape[1:3]:
                 grown = pixels.new_zeros((len(images), height, width, 3))

@@ -28,6 +28,7 @@ from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step
 from slurm.steps.resources import load_profile
 from slurm.steps.tasks import Images, Target
+from transfer.options.weights import RAW_PIXELS
 
 DESCRIPTION = """The whole suite, small, on this machine, ending with a report.
 
@@ -139,7 +140,7 @@ def demo_graph(root: Path, images: Images, asked: Demo) -> Graph:
         weights=str(root / "control" / "backbone.safetensors"),
         depends_on=("control",),
     )
-    pixels = Target(name="raw-pixels", label="raw pixels", weights="raw-pixels")
+    pixels = Target(name=RAW_PIXELS, label="raw pixels", weights=RAW_PIXELS)
     evaluations = []
     # All of one kind before the next: a backbone's k-NN and probe read the same features, made by the first.
     for kind, protocol in (("knn", "solo_knn@2"), ("linear", "cached_linear@1")):

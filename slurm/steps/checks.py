@@ -123,7 +123,7 @@ def _reproductions(asked: Suite) -> list[str]:
     """Each checkpoint has a published figure that can be reproduced."""
     if REPRODUCE not in (asked.tasks or []):
         return []
-    from transfer.options import ReproduceSettings
+    from transfer.options.commands import ReproduceSettings
     from transfer.reproduce import planned
 
     problems = []

@@ -17,12 +17,12 @@ from slurm.steps.graph import Graph, Step
 from slurm.steps.pretrainings import MOST_PRETRAININGS, pretrainings
 from slurm.steps.resources import Resources
 from slurm.steps.tasks import BACKBONES, DETECTION, Images, Target
-from transfer.checkpoints.own_layout import read_layout
+from transfer.checkpoints.user_format import read_user_format
 from transfer.conversion.availability import CONFIGS
 from transfer.evaluation.protocol import FOLDER
 from transfer.evaluation.provenance import kept_epoch
 from transfer.evaluators.voc07 import NAME as VOC07
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import WeightsOptions
 from transfer.zoo.download import located
 from transfer.zoo.manifest import PREFIX
 
@@ -111,7 +111,7 @@ class Suite(WeightsOptions):
             said = " ".join(self.reading(branch="online").words[2:])
             raise UserError(f"{said}: how to read --weights; a recipe's own weights are read as they are")
         if self.weights_format is not None:
-            read_layout(self.weights_format)
+            read_user_format(self.weights_format)
         if not self.tasks:
             raise UserError(f"wanted --tasks, of: {', '.join((*CLASSIFICATION, *DETECTION))}")
         for task in self.tasks:

@@ -11,7 +11,7 @@ from pretrain.common.errors import UserError
 from pretrain.settings import Settings, parse_recipe
 from slurm.steps.graph import Step
 from transfer.conversion.availability import CONFIGS, find_config
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import RAW_PIXELS, WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Target:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """Files of the user's own; what a step of the graph writes is known by that step's key."""
-        if self.depends_on or self.weights == "raw-pixels":
+        if self.depends_on or self.weights == RAW_PIXELS:
             return ()
         layout = self.read.weights_format
         return (Path(self.weights), *([Path(layout)] if layout else ()))
@@ -209,7 +209,7 @@ def classification(
     name = f"{folder or kind}/{target.name}" + ("" if seed is None else f"/seed{seed}")
     output = root / name
     words = ["--weights", target.weights, "--protocol", protocol, *images.argv, "--output", str(output)]
-    if target.weights != "raw-pixels":
+    if target.weights != RAW_PIXELS:
         words += target.read.words
     if kind != "semisup":
         words += ["--cache-dir", str(root / "features")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.optim import build_optimizer, lr_at, parameter_groups
+from pretrain.optim import build_optimizer, parameter_groups
+from pretrain.schedules import lr_at
 
 
 def test_learning_rate_by_hand() -> None:

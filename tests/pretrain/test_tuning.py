@@ -16,7 +16,7 @@ from pretrain.checkpoint import load_checkpoint
 from pretrain.common.errors import UserError
 from pretrain.common.signals import Stopped
 from pretrain.input_pipeline import InputPipeline
-from pretrain.settings import Settings
+from pretrain.settings import Settings, recorded
 from pretrain.train import train
 from tests.helpers.training import CPU, differing, stop_after_epoch_one, tiny
 
@@ -111,3 +111,5 @@ def test_what_a_gpu_takes_is_written_down_and_taken_over() -> None:
     assert (on_gpu.step, on_gpu.data_on) == ("compiled_graph", "device")
     older = tuning.taken_over(settings, {})  # a checkpoint from before there was a choice
     assert (older.step, older.data_on) == ("eager", "host")
+    assert recorded({"precision": "float32"})["precision"] == "tf32"  # what PyTorch took it for
+    assert recorded({"precision": "float32", "step": "graph"})["precision"] == "float32"

@@ -10,7 +10,7 @@ import pytest
 
 from transfer.__main__ import main
 from transfer.checkpoints.formats import FORMATS
-from transfer.checkpoints.own_layout import read_layout
+from transfer.checkpoints.user_format import read_user_format
 from transfer.formats_command import told
 
 
@@ -43,7 +43,7 @@ def test_a_format_is_shown_as_a_file_of_ones_own(capsys: pytest.CaptureFixture[s
         file = tmp_path / "mine.yaml"
         file.write_text(told(f.name), encoding="utf-8")
         if f.online or f.ema:
-            assert read_layout(file) == dataclasses.replace(f, **beyond), f.name
+            assert read_user_format(file) == dataclasses.replace(f, **beyond), f.name
     for words, said in ((["show", "MoCoo"], "did you mean"), (["DINO"], "wanted show NAME")):
         assert main(["formats", *words]) == 2
         assert said in capsys.readouterr().err

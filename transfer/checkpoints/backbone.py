@@ -23,13 +23,12 @@ from transfer.checkpoints.other_files import what_instead
 from transfer.checkpoints.reading import OWN_FORMAT, Reading, choose, read_all
 from transfer.checkpoints.safe_load import RawFile, load_file
 from transfer.checkpoints.search import containers
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import RAW_PIXELS, WeightsOptions
 from transfer.zoo.download import located
 
 if TYPE_CHECKING:
     from torch import nn
 
-RAW_PIXELS = "raw-pixels"
 CLASSIFIERS = ("fc", "head", "classifier")  # as timm's and torchvision's networks call theirs
 
 
@@ -44,7 +43,7 @@ class Backbone:
     weights: dict[str, Any]
     """What a result says of the weights: path, sha256, format, branch (online or ema); of a ResNet from a
     file also stem (imagenet: 7x7, stride 2, max pooling; cifar: 3x3, stride 1, no pooling; others as
-    `transfer.weights_options` has them), stem_padding, the effective zero padding of its convolution, and
+    `transfer.options.weights` has them), stem_padding, the effective zero padding of its convolution, and
     read_with, what was said or found of how to read it, where that is not the usual; of another network what
     it is built with (options: of timm.create_model; network: in words), and positions, how its writer
     resamples them."""

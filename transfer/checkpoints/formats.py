@@ -7,7 +7,7 @@ says what a place means: which branch, what lies beside it, which padding. Keys 
 
 from __future__ import annotations
 
-from transfer.checkpoints.layout import Format, Place
+from transfer.checkpoints.format import Format, Place
 
 
 def _at(container: str, *prefixes: str) -> tuple[Place, ...]:

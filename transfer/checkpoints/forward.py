@@ -23,7 +23,7 @@ from transfer.checkpoints.formats import OWN
 from transfer.checkpoints.reading import Reading
 from transfer.checkpoints.safe_load import RawFile
 from transfer.checkpoints.search import Container
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import WeightsOptions
 
 if TYPE_CHECKING:
     from torch import nn

@@ -21,8 +21,8 @@ from transfer.checkpoints.reading import BRANCHES, Reading, choose, faults_of, r
 from transfer.checkpoints.safe_load import RawFile, load_file
 from transfer.checkpoints.sanity import doubts_of
 from transfer.checkpoints.search import unwrap
-from transfer.options import parse
-from transfer.weights_options import InspectSettings, WeightsOptions
+from transfer.options.commands import parse
+from transfer.options.weights import InspectSettings, WeightsOptions
 from transfer.zoo.download import located
 
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from pretrain.common.errors import UserError
 from pretrain.common.terminal import printable
+from transfer.checkpoints.format import Format
 from transfer.checkpoints.formats import CMC, FOREIGN, FOUND, OWN_BACKBONE, OWN_BACKBONE_EMA, OWN_RUN
-from transfer.checkpoints.layout import Format
 from transfer.checkpoints.other_networks import all_networks
-from transfer.checkpoints.own_layout import read_layout
 from transfer.checkpoints.safe_load import RawFile
 from transfer.checkpoints.search import (
     EMA_WORDS,
@@ -27,7 +26,8 @@ from transfer.checkpoints.search import (
     role_of,
     unwrap,
 )
-from transfer.weights_options import WeightsOptions
+from transfer.checkpoints.user_format import read_user_format
+from transfer.options.weights import WeightsOptions
 
 OWN_FORMAT = "intl-bench/"
 BRANCHES: tuple[Literal["online", "ema"], ...] = ("online", "ema")
@@ -119,7 +119,7 @@ def _formats(raw: RawFile, asked: WeightsOptions) -> tuple[tuple[Format, ...], s
     """The formats to try, and the architecture that the file names."""
     value = raw.value
     if asked.weights_format is not None:
-        return (read_layout(asked.weights_format),), None
+        return (read_user_format(asked.weights_format),), None
     if raw.metadata.get("format", "").startswith(OWN_FORMAT):
         held = raw.metadata.get("branch", "online")
         return ((OWN_BACKBONE,) if held == "online" else (OWN_BACKBONE_EMA,)), raw.metadata.get("arch")

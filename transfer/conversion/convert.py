@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from pretrain.checkpoint import FORMAT
 from pretrain.common.errors import UserError
 from pretrain.common.files import atomic_path, sha256_of
 from pretrain.common.output_folder import need_space, output_file
 from transfer.conversion.availability import need_detectron2
 from transfer.conversion.layout import from_detectron2, shape_of, to_detectron2
 from transfer.conversion.weights_file import AUTHOR, read_detectron2, read_pickle, write_pickle
-from transfer.options import parse
-from transfer.weights_options import ConvertSettings
+from transfer.options.commands import parse
+from transfer.options.weights import ConvertSettings
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def convert_back(settings: ConvertSettings) -> dict[str, Any]:
     if said["channels"] == "bgr":
         state["conv1.weight"] = state["conv1.weight"].flip(1)
     metadata: dict[str, str] = {
-        "format": "intl-bench/1", "arch": arch, "stem": "imagenet", "source": "detectron2",
+        "format": FORMAT, "arch": arch, "stem": "imagenet", "source": "detectron2",
         "origin_sha256": sha256_of(settings.weights), "verified": str(settings.verify).lower(),
         "stride_in_1x1": str(in_1x1).lower(),
     }  # fmt: skip

@@ -26,7 +26,7 @@ from pretrain.common.output_folder import need_space, output_folder
 from pretrain.common.output_folder import visible as names_in
 from pretrain.common.progress import Progress
 from pretrain.data.datasets import ImageDataset, open_dataset
-from transfer.options import ScenesSettings, parse
+from transfer.options.commands import ScenesSettings, parse
 
 VERSION = 1  # of the recipe below: a folder composed by another one is made anew
 MARKER = "scenes.json"

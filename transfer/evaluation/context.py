@@ -18,7 +18,7 @@ from pretrain.common.errors import UserError
 from pretrain.common.output_folder import output_folder, settings_in
 from pretrain.common.process_group import barrier, is_main, process_group, world_size
 from pretrain.data.datasets import ImageDataset, open_dataset, require_known
-from transfer.checkpoints.backbone import RAW_PIXELS, Backbone, load_backbone, numbers_text, raw_pixels
+from transfer.checkpoints.backbone import Backbone, load_backbone, numbers_text, raw_pixels
 from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
 from transfer.evaluation import results
 from transfer.evaluation.features import Extractor, Features, extract_all, make_extractor
@@ -28,10 +28,10 @@ from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.tokens import Positions, at_size, needs_other_positions
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
-from transfer.evaluation_options import EvaluationSettings, KnnSettings, LinearSettings, SemisupSettings
 from transfer.network_cost import network_cost
-from transfer.options import SpectrumSettings
-from transfer.weights_options import WeightsOptions
+from transfer.options.commands import SpectrumSettings
+from transfer.options.evaluation import EvaluationSettings, KnnSettings, LinearSettings, SemisupSettings
+from transfer.options.weights import RAW_PIXELS, WeightsOptions
 
 logger = logging.getLogger(__name__)
 

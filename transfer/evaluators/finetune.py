@@ -20,9 +20,10 @@ from torch.nn.functional import cross_entropy
 from pretrain.common.collectives import sum_over_ranks
 from pretrain.common.errors import UserError
 from pretrain.common.process_group import is_on, world_size
+from pretrain.network.data_parallel import parallel
 from pretrain.network.small_maps import multiply_small_maps
 from pretrain.network.sync_batchnorm import convert_sync_batchnorm
-from pretrain.optim import Stepper, parallel
+from pretrain.optim import Stepper
 from transfer.evaluation.augment import check_auto_augment
 from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import want

@@ -16,10 +16,10 @@ from transfer.evaluation.pooled_features import LAST, stages_of
 from transfer.evaluation.protocol import load_protocol, want
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.transforms import ImageValues
-from transfer.evaluation_options import KnnSettings
 from transfer.evaluators.knn_vote import knn_evaluate
 from transfer.evaluators.voc07 import refuse_voc07
-from transfer.options import parse
+from transfer.options.commands import parse
+from transfer.options.evaluation import KnnSettings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,13 +35,13 @@ from transfer.evaluation.features import Extractor, image_batches
 from transfer.evaluation.pooled_features import LAST, columns
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluation_options import LinearSettings
 from transfer.evaluators.epoch_order import epoch_batches
 from transfer.evaluators.heads import HeadGrids, rate_factor
 from transfer.evaluators.linear_features import Labelled, cached_parts, held_out_part
 from transfer.evaluators.linear_protocol import LinearProtocol
 from transfer.evaluators.voc07 import refuse_voc07
-from transfer.options import parse
+from transfer.options.commands import parse
+from transfer.options.evaluation import LinearSettings
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
 from pretrain.learner import choose_dtype
 from pretrain.metrics import wandb_log
-from transfer.checkpoints.backbone import RAW_PIXELS, Backbone
+from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.accuracy import percentages, places
 from transfer.evaluation.augment import Augmented, Mixing, drawn_from, rand_augment
 from transfer.evaluation.context import Evaluation, output_of, set_up
@@ -39,13 +39,14 @@ from transfer.evaluation.pooled_features import network_of, stages_of
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.tokens import at_size
-from transfer.evaluation_options import SemisupSettings
 from transfer.evaluators.epoch_order import epoch_batches, steps_of
 from transfer.evaluators.finetune import FineTuneProtocol, FineTuning, joined
 from transfer.evaluators.heads import rate_factor
 from transfer.evaluators.subsets import LabelSubset, choose_subset
 from transfer.evaluators.voc07 import refuse_voc07
-from transfer.options import parse
+from transfer.options.commands import parse
+from transfer.options.evaluation import SemisupSettings
+from transfer.options.weights import RAW_PIXELS
 
 logger = logging.getLogger(__name__)
 

@@ -35,8 +35,8 @@ from transfer.evaluation.feature_scaling import to_unit_length
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluation_options import EvaluationSettings, LinearSettings
 from transfer.evaluators.voc07 import NAME, open_voc07
+from transfer.options.evaluation import EvaluationSettings, LinearSettings
 
 if TYPE_CHECKING:
     from transfer.evaluators.linear_protocol import LinearProtocol

@@ -13,7 +13,7 @@ from pretrain.common.output_folder import output_folder
 from pretrain.common.progress import Progress
 from pretrain.common.terminal import console
 from pretrain.common.terminal import width as terminal_width
-from transfer.options import ReportSettings, parse
+from transfer.options.commands import ReportSettings, parse
 from transfer.report.evidence.collect import collect
 from transfer.report.evidence.grouping import group
 from transfer.report.pages import inventory, page, statements, tables

@@ -15,7 +15,7 @@ from pathlib import Path
 from pretrain.common.cli import save_settings
 from pretrain.common.files import file_name
 from pretrain.common.output_folder import output_folder
-from transfer.options import LeaderboardSettings, parse
+from transfer.options.commands import LeaderboardSettings, parse
 from transfer.report.command import WRITES, show
 from transfer.report.evidence.boards import Board, boards_of, key_of, numbered, results_of
 from transfer.report.evidence.collect import Evidence, collect

@@ -32,9 +32,9 @@ from transfer.evaluation.pooled_features import LAST, STAGES, columns
 from transfer.evaluation.protocol import Protocol, load_protocol, want
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.transforms import ImageValues
-from transfer.evaluation_options import EvaluationSettings
 from transfer.evaluators.voc07 import refuse_voc07
-from transfer.options import SpectrumSettings, parse
+from transfer.options.commands import SpectrumSettings, parse
+from transfer.options.evaluation import EvaluationSettings
 from transfer.spectrum import diagnosis_pictures
 from transfer.spectrum.cluster_metrics import clid, neural_collapse
 from transfer.spectrum.half_samples import intervals

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.objectives.diagnostics import condition_number, entropy_rank, squared_singular_values
+
 EPSILON = 1e-7
 """Added to each share by RankMe and LiDAR."""
 
@@ -20,12 +22,6 @@ def spectrum(x_ND: np.ndarray | Tensor) -> Tensor:
     """
     x = as_matrix(x_ND)
     return squared_singular_values(x - x.mean(0))[: min(len(x) - 1, x.shape[1])] / len(x)
-
-
-def squared_singular_values(x_ND: Tensor) -> Tensor:
-    """min(N, D) of them, the largest first; what rounding makes negative is 0."""
-    gram = x_ND @ x_ND.T if len(x_ND) <= x_ND.shape[1] else x_ND.T @ x_ND
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
 
 
 def as_matrix(x_ND: np.ndarray | Tensor) -> Tensor:
@@ -77,21 +73,3 @@ def decay(values_M: Tensor, places: tuple[int, int] = (11, 100)) -> float:
 def stable_rank(values_M: Tensor) -> float:
     """Σ λ / λ_max, between 1 and M: ‖Z‖_F² / ‖Z‖₂² (Rudelson and Vershynin 2007, https://arxiv.org/abs/math/0503442)."""
     return float(values_M.sum() / values_M[0]) if values_M[0] > 0 else 1.0
-
-
-def entropy_rank(values_M: Tensor, *, epsilon: float = 0.0) -> float:
-    """exp of the entropy of λ / Σ λ + epsilon, between 1 and M.
-
-    The effective rank of Roy and Vetterli, EUSIPCO 2007, of eigenvalues in place of singular values.
-    """
-    total = values_M.sum()
-    if not total > 0:
-        return 1.0
-    share_M = values_M / total + epsilon
-    return float(torch.special.entr(share_M).sum().exp())
-
-
-def condition_number(values_M: Tensor) -> float:
-    """λ_max / λ_min over the eigenvalues that can be positive, at most 1 / epsilon of float64 (4.5e15)."""
-    eps = torch.finfo(torch.float64).eps
-    return float(values_M[0] / values_M[-1].clamp_min(eps * values_M[0])) if values_M[0] > 0 else 1 / eps

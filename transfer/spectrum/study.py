@@ -51,12 +51,13 @@ from pretrain.objectives.spectral import (
 from pretrain.objectives.views import ObjectiveLoss
 from pretrain.objectives.volume import coding_rate_loss, frossl_loss, mmcr_loss
 from pretrain.objectives.whitening import spectral_loss, w_mse_loss
-from pretrain.optim import build_optimizer, lr_at
+from pretrain.optim import build_optimizer
+from pretrain.schedules import lr_at
 from pretrain.settings import TITLES
 from pretrain.views.augment import View
 from pretrain.views.loader import StepBatches, Views, batches, epoch_order
 from transfer.evaluators.knn_vote import knn_evaluate
-from transfer.options import StudySettings, parse
+from transfer.options.commands import StudySettings, parse
 from transfer.spectrum.rank_metrics import rank_metrics
 from transfer.spectrum.study_pictures import write_study
 from transfer.spectrum.view_metrics import uniformity

@@ -24,7 +24,7 @@ from pretrain.common.locks import hold
 from pretrain.common.output_folder import need_space
 from pretrain.common.progress import Progress
 from pretrain.data.cache import cache_dir
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import WeightsOptions
 from transfer.zoo.manifest import PREFIX, Entry, find_entry
 
 logger = logging.getLogger(__name__)

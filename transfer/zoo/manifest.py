@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_yaml
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import WeightsOptions
 from transfer.zoo.figures import Published, load_published, read_figure, source_of
 
 FILE = Path(__file__).parent / "zoo.yaml"

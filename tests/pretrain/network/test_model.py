@@ -9,7 +9,7 @@ import torchvision
 
 from pretrain.common.errors import UserError
 from pretrain.network.model import Encoder, build_backbone, build_projector, ema_update, target_encoder_of
-from pretrain.optim import ema_momentum_at
+from pretrain.schedules import ema_momentum_at
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "wide_resnet50_2"])
@@ -87,7 +87,7 @@ def test_ema_by_hand() -> None:
     for module, value in ((fast, 10.0), (target, 2.0)):
         torch.nn.init.constant_(module.backbone.weight, value)
     fast.projector.running_mean.fill_(5.0)
-    ema_update(target, fast, 0.75)
+    ema_update(target, fast, 0.25)
     assert target.backbone.weight.item() == 0.75 * 2 + 0.25 * 10 == 4.0
     assert target.projector.running_mean.item() == 0  # statistics are each branch's own
     assert not any(p.requires_grad for p in target.parameters())

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import ImageDataset, open_dataset
+from pretrain.data.images import BrokenImage
 from pretrain.input_pipeline import InputPipeline
 from pretrain.settings import Settings
 from pretrain.views import resident
@@ -56,12 +57,29 @@ def test_the_views_are_the_loaders(photographs: ImageDataset, tmp_path: Path) ->
 def test_what_does_not_fit_is_loaded(
     photographs: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = resident.ResidentImages.of(photographs, CPU)
+    images = resident.ResidentImages.of(photographs, CPU, batch=8)
     assert images is not None
     assert images.pixels.shape == (24, 90, 129, 3)
     assert images.sizes_A2[:2].tolist() == [[60, 90], [63, 88]]
     assert np.array_equal(images.sizes_A2[5], images.sizes_A2[6])  # the next stands in for the broken one
-    monkeypatch.setattr(resident, "memory_of", lambda _: images.pixels.numel() / resident.SHARE - 1)
-    assert resident.ResidentImages.of(photographs, CPU) is None
+    monkeypatch.setattr(resident, "LOOKED_AT", 1)  # so that larger ones come later
+    monkeypatch.setattr(resident, "MOST_AT_ONCE", 5)
+    grown = resident.ResidentImages.of(photographs, CPU, batch=8)
+    assert grown is not None and torch.equal(grown.pixels, images.pixels)
+    whole = (images.pixels.numel() + resident.STEP_BYTES * 8 * 90 * 129) / resident.SHARE
+    monkeypatch.setattr(resident, "memory_of", lambda _: whole - 1)
+    assert resident.ResidentImages.of(photographs, CPU, batch=8) is None
     with pytest.raises(UserError, match="--data-on device: 24 images take more than their share"):
         InputPipeline.of(settings_of(photographs, tmp_path, data_on="device"), photographs, CPU)
+
+
+def test_images_none_of_which_can_be_read_are_refused(photographs: ImageDataset) -> None:
+    for i in range(len(photographs)):
+        (photographs.root / photographs.key(i)).write_bytes(b"no image")
+    with pytest.raises(BrokenImage, match="in a row cannot be read"):
+        resident.ResidentImages.of(photographs, CPU, batch=8)
+
+
+def test_images_on_the_device_are_no_workers_business(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="leave one of the two out"):
+        tiny(tmp_path, tmp_path, data_on="device", augment_on="workers")

@@ -17,7 +17,7 @@ from transfer.checkpoints.backbone import find, load_backbone
 from transfer.checkpoints.formats import Format
 from transfer.checkpoints.forward import forward_of
 from transfer.checkpoints.safe_load import load_file
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import WeightsOptions
 
 A, B = zoo.backbone(0), zoo.backbone(1)
 CIFAR = zoo.backbone(cifar=True)

@@ -16,7 +16,7 @@ from pretrain.common.errors import UserError
 from tests.helpers import checkpoint_zoo as zoo
 from transfer.checkpoints.backbone import Found, find
 from transfer.checkpoints.safe_load import load_file
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import WeightsOptions
 
 A, B = zoo.backbone(0), zoo.backbone(1)
 

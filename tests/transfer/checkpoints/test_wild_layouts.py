@@ -20,7 +20,7 @@ from tests.helpers import checkpoint_zoo as zoo
 from tests.helpers.checkpoint_zoo import head, indexed, linear, pre
 from transfer.checkpoints.backbone import Found, find
 from transfer.checkpoints.safe_load import load_file
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import WeightsOptions
 
 A, B = zoo.backbone(0), zoo.backbone(1)
 A3 = A | {"conv1.weight": torch.rand(64, 3, 3, 3)}

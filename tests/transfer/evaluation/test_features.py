@@ -25,7 +25,7 @@ from transfer.evaluation import feature_cache, results
 from transfer.evaluation.features import Extractor, extract, extract_all, make_extractor
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
 from transfer.evaluators import knn
-from transfer.options import parse
+from transfer.options.commands import parse
 
 CPU = torch.device("cpu")
 TRANSFORM = EvalTransform(size=32)

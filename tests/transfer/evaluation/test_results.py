@@ -17,7 +17,7 @@ from transfer.__main__ import main
 from transfer.evaluation.context import backbone_of
 from transfer.evaluation.results import FILE, Clock, Result, append, find, read
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
-from transfer.options import parse
+from transfer.options.commands import parse
 
 UNDER = {
     "image_size": 32, "resize": None, "fit": "whole", "interpolation": "bilinear", "mean": [0.5, 0.5, 0.5],

@@ -29,7 +29,7 @@ from transfer.evaluation.protocol import load_protocol
 from transfer.evaluators import semisup
 from transfer.evaluators.finetune import FineTuneProtocol, FineTuning
 from transfer.evaluators.heads import rate_factor
-from transfer.options import parse
+from transfer.options.commands import parse
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_jsonl
-from transfer.options import StudySettings
+from transfer.options.commands import StudySettings
 from transfer.spectrum import study
 from transfer.spectrum.study_pictures import _evenness, by_instance, statement
 

@@ -14,8 +14,8 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import sha256_of
 from pretrain.data.datasets import CLASS_COUNTS
 from transfer.evaluation.protocol import load_protocol
+from transfer.options.weights import RAW_PIXELS
 
-RAW_PIXELS = "raw-pixels"
 DETECTION_HASHES = {
     "coco_R50_C4_2x@1": ["9fab3e45eb7ca8fb"],
     "voc_R50_C4_24k@1": ["34bc001fe79bfb8d"],

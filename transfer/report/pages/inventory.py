@@ -8,14 +8,14 @@ from typing import Any
 
 import yaml
 
-import pretrain
 from pretrain.common.output_folder import read_config
+from pretrain.settings import RECIPES
+from transfer.options.weights import RAW_PIXELS
 from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.grouping import Results
-from transfer.report.evidence.records import RAW_PIXELS, Record, weights_name
+from transfer.report.evidence.records import Record, weights_name
 from transfer.report.pages.tables import STALE, Cell, Table, cell, table
 
-RECIPES = Path(pretrain.__file__).parent / "recipes"
 MAX_ALARMS = 8
 MAX_CHANGES = 3
 

@@ -216,12 +216,13 @@ def differences(results: Results) -> tuple[Table | None, Table | None]:
     )
 
 
+OF_THESE = "another pretraining may differ more"
 DIFFERENCES_NOTE = (
     "Two-sided, 5 %, the comparisons of one task corrected by Holm (the intervals are not). Beyond noise: "
     "over several pretrainings a side, each counted once by the mean of its evaluation seeds. With one "
-    "checkpoint a side the verdict is about these checkpoints and names the noise that was measured; another "
-    "pretraining may differ more. Of a top-1, the binomial error of the test images is always a part of the "
-    "noise, as if each side evaluated images of its own."
+    "checkpoint a side the verdict is about these checkpoints and names the noise that was measured; "
+    f"{OF_THESE}. Of a top-1, the binomial error of the test images is always a part of the noise, as if "
+    "each side evaluated images of its own."
 )
 MANY_NOTE = (
     f" Of tasks with more than {MOST_SHOWN} methods only the differences from the first are shown; with more "

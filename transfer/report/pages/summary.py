@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
+from transfer.options.weights import RAW_PIXELS
 from transfer.report.evidence.compare import Difference
 from transfer.report.evidence.grouping import Results, Task
 from transfer.report.evidence.pairs import compared
-from transfer.report.evidence.records import RAW_PIXELS
+from transfer.report.pages.statements import OF_THESE
 
 CENTRED = ("fashion_mnist",)
 """Data sets of small, centred images, many of which are near-duplicates of each other."""
 MOST_TOLD = 3
-ABOUT_CHECKPOINTS = (
-    "A verdict that names its noise is about these checkpoints: another pretraining may differ more."
-)
+ABOUT_CHECKPOINTS = f"A verdict that names its noise is about these checkpoints: {OF_THESE}."
 
 
 def summary(results: Results) -> str:

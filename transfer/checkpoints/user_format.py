@@ -8,12 +8,12 @@ from typing import Any
 
 from pretrain.common.errors import UserError
 from pretrain.common.files import read_yaml
-from transfer.checkpoints.layout import Format, Place
+from transfer.checkpoints.format import Format, Place
 
 FIELDS = ("name", "online", "ema", "drop", "needs", "also_needs", "rename", "cifar_padding", "note")
 
 
-def read_layout(path: str | Path) -> Format:
+def read_user_format(path: str | Path) -> Format:
     """The format that `--weights-format FILE.yaml` describes. Raises UserError naming the field.
 
     online, ema: a list of {container, prefix}; drop, rename: mappings; needs, also_needs: lists of prefixes.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.common.errors import UserError
-from transfer.weights_options import WeightsOptions
+from transfer.options.weights import WeightsOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,13 @@
-"""How a checkpoint is read, and the settings of the commands that look at one file."""
+"""How a checkpoint file is read, and of the commands that do no more."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+
+RAW_PIXELS = "raw-pixels"
+"""In place of a file: the pixels themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)

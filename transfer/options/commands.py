@@ -1,5 +1,5 @@
-"""The settings of every command of transfer. They load without PyTorch, which takes seconds: --help and a
-wrong option are answered at once."""
+"""The other commands, and how a command line is read. Nothing here loads PyTorch, which takes seconds: --help
+and a wrong option are answered at once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pretrain.common.cli import parse_settings
 from pretrain.common.errors import UserError
 from pretrain.common.word_lists import spread
 from pretrain.objectives.expression import Expression
-from transfer.evaluation_options import (
+from transfer.options.evaluation import (
     EvaluationSettings,
     KnnSettings,
     LinearSettings,
     SemisupSettings,
     check_loading,
 )
-from transfer.weights_options import ConvertSettings, ExportSettings, InspectSettings
+from transfer.options.weights import ConvertSettings, ExportSettings, InspectSettings
 
 
 @dataclass(frozen=True, kw_only=True)

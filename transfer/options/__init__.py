@@ -1,0 +1,1 @@
+"""The options of every command, as dataclasses that load without PyTorch; `commands.parse` reads them."""
