@@ -309,7 +309,7 @@ GROUPS = {
 HINTS = {
     "--batch-size": "did you mean --batch-global? It counts the images of a step over all ranks",
     "--learning-rate": "did you mean --lr?", "--data-path": "did you mean --data-dir?",
-    "--compile": "did you mean --step compiled?",
+    "--compile": "--step compiled has taken its place, and the default chooses: leave it out",
     "--gpus": "start one process a GPU: torchrun --nproc-per-node N",
 }  # fmt: skip
 """What other programs call their options."""

@@ -91,6 +91,8 @@ def _mistake(
     truth = re.match(r"argument (--[\w-]+)/--no-[\w-]+: invalid _boolean_type value: '(.*)'$", line)
     required = "the following arguments are required: "
     unknown = re.match(r"unrecognized arguments: (--[\w-]+)", line, re.IGNORECASE)
+    in_file = re.match(r"Option '(\w+)' is not accepted", line)
+    of_file = f"--{in_file[1].replace('_', '-')}" if in_file else ""
     if key and key[1] in types:
         line = f"--{key[1].replace('_', '-')} {key[2]}: wanted {in_words(_given(types[key[1]]))}"
     elif truth:
@@ -99,6 +101,8 @@ def _mistake(
         missing = line.removeprefix(required).split(", ")
         known = [f"--{name.replace('_', '-')}" for name in missing]
         line = required + ", ".join(n if n in options else m for n, m in zip(known, missing))
+    elif of_file in hints:
+        line += f" in a file; {hints[of_file]}"
     elif unknown and unknown[1] in hints:
         line += f"; {hints[unknown[1]]}"
     elif unknown:

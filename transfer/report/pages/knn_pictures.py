@@ -71,7 +71,7 @@ def _picture(method: str, record: Record, name: str) -> Shown:
         f"images, {100 * same.mean():.1f} % have its class"
     )
     return Shown(
-        name=name, caption=caption, data=encode(sheet, "PNG"), width=sheet.width,
+        name=name, caption=caption, data=encode(sheet, "PNG"), mime="image/png", width=sheet.width,
         height=sheet.height,
     )  # fmt: skip
 

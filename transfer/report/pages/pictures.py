@@ -1,7 +1,8 @@
-"""Pictures made small enough for a page."""
+"""Pictures made small enough for a page, as bytes and as data URIs."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import re
@@ -27,8 +28,14 @@ class Shown:
     section: str = "studies"
     caption: str
     data: bytes
+    mime: str
     width: int
     height: int
+
+    @property
+    def uri(self) -> str:
+        """The bytes as a data URI."""
+        return f"data:{self.mime};base64,{base64.b64encode(self.data).decode()}"
 
 
 def load(pictures: Sequence[Picture], *, per_folder: int) -> tuple[list[Shown], list[str]]:
@@ -57,7 +64,7 @@ def _prepare(picture: Picture, number: str) -> Shown:
     if picture.path.suffix.lower() == ".svg":
         width, height = _size_of_svg(raw)
         return Shown(
-            name=f"{number}.svg", caption=picture.caption, data=raw, width=width,
+            name=f"{number}.svg", caption=picture.caption, data=raw, mime="image/svg+xml", width=width,
             height=height, section=picture.section,
         )  # fmt: skip
     with Image.open(io.BytesIO(raw)) as image:
@@ -71,7 +78,7 @@ def _prepare(picture: Picture, number: str) -> Shown:
             raw, mime = encode(image, "JPEG"), "image/jpeg"
     suffix = ".jpg" if mime == "image/jpeg" else ".png"
     return Shown(
-        name=number + suffix, caption=picture.caption, data=raw, width=width, height=height,
+        name=number + suffix, caption=picture.caption, data=raw, mime=mime, width=width, height=height,
         section=picture.section,
     )  # fmt: skip
 
