@@ -145,7 +145,7 @@ def test_views_made_on_the_gpu_are_the_loaders(gpu: torch.device, cifar_folder: 
     for host, device in zip(*found, strict=True):
         for a, b in zip(host, device, strict=True):
             level = (a - b).abs().cpu() * torch.tensor(settings.std)[:, None, None] * 255
-            assert level.max() < 1.01 and level.mean() < 0.1
+            assert level.max() < 2.01 and level.mean() < 0.1
 
 
 def test_copies_hold_what_was_there_when_they_were_asked_for(gpu: torch.device) -> None:

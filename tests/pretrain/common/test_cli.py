@@ -149,9 +149,7 @@ def test_a_mistake_is_told_in_the_users_words(words: list[str], said: str) -> No
 def test_an_option_of_an_earlier_version_in_a_file_is_told(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("data_dir: d\noutput: o\ncompile: false\n")
-    with pytest.raises(
-        UserError, match="'compile' is not accepted in a file; --step compiled has taken"
-    ):
+    with pytest.raises(UserError, match="'compile' is not accepted in a file; --step compiled has taken"):
         parse_recipe(["--recipe", str(file)])
 
 

@@ -51,7 +51,7 @@ def test_the_views_are_the_loaders(photographs: ImageDataset, tmp_path: Path) ->
         for a, b, size in zip(host, device, (32, 24), strict=True):
             assert a.shape == b.shape == (8, 3, size, size)
             level = (a - b).abs() * torch.tensor(settings.std)[:, None, None] * 255
-            assert level.max() < 1.01 and level.mean() < 0.1
+            assert level.max() < 2.01 and level.mean() < 0.1
 
 
 def test_what_does_not_fit_is_loaded(
