@@ -141,19 +141,18 @@ def resized_crops(pixels: Tensor, boxes_N4: Tensor, view: View) -> Tensor:
     """N x S x S x 3 uint8: `resized_crop` of each of N x H x W x 3 uint8 images, within one level of it.
 
     As two products, with the weights of every column and every row of a view; for devices where many small
-    kernels cost more than the arithmetic. Rounded between the two, halves up, as PyTorch's and Pillow's kernels are.
+    kernels cost more than the arithmetic. Rounded between the two, halves up, as PyTorch's and Pillow's are.
     """
     left, top, w, h = boxes_N4.unbind(1)
     _, height, width, _ = pixels.shape
     columns_NSW = _resizing(left, w, width, view)
     rows_NSH = _resizing(top, h, height, view)
-    x = (
-        torch.einsum("nsw,nhwc->nhsc", columns_NSW, pixels.to(torch.float32))
-        .add_(0.5)
-        .floor_()
-        .clamp_(0, 255)
-    )
-    return torch.einsum("nth,nhsc->ntsc", rows_NSH, x).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+    x = _levels(torch.einsum("nsw,nhwc->nhsc", columns_NSW, pixels.to(torch.float32)))
+    return _levels(torch.einsum("nth,nhsc->ntsc", rows_NSH, x)).to(torch.uint8)
+
+
+def _levels(x: Tensor) -> Tensor:
+    return x.add_(0.5).floor_().clamp_(0, 255)
 
 
 def _resizing(start_N: Tensor, length_N: Tensor, full: int, view: View) -> Tensor:
