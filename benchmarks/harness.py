@@ -97,20 +97,6 @@ def interleave(
     return {name: timing(values) for name, values in seconds.items()}
 
 
-def captured(step: Step) -> Step:
-    """The step as one CUDA graph, replayed."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
-    return graph.replay
-
-
 def timing(seconds: list[float]) -> Timing:
     """Median and quartiles."""
     quarters = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from benchmarks.harness import Comparison, Step, captured, interleave, peak_extra_bytes
+from benchmarks.harness import Comparison, Step, interleave, peak_extra_bytes
 from pretrain.objectives.intl import default_trade_off, intl_loss
+from pretrain.training_step import captured
 
 TITLE = "INTL loss, float32, forward and backward: Gram space beside forming the whitened embeddings"
 
@@ -48,7 +49,7 @@ def in_a_step(n: int, d: int, v: int) -> Step:
     """Ours as a training step has it: on a GPU its kernels compiled and replayed as a graph."""
     if not torch.cuda.is_available():
         return step(ours, n, d, v)
-    return captured(step(torch.compile(ours, dynamic=False), n, d, v))
+    return captured(step(torch.compile(ours, dynamic=False), n, d, v)).replay
 
 
 def step(loss: Callable[[Sequence[Tensor]], Tensor], n: int, d: int, v: int) -> Step:

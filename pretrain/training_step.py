@@ -10,6 +10,7 @@ import shutil
 import sysconfig
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,18 +87,11 @@ class TrainingStep:
         static = each_tensor(batch, torch.clone)
         self._inputs = tensors_in(static)
         self._lr, self._share = (torch.zeros((), device=self.learner.device) for _ in range(2))
-        with self.learner.unchanged():
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UPS):
-                    self._take(static, step, self._lr, self._share)
-            torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # The loader's thread pins memory meanwhile, which a capture of all threads would not survive.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+
+        def step_once() -> None:
             self._taken = self._take(static, step, self._lr, self._share)
-        return graph
+
+        return captured(step_once, around_warm_up=self.learner.unchanged())
 
     def _wait_for_earlier(self) -> None:
         event = torch.cuda.Event()
@@ -105,6 +99,24 @@ class TrainingStep:
         self._under_way.append(event)
         if len(self._under_way) > AHEAD:
             self._under_way.popleft().synchronize()
+
+
+def captured(
+    step: Callable[[], object], *, around_warm_up: AbstractContextManager[None] | None = None
+) -> torch.cuda.CUDAGraph:
+    """The step as one CUDA graph, after some calls within `around_warm_up`; its capture takes no step."""
+    with around_warm_up or nullcontext():
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # The loader's thread pins memory meanwhile, which a capture of all threads would not survive.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph
 
 
 def how_to_step(settings: Settings, device: torch.device, dtype: torch.dtype, steps: int) -> tuple[str, str]:

@@ -39,9 +39,8 @@ def main(argv: list[str]) -> None:
         groups=GROUPS | {"steps": "this measurement"},
         description="Say where the time of a training step goes on this machine, and what to change.",
     )  # fmt: skip
-    from pretrain.profile.step_timing import (
-        report,  # PyTorch takes seconds to load: --help is answered at once
-    )
+    # PyTorch takes seconds to load: --help is answered at once.
+    from pretrain.profile.step_timing import report
 
     report(settings, settings.steps, settings.seconds)
 

@@ -12,7 +12,7 @@ import torch
 from pretrain import tuning
 from pretrain.common.errors import UserError
 from pretrain.common.machine import cores
-from pretrain.data.datasets import ImageDataset, open_dataset
+from pretrain.data.datasets import open_dataset
 from pretrain.input_pipeline import InputPipeline, workers_of
 from pretrain.learner import Learner, choose_dtype
 from pretrain.loss import loss_of
@@ -61,7 +61,7 @@ def report(settings: Settings, steps: int, seconds: float) -> None:
     print(f"reached {reached / 1e9:.0f} GFLOP/s, {share:.0f} % of what a large matrix product reaches")
     if device.type == "cuda":
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
-    _say_alternatives(settings, images, pipeline, now, steps=steps, until=began + seconds)
+    _say_alternatives(settings, pipeline, now, steps=steps, until=began + seconds)
 
 
 def _say_total(settings: Settings, seconds: float, how: str) -> None:
@@ -72,9 +72,8 @@ def _say_total(settings: Settings, seconds: float, how: str) -> None:
 
 
 def _say_alternatives(
-    settings: Settings, images: ImageDataset, pipeline: InputPipeline, now: StepTime, *, steps: int,
-    until: float,
-) -> None:  # fmt: skip
+    settings: Settings, pipeline: InputPipeline, now: StepTime, *, steps: int, until: float
+) -> None:
     gains, left_out, device = {}, [], pipeline.device
     for name, value in alternatives(settings, device):
         option = f"--{name.replace('_', '-')} {str(value).lower()}"
@@ -83,7 +82,7 @@ def _say_alternatives(
             continue
         try:
             other = dataclasses.replace(settings, **{name: value})
-            theirs = InputPipeline.of(other, images, device) if name in LOADER else pipeline
+            theirs = InputPipeline.of(other, pipeline.views.images, device) if name in LOADER else pipeline
             seconds = now.total / gain_of(name, now, time_step(other, theirs, steps))
         except UserError as error:
             print(f"with {option:22s} not possible: {error}", flush=True)
