@@ -49,7 +49,8 @@ def in_a_step(n: int, d: int, v: int) -> Step:
     """Ours as a training step has it: on a GPU its kernels compiled and replayed as a graph."""
     if not torch.cuda.is_available():
         return step(ours, n, d, v)
-    return captured(step(torch.compile(ours, dynamic=False), n, d, v)).replay
+    graph, _ = captured(step(torch.compile(ours, dynamic=False), n, d, v))
+    return graph.replay
 
 
 def step(loss: Callable[[Sequence[Tensor]], Tensor], n: int, d: int, v: int) -> Step:

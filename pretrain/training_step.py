@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 COMPILING_PAYS = 10_000  # steps: of a ResNet-18 on an H100, 20 s of compiling for 2.4 ms less a step
 WARM_UPS = 3  # before a capture: libraries choose their kernels
 AHEAD = 4  # steps the host may be ahead: more would delay signals and hold more batches
+
+
+Result = TypeVar("Result")
 
 
 class Taken(NamedTuple):
@@ -87,11 +90,10 @@ class TrainingStep:
         static = each_tensor(batch, torch.clone)
         self._inputs = tensors_in(static)
         self._lr, self._share = (torch.zeros((), device=self.learner.device) for _ in range(2))
-
-        def step_once() -> None:
-            self._taken = self._take(static, step, self._lr, self._share)
-
-        return captured(step_once, around_warm_up=self.learner.unchanged())
+        graph, self._taken = captured(
+            lambda: self._take(static, step, self._lr, self._share), around_warm_up=self.learner.unchanged()
+        )
+        return graph
 
     def _wait_for_earlier(self) -> None:
         event = torch.cuda.Event()
@@ -102,9 +104,13 @@ class TrainingStep:
 
 
 def captured(
-    step: Callable[[], object], *, around_warm_up: AbstractContextManager[None] | None = None
-) -> torch.cuda.CUDAGraph:
-    """The step as one CUDA graph, after some calls within `around_warm_up`; its capture takes no step."""
+    step: Callable[[], Result], *, around_warm_up: AbstractContextManager[None] | None = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """The step as one CUDA graph, and what each replay fills anew; the capture itself takes no step.
+
+    Some calls within `around_warm_up` come first. Nothing of theirs may be held: what autograd keeps of them
+    belongs to another stream.
+    """
     with around_warm_up or nullcontext():
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -115,8 +121,8 @@ def captured(
     graph = torch.cuda.CUDAGraph()
     # The loader's thread pins memory meanwhile, which a capture of all threads would not survive.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
-    return graph
+        result = step()
+    return graph, result
 
 
 def how_to_step(settings: Settings, device: torch.device, dtype: torch.dtype, steps: int) -> tuple[str, str]:
