@@ -48,13 +48,13 @@ LAYERS = {
     "transfer.conversion": ("transfer.checkpoints",),
     "transfer.detection": (
         "transfer.detection.annotations",
-        "transfer.detection.pixels",
+        "transfer.detection.semantic",
         "transfer.conversion",
         "transfer.evaluation",
         "transfer.checkpoints",
     ),
     "transfer.detection.annotations": (),
-    "transfer.detection.pixels": (),
+    "transfer.detection.semantic": (),
     "transfer.spectrum": ("transfer.evaluators", "transfer.evaluation", "transfer.checkpoints"),
     "transfer.report": ("transfer.report.pages", "transfer.report.evidence"),
     "transfer.report.pages": ("transfer.report.evidence", "transfer.evaluators", "transfer.evaluation"),
@@ -162,7 +162,7 @@ def test_every_package_says_what_it_is_for():
 
 def test_detectron2_is_imported_by_detection_alone():
     users = {name_of(path.parent) for path in FILES if uses(path, "detectron2")}
-    assert users == {"transfer/conversion", "transfer/detection", "transfer/detection/pixels"}
+    assert users == {"transfer/conversion", "transfer/detection", "transfer/detection/semantic"}
 
 
 def test_submitit_is_imported_by_slurm_alone():

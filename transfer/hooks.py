@@ -19,7 +19,7 @@ from pretrain.network.model import build_backbone
 from pretrain.settings import Settings
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.features import Decoded, Extractor, image_batches, make_extractor
-from transfer.evaluation.parts import check_pair
+from transfer.evaluation.split_checks import check_pair
 from transfer.evaluation.transforms import eval_transform
 from transfer.evaluators.knn_vote import knn_evaluate
 

@@ -17,7 +17,7 @@ from transfer.evaluation.protocol import Protocol, all_protocols, as_markdown, l
 VALUES = {
     "knn": ("transfer.evaluators.knn", "KnnProtocol"),
     "linear": ("transfer.evaluators.linear_protocol", "LinearProtocol"),
-    "semisup": ("transfer.evaluators.finetune", "FineTuneProtocol"),
+    "semisup": ("transfer.evaluators.finetune_protocol", "FineTuneProtocol"),
     "spectrum": ("transfer.spectrum.diagnosis", "SpectrumProtocol"),
 }
 """The class of each task's values: its module, which loads PyTorch, and its name."""

@@ -49,7 +49,7 @@ def has_slurm() -> bool:
 
 def _images(asked: Suite) -> list[str]:
     from pretrain.data.datasets import open_dataset
-    from transfer.evaluators.voc07 import NAME, open_voc07, refuse_voc07
+    from pretrain.data.voc07 import NAME, open_voc07, refuse_voc07
 
     if not asked.data_dir:
         return []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.common.errors import UserError
+from pretrain.data.voc07 import NAME as VOC07
 from pretrain.settings import RECIPES
 from pretrain.settings import Settings as PretrainSettings
 from slurm.steps import tasks
@@ -21,8 +22,8 @@ from transfer.checkpoints.user_format import read_user_format
 from transfer.conversion.availability import CONFIGS
 from transfer.evaluation.protocol import FOLDER
 from transfer.evaluation.provenance import kept_epoch
-from transfer.evaluators.voc07 import NAME as VOC07
 from transfer.options.weights import WeightsOptions
+from transfer.report.evidence.labels import file_labels
 from transfer.zoo.download import located
 from transfer.zoo.manifest import PREFIX
 
@@ -207,8 +208,9 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
     weights = _weights(asked)
     epochs = {name: kept_epoch(str(path)) for name, (path, _) in weights.items()}
     several = len(set(epochs.values())) > 1
+    own = file_labels([str(Path(w).resolve()) for w in asked.weights or [] if not w.startswith(PREFIX)])
     for name, (path, branch) in weights.items():
-        label = asked.label or name
+        label = asked.label or own.get(str(path), name)
         if asked.label and several and epochs[name] is not None:
             label += f", epoch {epochs[name]}"
         read = asked.reading(weights_format=layout, branch=branch, zoo=None)

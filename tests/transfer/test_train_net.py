@@ -33,8 +33,8 @@ from transfer.detection import precise_bn, scenes, train_loop
 from transfer.detection.batches import index_batches
 from transfer.detection.config import load_config, shipped
 from transfer.detection.data import check, register
-from transfer.detection.pixels.keys import is_semantic
 from transfer.detection.protocol import protocol_of
+from transfer.detection.semantic.keys import is_semantic
 
 TINY = [
     "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16",

@@ -20,7 +20,7 @@ from detectron2.data.samplers import RepeatFactorTrainingSampler
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.workers import set_up_worker
-from transfer.detection.pixels.mapper import mapper_of
+from transfer.detection.semantic.mapper import mapper_of
 
 
 def seed_of(seed: int, iteration: int, rank: int) -> int:

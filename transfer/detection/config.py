@@ -25,9 +25,9 @@ from pretrain.common.files import read_yaml
 from pretrain.common.machine import computes_bfloat16
 from transfer.conversion.availability import CONFIGS, find_config
 from transfer.detection import heads  # noqa: F401 - registers the head that C4 configs name
-from transfer.detection.pixels import keys, networks  # noqa: F401 - registers the networks of scenes
-from transfer.detection.pixels.learning_rate import POLY
 from transfer.detection.protocol import flat, shipped_name, spell
+from transfer.detection.semantic import keys, networks  # noqa: F401 - registers the networks of scenes
+from transfer.detection.semantic.learning_rate import POLY
 
 # What may differ when a run goes on where it stopped: none of it changes what is learned.
 NOT_THE_RUN = ("OUTPUT_DIR", "VIS_PERIOD", "VERSION", "CUDNN_BENCHMARK", "MODEL.DEVICE",

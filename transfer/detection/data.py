@@ -19,9 +19,9 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import sha256_of, write_json
 from transfer.detection.annotations import coco_file
 from transfer.detection.annotations.label_shares import share_of
-from transfer.detection.pixels import sets
-from transfer.detection.pixels.image_files import check_images
-from transfer.detection.pixels.keys import is_semantic
+from transfer.detection.semantic import sets
+from transfer.detection.semantic.image_files import check_images
+from transfer.detection.semantic.keys import is_semantic
 
 NEEDS_PACKAGE = {"lvis": "lvis", "cityscapes_instance": "cityscapesscripts"}
 """What detectron2's evaluator of a kind of data set cannot do without."""

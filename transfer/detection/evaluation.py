@@ -34,9 +34,9 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 
 from pretrain.common.progress import Progress
-from transfer.detection.pixels.keys import is_semantic
-from transfer.detection.pixels.mapper import mapper_of
-from transfer.detection.pixels.scores import MeanIoU
+from transfer.detection.semantic.keys import is_semantic
+from transfer.detection.semantic.mapper import mapper_of
+from transfer.detection.semantic.scores import MeanIoU
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 KEYPOINT_METRICS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")

@@ -17,9 +17,9 @@ from torch import nn
 from pretrain.common.files import atomic_path, read_jsonl
 from pretrain.data.images import read_image
 from transfer.detection.checkpointer import StrictCheckpointer
-from transfer.detection.pixels.keys import is_semantic
-from transfer.detection.pixels.label_files import read_labels
-from transfer.detection.pixels.mapper import mapper_of
+from transfer.detection.semantic.keys import is_semantic
+from transfer.detection.semantic.label_files import read_labels
+from transfer.detection.semantic.mapper import mapper_of
 
 SHOWN = 6
 LEAST_SCORE = 0.3

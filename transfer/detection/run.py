@@ -29,9 +29,9 @@ from transfer.detection.config import load_config, pairs, shipped
 from transfer.detection.evaluation import CATEGORY, evaluate
 from transfer.detection.launch import launch, world_size
 from transfer.detection.pictures import draw, draw_curves, show
-from transfer.detection.pixels import sets
-from transfer.detection.pixels.keys import is_semantic
 from transfer.detection.protocol import UNKNOWN, flat, judged, judged_otherwise, protocol_of, spell
+from transfer.detection.semantic import sets
+from transfer.detection.semantic.keys import is_semantic
 from transfer.detection.train_loop import fine_tune
 from transfer.evaluation.results import Clock, Result, append, find, read
 

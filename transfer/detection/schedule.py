@@ -77,7 +77,7 @@ def plan(settings: PlanSettings) -> dict[str, Any]:
     need_detectron2()
     from transfer.conversion.availability import find_config
     from transfer.detection.config import flat, load_config
-    from transfer.detection.pixels.keys import is_semantic
+    from transfer.detection.semantic.keys import is_semantic
 
     path = find_config(settings.config_file)
     cfg = load_config(path, [], to_run_here=False)
@@ -166,7 +166,7 @@ def _made_up(cfg: Any) -> dict[str, Any]:
     """A training image of the config's size with as many objects as COCO's have (860,001 in 117,266)."""
     import torch
 
-    from transfer.detection.pixels.keys import is_semantic
+    from transfer.detection.semantic.keys import is_semantic
 
     if is_semantic(cfg):
         height, width = (int(side) for side in cfg.INPUT.CROP.SIZE)

@@ -41,10 +41,10 @@ from pretrain.metrics import start_wandb
 from transfer.detection import config
 from transfer.detection.batches import seed_of, train_loader
 from transfer.detection.checkpointer import StrictCheckpointer
-from transfer.detection.pixels.keys import is_semantic
-from transfer.detection.pixels.learning_rate import build_schedule
 from transfer.detection.precise_bn import precise_statistics
 from transfer.detection.protocol import flat
+from transfer.detection.semantic.keys import is_semantic
+from transfer.detection.semantic.learning_rate import build_schedule
 
 logger = logging.getLogger(__name__)
 LAST, FINAL = "model_last", "model_final"  # .pth, in OUTPUT_DIR

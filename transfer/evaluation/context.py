@@ -22,10 +22,10 @@ from transfer.checkpoints.backbone import Backbone, load_backbone, numbers_text,
 from transfer.checkpoints.sanity import NEVER_TRAINED, never_trained
 from transfer.evaluation import results
 from transfer.evaluation.features import Extractor, Features, extract_all, make_extractor
-from transfer.evaluation.parts import check_pair, doubts_about
 from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
+from transfer.evaluation.split_checks import check_pair, doubts_about
 from transfer.evaluation.tokens import Positions, at_size, needs_other_positions
 from transfer.evaluation.transforms import EvalTransform, ImageValues, eval_transform
 from transfer.network_cost import network_cost

@@ -9,6 +9,7 @@ from typing import Literal
 from pretrain.common.errors import UserError
 from pretrain.common.progress import Progress
 from pretrain.data.transfer_sets import metric_of
+from pretrain.data.voc07 import refuse_voc07
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.context import Evaluation, judge_frozen, output_of, set_up
 from transfer.evaluation.features import Extractor
@@ -17,7 +18,6 @@ from transfer.evaluation.protocol import load_protocol, want
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.transforms import ImageValues
 from transfer.evaluators.knn_vote import knn_evaluate
-from transfer.evaluators.voc07 import refuse_voc07
 from transfer.options.commands import parse
 from transfer.options.evaluation import KnnSettings
 

@@ -26,6 +26,7 @@ from pretrain.common.process_group import barrier, is_main, rank, sent, world_si
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
+from pretrain.data.voc07 import refuse_voc07
 from pretrain.metrics import wandb_log
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.accuracy import percentages, places
@@ -39,7 +40,6 @@ from transfer.evaluators.epoch_order import epoch_batches
 from transfer.evaluators.heads import HeadGrids, rate_factor
 from transfer.evaluators.linear_features import Labelled, cached_parts, held_out_part
 from transfer.evaluators.linear_protocol import LinearProtocol
-from transfer.evaluators.voc07 import refuse_voc07
 from transfer.options.commands import parse
 from transfer.options.evaluation import LinearSettings
 

@@ -28,6 +28,7 @@ from pretrain.common.process_group import barrier, is_main, process_group, rank,
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
+from pretrain.data.voc07 import refuse_voc07
 from pretrain.learner import choose_dtype
 from pretrain.metrics import wandb_log
 from transfer.checkpoints.backbone import Backbone
@@ -40,10 +41,10 @@ from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.tokens import at_size
 from transfer.evaluators.epoch_order import epoch_batches, steps_of
-from transfer.evaluators.finetune import FineTuneProtocol, FineTuning, joined
+from transfer.evaluators.finetune import FineTuning, joined
+from transfer.evaluators.finetune_protocol import FineTuneProtocol
 from transfer.evaluators.heads import rate_factor
 from transfer.evaluators.subsets import LabelSubset, choose_subset
-from transfer.evaluators.voc07 import refuse_voc07
 from transfer.options.commands import parse
 from transfer.options.evaluation import SemisupSettings
 from transfer.options.weights import RAW_PIXELS

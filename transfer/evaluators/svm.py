@@ -29,13 +29,13 @@ from pretrain.common.process_group import barrier, is_main, rank, world_size
 from pretrain.common.progress import Progress
 from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import ImageDataset
+from pretrain.data.voc07 import NAME, open_voc07
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.context import Evaluation, judge_frozen, open_pair, set_up
 from transfer.evaluation.feature_scaling import to_unit_length
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
-from transfer.evaluators.voc07 import NAME, open_voc07
 from transfer.options.evaluation import EvaluationSettings, LinearSettings
 
 if TYPE_CHECKING:

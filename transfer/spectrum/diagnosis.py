@@ -24,6 +24,7 @@ from pretrain.common.files import write_json
 from pretrain.common.process_group import is_main
 from pretrain.common.progress import Progress
 from pretrain.data.datasets import ImageDataset, open_dataset
+from pretrain.data.voc07 import refuse_voc07
 from pretrain.views.augment import View
 from pretrain.views.loader import Views, epoch_order
 from transfer.evaluation.context import Evaluation, backbone_of, judge_frozen, output_of, settle
@@ -32,7 +33,6 @@ from transfer.evaluation.pooled_features import LAST, STAGES, columns
 from transfer.evaluation.protocol import Protocol, load_protocol, want
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.transforms import ImageValues
-from transfer.evaluators.voc07 import refuse_voc07
 from transfer.options.commands import SpectrumSettings, parse
 from transfer.options.evaluation import EvaluationSettings
 from transfer.spectrum import diagnosis_pictures

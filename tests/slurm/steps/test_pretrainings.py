@@ -14,6 +14,8 @@ from slurm.steps.graph import Step
 from slurm.steps.pretrainings import pretrainings
 from slurm.steps.resources import load_profile
 from slurm.steps.suite import Suite, suite_graph
+from transfer.report.evidence.labels import named
+from transfer.report.evidence.records import Record
 
 
 def steps(root: Path, **asked: Any) -> dict[str, Step]:
@@ -109,6 +111,22 @@ def test_as_it_is_typed() -> None:
     assert wide.place != deep.place and wide.place.isascii()
     sizes = pretrainings(0, 1, ["view_sizes=[32,32],[40,40]"])
     assert [p.words[1] for p in sizes] == ["[32,32]", "[40,40]"]
+
+
+def test_files_have_the_labels_that_the_report_gives_them(tmp_path: Path) -> None:
+    """A suite's rows are named like those of single commands without --label."""
+    places = ("moco.pth.tar", "a/checkpoint.pt", "b/x.pth", "c/x.pth")
+    for place in places:
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_bytes(place.encode())
+    files = [str(tmp_path / place) for place in places]
+    found = steps(tmp_path, recipe=None, weights=files, tasks=["knn"])
+    labels = [value(s, "--label") for s in found.values() if s.kind == "knn"]
+    records = [
+        Record(values={"weights": {"path": f, "sha256": f, "branch": "online"}}, folder=tmp_path, root=0)
+        for f in files
+    ]
+    assert labels == [r.label for r in named(records)] == ["moco.pth", "a/checkpoint", "b/x", "c/x"]
 
 
 def test_a_label_makes_files_seeds_of_one_method(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ from pretrain.common.errors import UserError
 from transfer.conversion.availability import CONFIGS
 from transfer.detection import config, schedule
 from transfer.detection.config import load_config
-from transfer.detection.pixels import keys
-from transfer.detection.pixels.learning_rate import build_schedule
-from transfer.detection.pixels.mapper import SemanticMapper, mapper_of
 from transfer.detection.protocol import flat
+from transfer.detection.semantic import keys
+from transfer.detection.semantic.learning_rate import build_schedule
+from transfer.detection.semantic.mapper import SemanticMapper, mapper_of
 
 ELSEWHERE = {"VERSION"}
 """Read by detectron2 from the file, not from the config: another version is converted or refused."""

@@ -27,7 +27,8 @@ from transfer.evaluation.augment import Mixing, drawn_from, rand_augment
 from transfer.evaluation.pooled_features import network_of, stages_of
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluators import semisup
-from transfer.evaluators.finetune import FineTuneProtocol, FineTuning
+from transfer.evaluators.finetune import FineTuning
+from transfer.evaluators.finetune_protocol import FineTuneProtocol
 from transfer.evaluators.heads import rate_factor
 from transfer.options.commands import parse
 

@@ -14,6 +14,7 @@ from sklearn.svm import LinearSVC
 
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import open_dataset
+from pretrain.data.voc07 import CLASSES, open_voc07
 from slurm.commands.suite import main as suite
 from tests.helpers import checkpoint_zoo
 from transfer.__main__ import main as transfer
@@ -22,7 +23,6 @@ from transfer.evaluation.protocol import load_protocol
 from transfer.evaluators.linear import main as linear
 from transfer.evaluators.linear_protocol import LinearProtocol
 from transfer.evaluators.svm import average_precision, check_shots, fit_class, fit_class_low_shot, unit_length
-from transfer.evaluators.voc07 import CLASSES, open_voc07
 
 
 def test_average_precision_by_hand() -> None:

@@ -6,17 +6,18 @@ import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
-from transfer.report.evidence.records import Record
+from transfer.report.evidence.records import Record, weights_name
 
 
 def named(records: Sequence[Record]) -> list[Record]:
     """Each record with the label of its row.
 
-    A label given in one command names the same weights where another gave none. Without any, the file's name
-    is the label, with as much of its folder as tells it from other files; labels that were given alike are
-    seeds of one method. The momentum network of a file whose online one was evaluated too is "LABEL (ema)".
+    A label given in one command names the same weights where another gave none. Without any it is that of
+    `file_labels`; labels that were given alike are seeds of one method. The momentum network of a file whose
+    online one was evaluated too is "LABEL (ema)".
     """
     records = _told_apart(_named_alike(list(records)))
     branches: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -46,17 +47,28 @@ def _named_alike(records: list[Record]) -> list[Record]:
 
 
 def _told_apart(records: list[Record]) -> list[Record]:
-    files: dict[str, dict[str, str]] = defaultdict(dict)
-    for r in records:
-        if not r["label"] and r.sha256:
-            files[r.label].setdefault(r.sha256, str((r["weights"] or {}).get("path") or ""))
-    names: dict[str, str] = {}
-    for paths in files.values():
-        places = list(dict.fromkeys(paths.values()))  # one place twice is a file that was changed
-        if len(places) > 1:
-            short = dict(zip(places, short_names(places)))
-            names |= {sha256: short[path] for sha256, path in paths.items()}
-    return [r if r["label"] or r.sha256 not in names else _labelled(r, names[r.sha256]) for r in records]
+    unnamed = [r for r in records if not r["label"] and r.sha256]
+    places: dict[str, str] = {}  # of one file found in several places the first
+    for r in unnamed:
+        places.setdefault(r.sha256, str((r["weights"] or {}).get("path") or ""))
+    labels = file_labels(list(places.values()))
+    return [
+        _labelled(r, labels[places[r.sha256]]) if not r["label"] and r.sha256 in places else r
+        for r in records
+    ]
+
+
+def file_labels(paths: Sequence[str]) -> dict[str, str]:
+    """The labels of weights without one: `weights_name`, with as much of the folder as tells files apart."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        alike[weights_name({"path": path})].append(path)
+    found: dict[str, str] = {}
+    for name, places in alike.items():
+        stems = [str(PurePath(path).with_suffix("")) for path in places]
+        names = short_names(stems if len(set(stems)) == len(stems) else places)
+        found |= dict(zip(places, [name] if len(places) == 1 else names))
+    return found
 
 
 def printable(value: Any) -> Any:

@@ -43,7 +43,7 @@ class Record:
 
     @property
     def label(self) -> str:
-        """The name of its row: what --label gave, else the weights' file name."""
+        """The name of its row: what --label gave, else `weights_name`."""
         return str(self["label"] or weights_name(self["weights"] or {}))
 
     @property
@@ -98,8 +98,12 @@ class Record:
         return protocol_name(self["protocol"] or {})
 
 
+GENERIC = ("backbone", "checkpoint")  # how names of files begin that say nothing of what is in them
+
+
 def weights_name(weights: dict[str, Any]) -> str:
-    """A short name for weights without a label: the file name, after its folder where it is a generic one."""
+    """A short name for weights without a label: the file's without its suffix; its folder's before what many
+    files are named."""
     path = str(weights.get("path") or "")
     if not path:
         return "random initialisation"
@@ -108,9 +112,7 @@ def weights_name(weights: dict[str, Any]) -> str:
     if path.startswith("zoo:"):
         return path.removeprefix("zoo:")
     name = Path(path)
-    return (
-        f"{name.parent.name}/{name.name}" if name.stem.startswith(("backbone", "checkpoint")) else name.name
-    )
+    return f"{name.parent.name}/{name.stem}" if name.stem.startswith(GENERIC) else name.stem
 
 
 def protocol_name(protocol: dict[str, Any]) -> str:

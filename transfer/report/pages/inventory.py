@@ -37,7 +37,8 @@ def judged(evidence: Evidence) -> Table | None:
         path = str(weights.get("path") or "")
         here = "stale: changed since" if "weights file" in record.stale else _presence(path, record.sha256)
         rows[key] = [
-            cell(record.label), cell(weights_name(weights), note=path), cell(record.sha256[:16] or "-"),
+            cell(record.label), cell(Path(path).name if record.sha256 else weights_name(weights), note=path),
+            cell(record.sha256[:16] or "-"),
             cell(weights.get("format") or "-"), cell(weights.get("branch") or "-"),
             cell(record["arch"] or "-"), cell(_short(settings.get("parameters"))),
             cell(pretraining_of(path) or "-"),

@@ -18,7 +18,7 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES
 from detectron2.utils.colormap import colormap
 
 from pretrain.common.errors import UserError
-from transfer.detection.pixels.label_files import check_masks, sizes_of
+from transfer.detection.semantic.label_files import check_masks, sizes_of
 
 KINDS = ("sem_seg", "cityscapes_sem_seg")
 """detectron2's evaluator_type of such sets."""

@@ -13,8 +13,8 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform
 
-from transfer.detection.pixels.keys import is_semantic
-from transfer.detection.pixels.label_files import read_labels
+from transfer.detection.semantic.keys import is_semantic
+from transfer.detection.semantic.label_files import read_labels
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 

@@ -19,9 +19,9 @@ from tests.helpers.pixel_data import COLOURS, write_pixels
 from transfer.detection import data
 from transfer.detection.config import load_config
 from transfer.detection.data import also_trained_on, categories
-from transfer.detection.pixels.label_files import counts_of, read_labels
-from transfer.detection.pixels.mapper import SemanticMapper
-from transfer.detection.pixels.sets import _from_folders
+from transfer.detection.semantic.label_files import counts_of, read_labels
+from transfer.detection.semantic.mapper import SemanticMapper
+from transfer.detection.semantic.sets import _from_folders
 
 TINY = ["MODEL.SEM_SEG_HEAD.CONVS_DIM", "8", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "4"]
 

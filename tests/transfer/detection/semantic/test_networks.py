@@ -16,8 +16,8 @@ from torch import nn
 from pretrain.common.errors import UserError
 from transfer.conversion import layout
 from transfer.detection.config import load_config
-from transfer.detection.pixels import networks
-from transfer.detection.pixels.learning_rate import build_schedule
+from transfer.detection.semantic import networks
+from transfer.detection.semantic.learning_rate import build_schedule
 
 TINY = ["MODEL.SEM_SEG_HEAD.CONVS_DIM", "8", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"]
 LINEAR = ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from detectron2.evaluation import SemSegEvaluator
 
-from transfer.detection.pixels.label_files import read_labels
+from transfer.detection.semantic.label_files import read_labels
 
 
 class MeanIoU(SemSegEvaluator):

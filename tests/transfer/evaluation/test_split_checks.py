@@ -14,7 +14,7 @@ import pytest
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import ImageDataset, open_dataset
 from transfer.evaluation import results
-from transfer.evaluation.parts import also_trained_on, check_pair, doubts_about
+from transfer.evaluation.split_checks import also_trained_on, check_pair, doubts_about
 from transfer.evaluators.knn import main
 
 
