@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from pretrain.common.cli import parse_settings, save_settings
@@ -72,6 +72,11 @@ def main(argv: list[str]) -> int | None:
             f"--profile {asked.profile or 'local'} names a partition and --cluster is local: add --cluster "
             "slurm, or leave the profile out to run all of it on this machine"
         )
+    if asked.cluster == "local":  # detectron2 takes its number of GPUs as an option
+        here = len(Machine.here().gpus)
+        resources = {
+            kind: replace(r, gpus_per_node=min(r.gpus_per_node, here)) for kind, r in resources.items()
+        }
     graph = suite_graph(root, asked, resources)
     redo = graph.forced(asked.force or [])
     if asked.dry_run:

@@ -335,7 +335,7 @@ def test_a_detector_that_the_backbone_does_not_suit_is_refused(
 
 
 def test_semantic_segmentation_is_checked_and_run_beside_other_tasks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("detectron2")
     torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), tmp_path / "w.pth")
@@ -343,9 +343,11 @@ def test_semantic_segmentation_is_checked_and_run_beside_other_tasks(
     data = [f"small_{s}={tmp_path / 'pixels/images'}:{tmp_path / 'pixels/masks'}" for s in ("train", "test")]
     words = ["suite", "--weights", str(tmp_path / "w.pth"), "--output", str(tmp_path / "out"), "--dry-run"]
     words += ["--tasks", "small_R18_linear", "--seeds", "2", "--sem-seg-data", *data, "--detection-options"]
-    assert main([*words, "MODEL.SEM_SEG_HEAD.NUM_CLASSES 4"]) == 0
-    (line, _) = [x for x in capsys.readouterr().out.splitlines() if "--config-file small_R18_linear" in x]
-    assert all(f"--sem-seg {one}" in line for one in data)
+    for visible, gpus in (("3,4", 1), ("", 0)):  # one each of what the machine has
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert main([*words, "MODEL.SEM_SEG_HEAD.NUM_CLASSES 4"]) == 0
+        (line, _) = [x for x in capsys.readouterr().out.splitlines() if "--config-file small_R18_linear" in x]
+        assert all(f"--sem-seg {one}" in line for one in data) and f" --num-gpus {gpus} " in line
     assert main([*words, "MODEL.SEM_SEG_HEAD.NUM_CLASSES 3"]) == 2
     assert "2 of 2 masks hold labels beyond 0 to 2" in capsys.readouterr().out
     assert main([*words, "DATASETS.TEST \"('nowhere',)\""]) == 2

@@ -85,4 +85,4 @@ def test_a_suite_tells_the_epochs_of_one_label_apart(tmp_path: Path) -> None:
 
     assert labels(*files) == ["INTL, epoch 1", "INTL, epoch 2"] * 2
     assert labels(files[0], files[2]) == ["INTL", "INTL"]  # seeds of one epoch, as of other files
-    assert labels(*files[:2], label=None) == ["checkpoint_epoch1", "checkpoint_epoch2"]
+    assert labels(*files[:2], label=None) == ["a/checkpoint_epoch1", "a/checkpoint_epoch2"]
