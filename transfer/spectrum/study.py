@@ -162,8 +162,10 @@ def study(settings: StudySettings) -> Path:
     if len(train) < settings.batch:
         raise UserError(f"--batch {settings.batch} is more than the {len(train)} training images there are")
     same = {k: v for k, v in settings_as_dict(settings).items() if k not in ("output", "data_dir", "seeds")}
-    # A larger grid adds runs to those that are there; earlier versions had spectra in float32.
-    same |= dict.fromkeys(("powers", "iterations", "transforms", "objectives")) | {"spectra": "float64"}
+    # A larger grid adds runs to those that are there. Earlier versions had spectra in float32, and blocks that
+    # begin as 1x1 convolutions: untrained they saw one corner of an image.
+    same |= dict.fromkeys(("powers", "iterations", "transforms", "objectives"))
+    same |= {"spectra": "float64", "zero_init_last": False}
     done = read_jsonl(output / "runs.jsonl")
     if any(run["settings"] != same for run in done):
         raise UserError(f"{output} holds runs of other settings: take another --output, or those settings")
@@ -300,6 +302,7 @@ def _encoder(features: int) -> Encoder:
         num_classes=0,
         channels=(32, 64, 128, 256),
         stem_width=32,
+        zero_init_last=False,  # as of ResNet-18 in pretraining
     )
     projector = build_projector(backbone.num_features, hidden=512, output=features, layers=3)
     encoder = multiply_small_maps(Encoder(backbone, projector))
