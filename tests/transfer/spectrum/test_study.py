@@ -140,3 +140,14 @@ def test_statement_tells_where_the_paper_differs() -> None:
     assert "INTL's is no more even than IterNorm's, and far from equal eigenvalues after 600 steps." in far
     short = statement(by_instance([run("hard whitening", "hard", None, [1.0, 1.0], steps=20)]), title="x")
     assert "Too short to judge: after 20 steps" in short and "voided collapse" not in short
+
+
+def test_an_untrained_network_sees_the_whole_image() -> None:
+    """Blocks whose last BatchNorm begins at zero let only 1x1 convolutions through: one corner."""
+    torch.manual_seed(0)
+    backbone = study._encoder(16).backbone.eval()
+    x = torch.rand(1, 3, 32, 32)
+    changed = x.clone()
+    changed[..., 24:, 24:] = 1 - x[..., 24:, 24:]
+    with torch.no_grad():
+        assert (backbone(changed) - backbone(x)).abs().max() > 1e-3 * backbone(x).abs().max()
