@@ -72,7 +72,9 @@ def test_colours_are_the_cpus(gpu: torch.device) -> None:
 def test_a_run_in_each_precision_goes_on_where_it_was(
     precision: str, gpu: torch.device, cifar_folder: Path, tmp_path: Path
 ) -> None:
-    settings = tiny(cifar_folder, tmp_path, precision=precision, ema=True, hook_every_epochs=1)
+    settings = tiny(
+        cifar_folder, tmp_path, precision=precision, ema=True, deterministic=True, hook_every_epochs=1
+    )
     with pytest.raises(Stopped):
         train(settings, gpu, hook=stop_after_epoch_one)
     train(settings, gpu)
