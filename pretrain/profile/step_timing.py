@@ -142,7 +142,7 @@ def time_step(settings: Settings, pipeline: InputPipeline, steps: int) -> StepTi
     dtype = choose_dtype(settings.precision, pipeline.device)
     how_to_step(settings, pipeline.device, dtype, steps)  # refuses a graph where there can be none
     learner = Learner.build(settings, pipeline.device, dtype)
-    take = TrainingStep(learner, pipeline.finished, loss_of(settings), settings.step)
+    take = TrainingStep(learner, pipeline.views_by(settings.step), loss_of(settings), settings.step)
     wait = began = 0.0
     loader = pipeline.batches(0, steps + WARM_UP)
     for step in range(steps + WARM_UP):
