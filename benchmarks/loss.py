@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,8 +50,14 @@ def in_a_step(n: int, d: int, v: int) -> Step:
     """Ours as a training step has it: on a GPU its kernels compiled and replayed as a graph."""
     if not torch.cuda.is_available():
         return step(ours, n, d, v)
-    graph, _ = captured(step(torch.compile(ours, dynamic=False), n, d, v))
-    return graph.replay
+    called = step(torch.compile(ours, dynamic=False), n, d, v)
+    graph, _ = captured(called)
+    return partial(_replay, graph, called)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, called: Step) -> None:
+    """`called` is held for its views, which the graph reads where they lay when it was captured."""
+    graph.replay()
 
 
 def step(loss: Callable[[Sequence[Tensor]], Tensor], n: int, d: int, v: int) -> Step:

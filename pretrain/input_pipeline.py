@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from pretrain.common.errors import UserError
 from pretrain.data.datasets import ImageDataset
 from pretrain.settings import Settings
-from pretrain.views.augment import View
+from pretrain.views.augment import View, resized_crops
 from pretrain.views.batch import Batch, each_tensor
 from pretrain.views.colours import finish
 from pretrain.views.loader import StepBatches, Views, batches, colour_place, default_workers
@@ -32,6 +33,8 @@ class InputPipeline:
     """The images, where they lie on the device; there the views are made then, without workers."""
     mean: Tensor
     std: Tensor
+    cropped: Callable[..., Tensor] = resized_crops
+    coloured: Callable[..., Tensor] = finish
 
     @staticmethod
     def of(
@@ -86,10 +89,18 @@ class InputPipeline:
         """The views of a batch that lies on the device: N x 3 x S x S float32 each."""
         crops = batch.views
         if self.resident is not None:
-            crops = [self.resident.crops(place, view) for place, view in zip(batch.places, self.views.views)]
+            pixels = self.resident.pixels
+            crops = [self.cropped(pixels[i], box, v) for (i, box), v in zip(batch.places, self.views.views)]
         if not batch.colours:
             return crops
-        return [finish(c, k, mean=self.mean, std=self.std) for c, k in zip(crops, batch.colours)]
+        return [self.coloured(c, k, mean=self.mean, std=self.std) for c, k in zip(crops, batch.colours)]
+
+    def views_by(self, step: str) -> Callable[[Batch], list[Tensor]]:
+        """`finished`, for compiled_graph by kernels that torch.compile makes once for views of one size."""
+        if step != "compiled_graph":  # a CPU, which captures no graph, blurs by OpenCV
+            return self.finished
+        cropped, coloured = (torch.compile(f, dynamic=False) for f in (self.cropped, self.coloured))
+        return dataclasses.replace(self, cropped=cropped, coloured=coloured).finished
 
 
 def images_on_device(settings: Settings, device: torch.device) -> bool:

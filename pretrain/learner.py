@@ -76,19 +76,12 @@ class Learner:
         """A block after which weights, statistics and momentum are, in place, what they were."""
         networks = [network for network in (self.encoder, self.target) if network is not None]
         tensors = [t for network in networks for t in network.state_dict().values()]
+        tensors += [t for state in self.stepper.optimizer.state.values() for t in state.values()]
         kept = [t.clone() for t in tensors]
-        states = self.stepper.optimizer.state
-        momenta = {
-            p: {k: v.clone() for k, v in state.items() if v is not None} for p, state in states.items()
-        }
         yield
         with torch.no_grad():
             for tensor, value in zip(tensors, kept):
                 tensor.copy_(value)
-            for p, state in states.items():  # momentum that was not there yet began at zero
-                for name, value in state.items():
-                    if value is not None:
-                        value.copy_(momenta[p][name]) if p in momenta else value.zero_()
 
     def update_target(self, share: float | Tensor) -> None:
         """Move the target encoder, where there is one, by a share towards the encoder: 1 - momentum."""

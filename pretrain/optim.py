@@ -23,9 +23,17 @@ def parameter_groups(
 def build_optimizer(
     model: nn.Module, *, momentum: float, weight_decay: float, decay_1d: bool = False
 ) -> torch.optim.Optimizer:
-    """SGD, fused; its learning rate is set before each step."""
+    """SGD, fused; its learning rate is set before each step.
+
+    Momentum begins as zeros: torch would make it at the first step, of memory as it was found, and leave it
+    so where float16's scaler skips that step.
+    """
     groups = parameter_groups(model, weight_decay=weight_decay, decay_1d=decay_1d)
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+    if momentum:
+        for p in (p for group in groups for p in group["params"]):
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 class Stepper:

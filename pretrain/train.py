@@ -146,7 +146,7 @@ def _loop(
 ) -> None:
     output, total, device = Path(settings.output), plan.steps, pipeline.device
     loader = pipeline.batches(start, total, rank=rank(), world=world_size())
-    take = TrainingStep(learner, pipeline.finished, loss_of_views, settings.step)
+    take = TrainingStep(learner, pipeline.views_by(settings.step), loss_of_views, settings.step)
     floor = floor_of(settings)
     losses, shown = LossLog(unlogged), {}
     writer = CheckpointWriter(output / "checkpoint.pt")

@@ -56,8 +56,7 @@ class TrainingStep:
         """
         self.learner, self.views_of, self.loss_of_views = learner, views_of, loss_of_views
         self._graphed = how.endswith("graph")
-        if how == "compiled_graph":  # else the encoder alone: a CPU blurs by OpenCV
-            self.views_of = torch.compile(views_of, dynamic=False)
+        if how == "compiled_graph":
             self.loss_of_views = torch.compile(loss_of_views, dynamic=False)
         learner.start(compiled=how.startswith("compiled"))
         self._graph: torch.cuda.CUDAGraph | None = None

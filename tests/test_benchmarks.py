@@ -147,8 +147,8 @@ def test_a_bank_in_a_file_is_read_and_its_memory_judged(tmp_path: Path) -> None:
         bank, np.fromfile(path, np.float32).reshape(300, 8)[:250]
     )
     assert step().keys() >= {"top1_k10", "top5_k200"}  # type: ignore[attr-defined]
-    assert knn.memory_row(5, 10, 8, 10**9) == ["5 x 8", "10", "1000", "1000", "met"]
-    assert knn.memory_row(5, 10, 8, 10**9 + 1)[-1] == "MISSED"
+    assert knn.memory_row(5, 10, 8, 10**9, 10**9) == ["5 x 8", "10", "1000", "1000", "met"]
+    assert knn.memory_row(5, 10, 8, 10**9 + 1, 10**9)[-1] == "MISSED"
 
 
 def test_features_from_decoded_pixels_are_those_from_files(photographs: ImageDataset) -> None:

@@ -52,6 +52,13 @@ def is_disk_full(error: BaseException) -> bool:
     return bool(FULL_IN_WORDS.search(str(error)))
 
 
+def gpu_full(error: BaseException) -> str | None:
+    """What to say of torch.OutOfMemoryError, looked for by its name, as PyTorch loads slowly; else None."""
+    if type(error).__name__ != "OutOfMemoryError":
+        return None
+    return f"the GPU's memory does not suffice ({'. '.join(str(error).split('. ')[:2])})"
+
+
 def outside_reason(error: BaseException) -> str | None:
     """One line for what the outside world did to a run: a full disk, a killed process. None for others.
 
@@ -67,5 +74,7 @@ def outside_reason(error: BaseException) -> str | None:
         if isinstance(cause, RuntimeError) and WRITER_FAILED.search(str(cause)):
             first = str(cause).splitlines()[0]
             return f"a file could not be written, is the disk or a quota full? ({first})"
+        if full := gpu_full(cause):
+            return f"{full}; what was saved is kept: another process may take it, a smaller batch takes less"
         cause = cause.__cause__ or cause.__context__
     return None

@@ -38,7 +38,7 @@ class JoinedViews(NamedTuple):
 
     def with_values(self, z_VNd: Tensor) -> JoinedViews:
         """Other values of the same images and features."""
-        return self._replace(z_VNd=z_VNd)
+        return JoinedViews(z_VNd, self.total, self.features)
 
     def gram(self) -> Tensor:
         """V x M x M on the smaller side: Z Zᵀ (N x N) where N < D, else Zᵀ Z (D x D); one spectrum."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pretrain import tuning
-from pretrain.common.errors import UserError
+from pretrain.common.errors import UserError, gpu_full
 from pretrain.common.machine import cores
 from pretrain.data.datasets import open_dataset
 from pretrain.input_pipeline import InputPipeline, workers_of
@@ -84,8 +84,8 @@ def _say_alternatives(
             other = dataclasses.replace(settings, **{name: value})
             theirs = InputPipeline.of(other, pipeline.views.images, device) if name in LOADER else pipeline
             seconds = now.total / gain_of(name, now, time_step(other, theirs, steps))
-        except UserError as error:
-            print(f"with {option:22s} not possible: {error}", flush=True)
+        except (UserError, torch.OutOfMemoryError) as error:
+            print(f"with {option:22s} not possible: {gpu_full(error) or error}", flush=True)
             continue
         gains[option] = now.total / seconds
         print(
@@ -142,7 +142,7 @@ def time_step(settings: Settings, pipeline: InputPipeline, steps: int) -> StepTi
     dtype = choose_dtype(settings.precision, pipeline.device)
     how_to_step(settings, pipeline.device, dtype, steps)  # refuses a graph where there can be none
     learner = Learner.build(settings, pipeline.device, dtype)
-    take = TrainingStep(learner, pipeline.finished, loss_of(settings), settings.step)
+    take = TrainingStep(learner, pipeline.views_by(settings.step), loss_of(settings), settings.step)
     wait = began = 0.0
     loader = pipeline.batches(0, steps + WARM_UP)
     for step in range(steps + WARM_UP):

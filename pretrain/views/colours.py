@@ -156,11 +156,11 @@ def shift_hue(x: Tensor, turns_N: Tensor) -> Tensor:
     )  # fmt: skip
     hue6 = hue6 + 6 * turns_N[:, None, None]
     # HSV to RGB without cases: value - chroma · clamp(min(k, 4 - k), 0, 1), k = (5, 3, 1) + 6 hue mod 6.
-    out = torch.empty_like(x)
+    out = x.new_empty(3, *high.shape)  # channels first: where they lie apart a compiler would stop at `out=`
     for channel, offset in enumerate((5, 3, 1)):
         k = torch.remainder(hue6 + offset, 6)
-        torch.sub(high, torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma), out=out[:, channel])
-    return out
+        torch.sub(high, torch.minimum(k, 4 - k).clamp_(0, 1).mul_(chroma), out=out[channel])
+    return out.transpose(0, 1)
 
 
 def gaussian_blur(x: Tensor, sigma_N: Tensor) -> Tensor:

@@ -18,8 +18,6 @@ from torch.utils.data import Dataset
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.images import BrokenImage
 from pretrain.data.workers import load
-from pretrain.views.augment import View, resized_crops
-from pretrain.views.batch import Place
 from pretrain.views.loader import MOST_BROKEN_IN_A_ROW, as_it_is
 
 logger = logging.getLogger(__name__)
@@ -78,10 +76,6 @@ class ResidentImages:
             broken |= unreadable
         _stand_in(pixels, sizes_A2, set(broken))
         return ResidentImages(pixels=pixels, sizes_A2=sizes_A2, broken=list(broken.values()))
-
-    def crops(self, place: Place, view: View) -> Tensor:
-        """N x S x S x 3 uint8."""
-        return resized_crops(self.pixels[place.image_N], place.box_N4, view)
 
     def __str__(self) -> str:
         count, height, width, _ = self.pixels.shape

@@ -12,7 +12,7 @@ import torch
 from pretrain.checkpoint import load_checkpoint
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.files import read_jsonl
-from pretrain.loss import floor_of, loss_of
+from pretrain.loss import CAPTURABLE, floor_of, loss_of
 from pretrain.objectives.gaussian import sigreg_loss
 from pretrain.objectives.intl import intl_loss, loss_floor
 from pretrain.objectives.redundancy import barlow_twins_loss, vicreg_loss
@@ -47,6 +47,21 @@ def test_each_objective_is_the_function_of_its_name(ema: bool) -> None:
     for asked in (settings(power=0.4), settings(objective="power", power=0.4), settings(transform="λ^-0.4")):
         expected = spectral_loss(views, power(0.4))
         assert loss_of(asked)(views, 0).total == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_what_a_graph_replays_is_compiled_as_one_and_asks_nothing_of_the_device() -> None:
+    """A value that is read on the way ends a capture; here it would end what the compiler traces."""
+    views = [z.detach().requires_grad_() for z in views_of(20, 24, 2)]
+    for name in {*CAPTURABLE, "mmcr", "coding_rate"}:
+        torch._dynamo.reset()
+        loss = loss_of(settings(objective=name, projector_output=24))
+        compiled = torch.compile(loss, backend="eager", fullgraph=True, dynamic=False)
+        if name in CAPTURABLE:
+            found, wanted = (torch.autograd.grad(f(views, 0).total, views) for f in (compiled, loss))
+            torch.testing.assert_close(found, wanted)
+        else:
+            with pytest.raises(torch._dynamo.exc.Unsupported):
+                compiled(views, 0)
 
 
 def test_names_and_floors() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from pretrain.optim import build_optimizer, parameter_groups
+from pretrain.optim import Stepper, build_optimizer, parameter_groups
 from pretrain.schedules import lr_at
 
 
@@ -51,4 +53,30 @@ def test_sgd_equals_torchs_plain_loop() -> None:
             model(x).square().sum().backward()
             optimizer.step()
     for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def memory_as_found_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_a_first_step_that_float16_skips_leaves_no_momentum(memory_as_found_is_nan: None) -> None:
+    """Beside torch's plain loop, which makes its momentum at the first step that it takes."""
+    ours, theirs = _model(), _model()
+    a = Stepper(build_optimizer(ours, momentum=0.9, weight_decay=0.0), torch.device("cpu"), torch.float16)
+    b = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    x = torch.randn(8, 3)
+    for factor in (torch.inf, 1.0, 1.0):
+        a.backward(ours(x).square().sum() * factor)
+        a.update(0.1)
+        if factor == 1:
+            b.zero_grad()
+            theirs(x).square().sum().backward()
+            b.step()
+        else:
+            theirs(x)  # BatchNorm's statistics
+    for p, q in zip(ours.state_dict().values(), theirs.state_dict().values()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

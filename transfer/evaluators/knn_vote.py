@@ -71,7 +71,7 @@ def knn_evaluate(
                     own_KC[column] += query_labels[rows][place < 1].bincount(minlength=classes)
     if over_ranks:
         hits, own_KC = sum_over_ranks(hits), sum_over_ranks(own_KC)
-    all_labels = _tensor(query_labels_M).long()
+    all_labels = _tensor(query_labels_M).long().cpu()
     percent = 100 * hits.cpu() / len(all_labels)
     found = {f"top{n}_k{k}": float(percent[r, c]) for c, k in enumerate(ks) for r, n in enumerate((1, 5))}
     if per_class:

@@ -114,6 +114,18 @@ def test_names_that_no_file_system_takes_are_one_line(
         assert said in told and told.count("\n") == 1 and len(told) < 250
 
 
+def test_a_full_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    def main(_: list[str]) -> None:
+        said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB of "
+        raise torch.OutOfMemoryError(f"{said}which 1.10 GiB is free. Process 7 has 78.00 GiB memory in use.")
+
+    assert run(main, []) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "(CUDA out of memory. Tried to allocate 2.00 GiB); what was" in said
+
+
 def test_a_long_mistake_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
     def main(_: list[str]) -> None:
         raise UserError(f"--name {'x' * 100_000}: wanted less")

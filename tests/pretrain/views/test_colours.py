@@ -144,3 +144,17 @@ def test_the_number_of_threads_changes_nothing(side: int) -> None:
         found.append(finish(pixels, draw_colours(numbers[:, FIRST_COLOUR_SLOT:], view), mean=mean, std=std))
     torch.set_num_threads(1)
     assert torch.equal(*found)
+
+
+def test_a_compiler_takes_what_a_gpu_does_as_one_graph(real_N3HW: torch.Tensor) -> None:
+    """In pieces it would be slower, and so many pieces that torch gives up and calls the rest."""
+    n = len(real_N3HW)
+    factor_N, share_N, sigma_N = torch.linspace(0.2, 1.8, n), torch.ones(n), torch.linspace(0.1, 2.0, n)
+
+    def coloured(x: torch.Tensor) -> torch.Tensor:
+        x = shift_hue(solarise(x), sigma_N / 4)
+        blend(x, factor_N, share_N, 1 - share_N)
+        return _blur_by_sums(x, sigma_N, 6)
+
+    compiled = torch.compile(coloured, backend="eager", fullgraph=True)  # raises where it would stop
+    torch.testing.assert_close(compiled(real_N3HW), coloured(real_N3HW), rtol=0, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,24 @@ def test_the_views_are_the_loaders(photographs: ImageDataset, tmp_path: Path) ->
             assert a.shape == b.shape == (8, 3, size, size)
             level = (a - b).abs() * torch.tensor(settings.std)[:, None, None] * 255
             assert level.max() < 2.01 and level.mean() < 0.1
+
+
+def test_a_compiler_makes_the_same_views_and_one_graph_for_those_of_a_size(
+    photographs: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As traced; without colours, for which a CPU has ways that no compiler follows."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    never = {name: [0.0] for name in ("jitter_p", "grey_p", "blur_p", "solarise_p", "flip_p")}
+    settings = settings_of(photographs, tmp_path, data_on="device", view_sizes=[24, 24], **never)
+    pipeline = InputPipeline.of(settings, photographs, CPU)
+    (batch,) = pipeline.batches(0, 1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for step in ("compiled_graph", "graph"):
+        for view, wanted in zip(pipeline.views_by(step)(batch), pipeline.finished(batch), strict=True):
+            level = (view - wanted).abs() * torch.tensor(settings.std)[:, None, None] * 255
+            assert level.max() < 1.01  # where a half is rounded
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the crop's and the colours'
 
 
 def test_what_does_not_fit_is_loaded(
