@@ -162,8 +162,8 @@ def study(settings: StudySettings) -> Path:
     if len(train) < settings.batch:
         raise UserError(f"--batch {settings.batch} is more than the {len(train)} training images there are")
     same = {k: v for k, v in settings_as_dict(settings).items() if k not in ("output", "data_dir", "seeds")}
-    # A larger grid adds runs to those that are there. Earlier versions had spectra in float32, and blocks that
-    # begin as 1x1 convolutions: untrained they saw one corner of an image.
+    # A larger grid adds runs to those that are there. Earlier versions had spectra in float32, and blocks
+    # that begin as 1x1 convolutions: untrained they saw one corner of an image.
     same |= dict.fromkeys(("powers", "iterations", "transforms", "objectives"))
     same |= {"spectra": "float64", "zero_init_last": False}
     done = read_jsonl(output / "runs.jsonl")
