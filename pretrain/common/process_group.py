@@ -53,6 +53,7 @@ def process_group(timeout_min: float = 30) -> Iterator[torch.device]:
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False  # some containers allow it: neighbours would be others
     own = not is_on() and int(os.environ.get("WORLD_SIZE", 1)) > 1
     if own:
         backend = "nccl" if device.type == "cuda" else "gloo"
