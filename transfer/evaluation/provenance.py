@@ -1,4 +1,4 @@
-"""Where figures come from: the commit of this project's code, the epoch of a kept checkpoint."""
+"""Where figures come from: the commit of this project's code, the name and epoch of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from transfer.options.weights import RAW_PIXELS
+
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = "COMMIT"
 """File of a copy of the code that was pinned for a job: the commit it was copied from."""
+GENERIC = ("backbone", "checkpoint")
+"""How names of files begin that say nothing of what is in them."""
 
 
 @cache
@@ -27,6 +31,17 @@ def commit() -> str | None:
         return _git("rev-parse", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def weights_name(path: str) -> str:
+    """A short name for weights without a label: the file's without its suffix; its folder's before what many
+    files are named."""
+    if path in ("", RAW_PIXELS):
+        return path.replace("-", " ") or "random initialisation"
+    if path.startswith("zoo:"):
+        return path.removeprefix("zoo:")
+    file = Path(path)
+    return f"{file.parent.name}/{file.stem}" if file.stem.startswith(GENERIC) else file.stem
 
 
 def kept_epoch(path: str) -> int | None:

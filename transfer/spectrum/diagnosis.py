@@ -31,6 +31,7 @@ from transfer.evaluation.context import Evaluation, backbone_of, judge_frozen, o
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.pooled_features import LAST, STAGES, columns
 from transfer.evaluation.protocol import Protocol, load_protocol, want
+from transfer.evaluation.provenance import weights_name
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.transforms import ImageValues
 from transfer.options.commands import SpectrumSettings, parse
@@ -196,7 +197,7 @@ def _judge(
     sizes = sorted({*(s for s in values.sizes if s < len(x_ND)), len(x_ND)})
     by_images = {str(n): _finite(rank_metrics(x_ND[order[:n]], decay_range=last)) for n in sizes}
     said = {
-        "name": evaluation.settings.label or _name(evaluation.settings.weights), "n": len(x_ND),
+        "name": evaluation.settings.label or weights_name(evaluation.settings.weights), "n": len(x_ND),
         "step": int(evaluation.backbone.metadata.get("step") or 0), "by_images": by_images,
         "layers": {stage: spectrum(x).tolist() for stage, x in by_layer.items()},
     }  # fmt: skip
@@ -245,9 +246,3 @@ def _rounded(value: float) -> float:
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if math.isfinite(v)}
-
-
-def _name(weights: str) -> str:
-    path = Path(weights)
-    generic = path.stem.startswith(("backbone", "checkpoint"))
-    return f"{path.parent.name}/{path.name}" if generic else path.name

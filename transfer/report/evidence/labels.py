@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
-from transfer.report.evidence.records import Record, weights_name
+from transfer.evaluation.provenance import weights_name
+from transfer.report.evidence.records import Record
 
 
 def named(records: Sequence[Record]) -> list[Record]:
@@ -62,7 +63,7 @@ def file_labels(paths: Sequence[str]) -> dict[str, str]:
     """The labels of weights without one: `weights_name`, with as much of the folder as tells files apart."""
     alike: dict[str, list[str]] = defaultdict(list)
     for path in dict.fromkeys(paths):
-        alike[weights_name({"path": path})].append(path)
+        alike[weights_name(path)].append(path)
     found: dict[str, str] = {}
     for name, places in alike.items():
         stems = [str(PurePath(path).with_suffix("")) for path in places]

@@ -14,6 +14,7 @@ from pretrain.common.errors import UserError
 from pretrain.common.files import sha256_of
 from pretrain.data.datasets import CLASS_COUNTS
 from transfer.evaluation.protocol import load_protocol
+from transfer.evaluation.provenance import weights_name
 from transfer.options.weights import RAW_PIXELS
 
 DETECTION_HASHES = {
@@ -44,7 +45,7 @@ class Record:
     @property
     def label(self) -> str:
         """The name of its row: what --label gave, else `weights_name`."""
-        return str(self["label"] or weights_name(self["weights"] or {}))
+        return str(self["label"] or weights_name(str((self["weights"] or {}).get("path") or "")))
 
     @property
     def sha256(self) -> str:
@@ -96,23 +97,6 @@ class Record:
     def protocol(self) -> str:
         """name@version, the way it is given on the command line."""
         return protocol_name(self["protocol"] or {})
-
-
-GENERIC = ("backbone", "checkpoint")  # how names of files begin that say nothing of what is in them
-
-
-def weights_name(weights: dict[str, Any]) -> str:
-    """A short name for weights without a label: the file's without its suffix; its folder's before what many
-    files are named."""
-    path = str(weights.get("path") or "")
-    if not path:
-        return "random initialisation"
-    if path == RAW_PIXELS:
-        return "raw pixels"
-    if path.startswith("zoo:"):
-        return path.removeprefix("zoo:")
-    name = Path(path)
-    return f"{name.parent.name}/{name.stem}" if name.stem.startswith(GENERIC) else name.stem
 
 
 def protocol_name(protocol: dict[str, Any]) -> str:

@@ -10,10 +10,11 @@ import yaml
 
 from pretrain.common.output_folder import read_config
 from pretrain.settings import RECIPES
+from transfer.evaluation.provenance import weights_name
 from transfer.options.weights import RAW_PIXELS
 from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.grouping import Results
-from transfer.report.evidence.records import Record, weights_name
+from transfer.report.evidence.records import Record
 from transfer.report.pages.tables import STALE, Cell, Table, cell, table
 
 MAX_ALARMS = 8
@@ -37,7 +38,7 @@ def judged(evidence: Evidence) -> Table | None:
         path = str(weights.get("path") or "")
         here = "stale: changed since" if "weights file" in record.stale else _presence(path, record.sha256)
         rows[key] = [
-            cell(record.label), cell(Path(path).name if record.sha256 else weights_name(weights), note=path),
+            cell(record.label), cell(Path(path).name if record.sha256 else weights_name(path), note=path),
             cell(record.sha256[:16] or "-"),
             cell(weights.get("format") or "-"), cell(weights.get("branch") or "-"),
             cell(record["arch"] or "-"), cell(_short(settings.get("parameters"))),
