@@ -183,7 +183,9 @@ def _judge(
     ranges: dict[str, tuple[float, float]] = {}
     with Progress((values.repeats + 1) * len(parts), label="metrics", unit="round") as bar:
         for part, n in parts:
-            found, its = intervals(part, n, repeats=values.repeats, told=lambda: bar.update(1))
+            found, its = intervals(
+                part, n, repeats=values.repeats, told=lambda: bar.update(1), ratios=("condition_number",)
+            )
             metrics, ranges = metrics | found, ranges | its
     notes += [f"{k} cannot be told of these features" for k, v in metrics.items() if not math.isfinite(v)]
     result = evaluation.result(

@@ -8,12 +8,19 @@ all is that of the mean itself: half-sampling gives the bootstrap's standard err
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
 
+from pretrain.common.machine import cores
 from transfer.correlation import Z
+
+MOST = 8  # halves at once: each has its features in float64, twice
 
 
 def intervals(
@@ -23,23 +30,48 @@ def intervals(
     repeats: int,
     seed: int = 0,
     told: Callable[[], object] = lambda: None,
+    ratios: Collection[str] = (),
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Metrics of n images, and their 95 % intervals: value ± 1.96 standard deviations over random halves.
 
-    `metrics` gives them of some images by position; `told` is called after each time. No interval for what
-    is not finite in all halves.
+    `metrics` gives them of some images by position; `told` is called after each time. The logarithms of
+    `ratios`, which span magnitudes, are what is added to. No interval for what is not finite in all halves.
     """
     generator = np.random.default_rng(seed)
-    whole = dict(metrics(np.arange(n)))
-    told()
-    halves = []
-    for _ in range(repeats):
-        halves.append(metrics(np.sort(generator.permutation(n)[: n // 2])))
-        told()
-    found = {}
-    for name, value in whole.items():
-        values = [half.get(name, math.nan) for half in halves]
-        if np.isfinite([value, *values]).all():
-            margin = Z * float(np.std(values, ddof=1))
-            found[name] = (value - margin, value + margin)
-    return whole, found
+    halves = [np.sort(generator.permutation(n)[: n // 2]) for _ in range(repeats)]
+    found = []
+    with _one_core_each() as pool:
+        for values in pool.map(metrics, [np.arange(n), *halves]):
+            found.append(values)
+            told()
+    whole, *of_halves = found
+    return dict(whole), {
+        name: _around(value, [half.get(name, math.nan) for half in of_halves], ratio=name in ratios)
+        for name, value in whole.items()
+        if np.isfinite([value, *(half.get(name, math.nan) for half in of_halves)]).all()
+    }
+
+
+def _around(value: float, halves: list[float], *, ratio: bool) -> tuple[float, float]:
+    if ratio and min(value, *halves) > 0:
+        low, high = _around(math.log(value), [math.log(half) for half in halves], ratio=False)
+        return math.exp(low), math.exp(high)
+    margin = Z * float(np.std(halves, ddof=1))
+    return value - margin, value + margin
+
+
+@contextlib.contextmanager
+def _one_core_each() -> Iterator[ThreadPoolExecutor]:
+    """Workers that share no operation: the metrics are many small ones, and threads that work together on
+    each would wait at its end for one that another process has put off."""
+    before = torch.get_num_threads()
+    try:
+        with threadpool_limits(1), ThreadPoolExecutor(min(cores(), MOST), initializer=_alone) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+    threadpool_limits(1)  # of this worker: scikit-learn has an OpenMP of its own

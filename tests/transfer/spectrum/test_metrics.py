@@ -162,3 +162,16 @@ def test_an_interval_is_that_of_the_mean() -> None:
     low, high = found["mean"]
     assert (low + high) / 2 == pytest.approx(x.mean())
     assert (high - low) / 2 == pytest.approx(1.96 * x.std() / 500**0.5, rel=0.15)
+
+
+def test_an_interval_of_a_ratio_is_symmetric_in_its_logarithm_and_threads_stay_what_they_were() -> None:
+    x, threads = np.exp(3 * generator().normal(size=500)), torch.get_num_threads()
+    plain, log = (
+        intervals(f, 500, repeats=20, ratios=("ratio",))
+        for f in (
+            lambda at: {"plain": float(np.log(x[at]).mean())},
+            lambda at: {"ratio": math.exp(np.log(x[at]).mean())},
+        )
+    )
+    assert np.log(log[1]["ratio"]) == pytest.approx(plain[1]["plain"]) and log[1]["ratio"][0] > 0
+    assert torch.get_num_threads() == threads
