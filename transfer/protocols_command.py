@@ -83,7 +83,13 @@ def checked(file: str) -> str:
     near = {str(p): _differing(protocol, p) for p in all_protocols() if p.task == protocol.task}
     name = min(near, key=lambda n: len(near[n]))
     changes = "; ".join(near[name]) or "nothing"
-    return f"{told}\nnearest of the project's own: {name}, from which it differs in {changes}"
+    told += f"\nnearest of the project's own: {name}, from which it differs in {changes}"
+    copied = [
+        key for key in ("title", "source") if getattr(protocol, key) == getattr(load_protocol(name), key)
+    ]
+    if copied and near[name]:
+        told += f"\nits {' and '.join(copied)} are {name}'s: say in the file what yours is, reports print it"
+    return told
 
 
 def _differing(one: Protocol, other: Protocol) -> list[str]:

@@ -17,7 +17,7 @@ class Logs:
 
     dir: str
     """The suite's output folder."""
-    step: str
+    step: str = ""
     """A step's name as `status` shows it, or a part of it: linear."""
     lines: int = 40
     """Last lines to print of each file; 0 for all."""
@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int | None:
     )  # fmt: skip
     root = suite_folder(asked.dir)
     names = [r.name for r in records(root)]
+    if not asked.step:
+        raise UserError(f"of which step? There are {', '.join(names)}")
     found = [n for n in names if n == asked.step] or [n for n in names if n.startswith(asked.step)]
     if not found:
         near = difflib.get_close_matches(asked.step, names, 1)

@@ -77,7 +77,7 @@ class Record:
         for line in read_jsonl(Path(self.step.get("output", self.folder)) / "results.jsonl"):
             for metric, value in list(line.get("metrics", {}).items())[:1]:
                 if isinstance(value, (int, float)):  # the first line of a task is its main one, as in reports
-                    told.setdefault(f"{line.get('task', '')} {metric}", f"{value:.1f}")
+                    told.setdefault(f"{line.get('task', '')} {metric}", f"{value:.2f}")
         return ", ".join(f"{name} {value}" for name, value in told.items())
 
     # what is written

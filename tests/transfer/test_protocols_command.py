@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.common.errors import UserError
 from transfer.__main__ import main
 from transfer.evaluation.protocol import all_protocols, load_protocol
 from transfer.protocols_command import VALUES, as_file, explained, values_of
@@ -40,13 +41,17 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  # Side of the images evaluated, px.\n  # crop: 224\n" in unset and "ks:" not in unset
 
 
-def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "mine@1.yaml"
     file.write_text(as_file(load_protocol("dino_knn@2")).replace("temperature: 0.07", "temperature: 0.1"))
     assert main(["protocols", "check", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "mine@1: a protocol of task knn, hash " in shown
     assert "dino_knn@2, from which it differs in temperature: 0.1, there 0.07\n" in shown
+    assert "its title and source are dino_knn@2's: say in the file what yours is" in shown
+    with pytest.raises(UserError, match=r"with its suffix: mine@1\.yaml"):
+        load_protocol("mine@1")
     for old, new, said in (
         ("temperature: 0.1", "temperature: warm", "temperature: 'warm': wanted a number"),
         ("temperature: warm", "heat: 1", "unknown value 'heat'"),

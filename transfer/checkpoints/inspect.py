@@ -20,7 +20,7 @@ from transfer.checkpoints.inert_values import Placeholder
 from transfer.checkpoints.reading import BRANCHES, Reading, choose, faults_of, read_all
 from transfer.checkpoints.safe_load import RawFile, load_file
 from transfer.checkpoints.sanity import doubts_of
-from transfer.checkpoints.search import unwrap
+from transfer.checkpoints.search import containers, unwrap
 from transfer.options.commands import parse
 from transfer.options.weights import InspectSettings, WeightsOptions
 from transfer.zoo.download import located
@@ -43,6 +43,8 @@ class Inspection:
     """What should make a user look again."""
     problem: str
     """Why nothing could be loaded; "" otherwise."""
+    tensors: tuple[str, ...] = ()
+    """Where nothing could be loaded every tensor of the file: its container, key and shape."""
 
 
 def inspect_file(path: str | Path, asked: WeightsOptions | None = None) -> Inspection:
@@ -71,7 +73,11 @@ def inspect_file(path: str | Path, asked: WeightsOptions | None = None) -> Inspe
         found=found,
         doubts=tuple(doubts),
         problem=problem,
-    )
+        tensors=tuple(
+            f"{c.path or 'top'}: {key} {tuple(t.shape)}"
+            for c in (containers(raw.value) if problem else ()) for key, t in c.tensors.items()
+        ),
+    )  # fmt: skip
 
 
 def _state(readings: list[Reading], branch: str, asked: WeightsOptions) -> str:
@@ -208,6 +214,8 @@ def _print_table(found: Inspection, *, keys: bool) -> None:
             print(printable(f"{key} -> {target}"))
         for key, reason in found.found.reading.dropped.items():
             print(printable(f"{key} dropped: {reason}"))
+    elif keys:
+        print("\n".join(map(printable, found.tensors)))
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ decides what is run or allocated. Tensors are views of the mapped file; a zip's 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import io
 import mmap
 import struct
@@ -60,7 +61,9 @@ def load_file(path: str | Path) -> RawFile:
     """Read `path`, however it is packed. Raises UserError for what is no checkpoint or not safe to read."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file")
+        there = [p.name for p in path.parent.glob("*") if p.is_file()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, there, n=1)
+        raise UserError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
     if path.is_dir():
         raise UserError(f"{path} {folder_is(path)}")
     try:

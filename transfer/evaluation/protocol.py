@@ -150,6 +150,8 @@ def load_protocol(name: str, task: str | None = None) -> Protocol:
         known = [str(p) for p in all_protocols() if task in (None, p.task)]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
+        if Path(f"{name}.yaml").is_file():
+            hint = f" (that of a file is given with its suffix: {name}.yaml)"
         raise UserError(f"unknown protocol {name!r}{hint}; choose one of: {', '.join(known)}")
     protocol = _read(path)
     shipped = FOLDER / f"{protocol}.yaml"

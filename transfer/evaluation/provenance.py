@@ -40,8 +40,13 @@ def weights_name(path: str) -> str:
         return path.replace("-", " ") or "random initialisation"
     if path.startswith("zoo:"):
         return path.removeprefix("zoo:")
-    file = Path(path)
-    return f"{file.parent.name}/{file.stem}" if file.stem.startswith(GENERIC) else file.stem
+    folder, name = Path(path).parent.name, Path(without_suffix(path)).name
+    return f"{folder}/{name}" if name.startswith(GENERIC) else name
+
+
+def without_suffix(path: str) -> str:
+    """model of model.pth and model.pth.tar, run.100ep of run.100ep.pth."""
+    return re.sub(r"(\.(pth|pt|ckpt|pkl))?\.\w+$", "", path)
 
 
 def kept_epoch(path: str) -> int | None:

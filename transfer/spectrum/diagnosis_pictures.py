@@ -70,6 +70,9 @@ def _by_images(found: list[dict[str, Any]]) -> Figure:
         colour = plt.cm.viridis(0.9 * i / max(len(found) - 1, 1))  # type: ignore[attr-defined]
         axis.plot(ns, ranks, "o-", ms=3, label=_label(one, found), color=colour)
     axis.set_xscale("log")
+    ticks = sorted({n for one in found for n in map(int, one["by_images"])})
+    axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axis.set_xticks([], minor=True)
     axis.set_xlabel("images")
     axis.set_ylabel("RankMe")
     legend_beside(axis)

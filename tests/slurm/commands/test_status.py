@@ -80,7 +80,7 @@ def test_every_state(record: Record, tmp_path: Path) -> None:
     )
     record.finish("key", seconds=12.3)
     finished = look(record, None)
-    assert (finished.state, finished.detail, finished.seconds) == (DONE, "knn top1_k20 79.4", 12.3)
+    assert (finished.state, finished.detail, finished.seconds) == (DONE, "knn top1_k20 79.44", 12.3)
 
 
 def test_old_progress_is_not_todays(record: Record, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_files_have_the_labels_that_the_report_gives_them(tmp_path: Path) -> Non
         Record(values={"weights": {"path": f, "sha256": f, "branch": "online"}}, folder=tmp_path, root=0)
         for f in files
     ]
-    assert labels == [r.label for r in named(records)] == ["moco.pth", "a/checkpoint", "b/x", "c/x"]
+    assert labels == [r.label for r in named(records)] == ["moco", "a/checkpoint", "b/x", "c/x"]
 
 
 def test_a_label_makes_files_seeds_of_one_method(tmp_path: Path) -> None:

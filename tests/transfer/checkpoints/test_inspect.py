@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from pretrain.common.errors import UserError
 from pretrain.common.files import sha256_of
 from tests.helpers import checkpoint_zoo as zoo
 from transfer.__main__ import main
+from transfer.checkpoints.safe_load import load_file
 
 A, B = zoo.backbone(0), zoo.backbone(1)
 
@@ -57,6 +59,11 @@ def test_an_incomplete_file_shows_what_is_there(tmp_path: Path, capsys: pytest.C
     assert main(["inspect", path, "--json"]) == 2
     said = json.loads(capsys.readouterr().out)
     assert not said["loads"] and "missing: layer3.1.conv1.weight" in said["problem"]
+    assert len(said["tensors"]) == 108
+    assert main(["inspect", path, "--keys"]) == 2
+    assert "\nstate_dict: module.encoder_q.conv1.weight (64, 3, 7, 7)\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no such file; did you mean m\.pth"):
+        load_file(tmp_path / "mm.pth")
 
 
 def test_group_norm_and_tensors_sharded_over_ranks_are_told_with_the_way_on(

@@ -11,6 +11,9 @@ from scipy import special
 
 from transfer.report.evidence.significance import SIGNIFICANCE, margin, p_values
 
+CANNOT = "cannot be told"
+"""The verdict where there is no test."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -144,7 +147,7 @@ class Difference:
     def verdict(self) -> str:
         """`beyond noise`, `within the noise of …` or `cannot be told`."""
         if self.p is None:
-            return "cannot be told"
+            return CANNOT
         return f"{'beyond' if self.beyond else 'within'} {self.noise}"
 
     @property

@@ -6,10 +6,9 @@ import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import Any
 
-from transfer.evaluation.provenance import weights_name
+from transfer.evaluation.provenance import weights_name, without_suffix
 from transfer.report.evidence.records import Record
 
 
@@ -66,7 +65,7 @@ def file_labels(paths: Sequence[str]) -> dict[str, str]:
         alike[weights_name(path)].append(path)
     found: dict[str, str] = {}
     for name, places in alike.items():
-        stems = [str(PurePath(path).with_suffix("")) for path in places]
+        stems = [without_suffix(path) for path in places]
         names = short_names(stems if len(set(stems)) == len(stems) else places)
         found |= dict(zip(places, [name] if len(places) == 1 else names))
     return found

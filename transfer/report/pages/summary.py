@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from transfer.options.weights import RAW_PIXELS
-from transfer.report.evidence.compare import Difference
+from transfer.report.evidence.compare import CANNOT, Difference
 from transfer.report.evidence.grouping import Results, Task
 from transfer.report.evidence.pairs import compared
 from transfer.report.pages.statements import OF_THESE
@@ -41,17 +41,22 @@ def summary(results: Results) -> str:
     if above:
         more = f"; and {len(above) - MOST_TOLD} more" if len(above) > MOST_TOLD else ""
         told.append(f"Above it: {'; '.join(_spelt(*pair) for pair in above[:MOST_TOLD])}{more}.")
+    if level := [f"{other} in {task.title} on {task.dataset}" for task, other, d in pairs if d.points == 0]:
+        told.append(f"Level with it: {'; '.join(level[:MOST_TOLD])}.")
     verdicts = Counter(d.verdict for _, _, d in pairs)
-    counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items())
-    told.append(
-        f"Its {len(pairs)} differences from other rows: {counts}."
-        if len(pairs) > 1
-        else f"The difference: {counts}."
-    )
+    if len(pairs) > 1:
+        counts = ", ".join(f"{n} {_is(verdict, n)}" for verdict, n in verdicts.items())
+        told.append(f"Of its {len(pairs)} differences from other rows, {counts}.")
+    else:
+        told.append(f"The difference {_is(pairs[0][2].verdict, 1)}.")
     if any(d.p is not None and d.noise != "noise" for _, _, d in pairs):
         told.append(ABOUT_CHECKPOINTS)
     pixels = [task for task, other, _ in above if task.name == "knn" and _is_pixels(results, other, task)]
     return " ".join([*told, *([_about_pixels(best, pixels)] if pixels else [])])
+
+
+def _is(verdict: str, count: int) -> str:
+    return verdict if verdict == CANNOT else f"{'is' if count == 1 else 'are'} {verdict}"
 
 
 def _of(count: int, columns: int) -> str:

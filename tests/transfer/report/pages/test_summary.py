@@ -66,9 +66,13 @@ def test_raw_pixels_above_the_best_model_are_explained(tmp_path: Path, dataset: 
     told = summary(knn(tmp_path / "above", dataset, a=84.0, b=80.0, pixels=84.4))
     assert told.startswith("a has the highest figure in no column. Above it: raw pixels in k-NN on ")
     assert f"{dataset}, by 0.40 points (within the noise of the test images). " in told
-    assert "Its 2 differences from other rows: 1 beyond the noise of the test images, 1 within the" in told
+    assert (
+        "Of its 2 differences from other rows, 1 is beyond the noise of the test images, 1 is within" in told
+    )
     assert why in told and ("such as cifar10" in told) == (dataset == "fashion_mnist")
     assert told.count(ABOUT_CHECKPOINTS) == 1
+    level = summary(knn(tmp_path / "level", dataset, a=84.0, b=80.0, c=84.0))
+    assert f"Level with it: c in k-NN on {dataset}. Of its 2" in level
     below = summary(knn(tmp_path / "below", dataset, a=84.0, b=80.0, pixels=83.6))
     assert "pixels" not in below and below.startswith("a has the highest figure in the only column")
 
@@ -79,7 +83,7 @@ def test_it_claims_of_methods_only_what_several_pretrainings_show(tmp_path: Path
     lines = [line(label, "knn", top1, str(i)) for i, (label, top1) in enumerate(figures)]
     write_lines(tmp_path / "results.jsonl", lines)
     told = summary(group(collect([tmp_path])))
-    assert told.endswith("The difference: 1 beyond noise.") and ABOUT_CHECKPOINTS not in told
+    assert told.endswith("The difference is beyond noise.") and ABOUT_CHECKPOINTS not in told
 
 
 def test_one_row_alone_is_not_called_best(tmp_path: Path) -> None:
