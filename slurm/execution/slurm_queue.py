@@ -1,4 +1,4 @@
-"""The states of SLURM jobs by id: PENDING, RUNNING ...; jobs that have ended have none."""
+"""The states of SLURM jobs by id: RUNNING, PENDING with the reason ...; jobs that have ended have none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from slurm.state.step_files import records
 
 
 def live_jobs(job_ids: Iterable[str]) -> dict[str, str]:
-    """State of each of these SLURM jobs that is queued or running; array elements as 12_3.
+    """State of each of these SLURM jobs that is queued or running, such as RUNNING, PENDING Priority; array
+    elements as 12_3.
 
     Raises UserError when SLURM does not answer: to take a job for gone would submit it twice.
     """
@@ -29,15 +30,15 @@ def live_jobs(job_ids: Iterable[str]) -> dict[str, str]:
         listed = _squeue() or ""
     found = {}
     for line in listed.splitlines():
-        job_id, _, state = line.strip().partition("|")
+        job_id, state, reason = [*line.strip().split("|", 2), "", ""][:3]
         if job_id in wanted:
-            found[job_id] = state
+            found[job_id] = f"{state} {reason}" if state == "PENDING" and reason != "None" else state
     return found
 
 
 def _squeue(*selection: str) -> str | None:
     """What squeue lists; None where it knows one of the ids no more."""
-    command = ["squeue", "--noheader", "--array", "--format", "%i|%T", *selection]
+    command = ["squeue", "--noheader", "--array", "--format", "%i|%T|%r", *selection]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired as error:

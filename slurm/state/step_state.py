@@ -33,7 +33,7 @@ class View:
 
 
 def look(record: Record, live: str | None) -> View:
-    """What to tell about a step; `live` is what the machine or SLURM says: RUNNING, PENDING, or None."""
+    """What to tell about a step; `live` is what the machine or SLURM says: RUNNING, PENDING Resources, or None."""
     now = time.time()
     sent, state, done, failure = record.submitted, record.state, record.done, record.failure
     job_id = str(sent.get("job_id", ""))
@@ -54,7 +54,9 @@ def look(record: Record, live: str | None) -> View:
     if live == "RUNNING":
         return view(RUNNING, again or "starting")
     if live is not None:
-        return view(QUEUED, again or live.lower().replace("pending", ""))
+        word, _, reason = live.partition(" ")
+        told = (again, reason, "" if word == "PENDING" else word.lower())
+        return view(QUEUED, ", ".join(filter(None, told)))
     ended = state.get("ended_at") or failure.get("at") or now
     seconds = ended - started if started else None
     if state.get("state") == "skipped":

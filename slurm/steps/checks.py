@@ -216,7 +216,7 @@ def _place(root: Path) -> list[str]:
 
 
 def _cluster(graph: Graph, resources: dict[str, Resources]) -> list[str]:
-    """Partition, account and qos are known to SLURM, and the job's size fits the partition."""
+    """Partition, account and qos are known to SLURM."""
     if not has_slurm():
         return ["--cluster slurm: there is no sbatch here; run this on a login node, or take --cluster local"]
     known = {

@@ -64,6 +64,7 @@ def test_every_state(record: Record, tmp_path: Path) -> None:
 
     record.set_state("requeued")
     assert look(record, "PENDING").detail == "interrupted 1 time"
+    assert look(record, "PENDING PartitionConfig").detail == "interrupted 1 time, PartitionConfig"
     record.set_state("running", starts=3)
     assert look(record, "RUNNING").detail.endswith("interrupted 2 times")
 
