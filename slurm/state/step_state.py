@@ -33,7 +33,7 @@ class View:
 
 
 def look(record: Record, live: str | None) -> View:
-    """What to tell about a step; `live` is what the machine or SLURM says: RUNNING, PENDING Resources, None."""
+    """What to tell about a step; `live`: RUNNING or PENDING Resources by the machine or SLURM, or None."""
     now = time.time()
     sent, state, done, failure = record.submitted, record.state, record.done, record.failure
     job_id = str(sent.get("job_id", ""))
