@@ -88,7 +88,8 @@ def checked(file: str) -> str:
         key for key in ("title", "source") if getattr(protocol, key) == getattr(load_protocol(name), key)
     ]
     if copied and near[name]:
-        told += f"\nits {' and '.join(copied)} are {name}'s: say in the file what yours is, reports print it"
+        are = "are" if len(copied) > 1 else "is"
+        told += f"\nits {' and '.join(copied)} {are} {name}'s, and reports will print that: say what yours is"
     return told
 
 

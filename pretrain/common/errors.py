@@ -75,6 +75,8 @@ def outside_reason(error: BaseException) -> str | None:
             first = str(cause).splitlines()[0]
             return f"a file could not be written, is the disk or a quota full? ({first})"
         if full := gpu_full(cause):
-            return f"{full}; what was saved is kept: another process may take it, a smaller batch takes less"
+            return (
+                f"{full}; a smaller batch takes less, another process may hold some; what was saved is kept"
+            )
         cause = cause.__cause__ or cause.__context__
     return None

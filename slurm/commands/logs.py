@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int | None:
     root = suite_folder(asked.dir)
     names = [r.name for r in records(root)]
     if not asked.step:
-        raise UserError(f"of which step? There are {', '.join(names)}")
+        raise UserError(f"of which step? There are {', '.join(names) or 'none yet'}")
     found = [n for n in names if n == asked.step] or [n for n in names if n.startswith(asked.step)]
     if not found:
         near = difflib.get_close_matches(asked.step, names, 1)

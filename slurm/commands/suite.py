@@ -168,7 +168,8 @@ def _to_slurm(
         print(f"submitted {name} as {job_id}")
     for name, state in planned.live.items():
         if name not in sent:
-            print(f"left alone {name}: {state.lower()}")
+            word, _, reason = state.partition(" ")
+            print(f"left alone {name}: {word.lower()} {reason}".rstrip())
     print(f"{len(sent)} submitted, {len(planned.done)} done before; python -m slurm status {root} --watch")
     return None
 

@@ -55,8 +55,8 @@ def look(record: Record, live: str | None) -> View:
         return view(RUNNING, again or "starting")
     if live is not None:
         word, _, reason = live.partition(" ")
-        told = (again, reason, "" if word == "PENDING" else word.lower())
-        return view(QUEUED, ", ".join(filter(None, told)))
+        why = (again, reason, "" if word == "PENDING" else word.lower())
+        return view(QUEUED, ", ".join(filter(None, why)))
     ended = state.get("ended_at") or failure.get("at") or now
     seconds = ended - started if started else None
     if state.get("state") == "skipped":

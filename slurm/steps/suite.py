@@ -21,9 +21,8 @@ from slurm.steps.tasks import BACKBONES, DETECTION, Images, Target
 from transfer.checkpoints.user_format import read_user_format
 from transfer.conversion.availability import CONFIGS
 from transfer.evaluation.protocol import FOLDER
-from transfer.evaluation.provenance import kept_epoch
+from transfer.evaluation.provenance import file_labels, kept_epoch
 from transfer.options.weights import WeightsOptions
-from transfer.report.evidence.labels import file_labels
 from transfer.zoo.download import located
 from transfer.zoo.manifest import PREFIX
 
@@ -208,9 +207,10 @@ def suite_graph(root: Path, asked: Suite, resources: dict[str, Resources]) -> Gr
     weights = _weights(asked)
     epochs = {name: kept_epoch(str(path)) for name, (path, _) in weights.items()}
     several = len(set(epochs.values())) > 1
-    own = file_labels([str(Path(w).resolve()) for w in asked.weights or [] if not w.startswith(PREFIX)])
+    words = asked.weights or []
+    own = file_labels([w if w.startswith(PREFIX) else str(Path(w).resolve()) for w in words])
     for name, (path, branch) in weights.items():
-        label = asked.label or own.get(str(path), name)
+        label = asked.label or own.get(str(path)) or own.get(f"{PREFIX}{name}", name)
         if asked.label and several and epochs[name] is not None:
             label += f", epoch {epochs[name]}"
         read = asked.reading(weights_format=layout, branch=branch, zoo=None)

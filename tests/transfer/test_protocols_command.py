@@ -49,8 +49,8 @@ def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     shown = capsys.readouterr().out
     assert "mine@1: a protocol of task knn, hash " in shown
     assert "dino_knn@2, from which it differs in temperature: 0.1, there 0.07\n" in shown
-    assert "its title and source are dino_knn@2's: say in the file what yours is" in shown
-    with pytest.raises(UserError, match=r"with its suffix: mine@1\.yaml"):
+    assert "its title and source are dino_knn@2's, and reports will print that" in shown
+    with pytest.raises(UserError, match=r"named with its suffix: mine@1\.yaml"):
         load_protocol("mine@1")
     for old, new, said in (
         ("temperature: 0.1", "temperature: warm", "temperature: 'warm': wanted a number"),

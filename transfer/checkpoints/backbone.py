@@ -201,7 +201,7 @@ def find(raw: RawFile, path: str | Path, asked: WeightsOptions) -> Found:
         try:
             found = find(raw, path, dataclasses.replace(asked, weights_format=None))
         except UserError as error:
-            raise UserError(f"{said} (inspect --keys lists what is there)\nWithout it: {error}") from None
+            raise UserError(f"{said} (`inspect FILE --keys` lists its tensors); without: {error}") from None
         return dataclasses.replace(
             found, notes=(*found.notes, f"{said}; it was read as {found.reading.format.name}")
         )

@@ -43,8 +43,6 @@ class Inspection:
     """What should make a user look again."""
     problem: str
     """Why nothing could be loaded; "" otherwise."""
-    tensors: tuple[str, ...] = ()
-    """Where nothing could be loaded every tensor of the file: its container, key and shape."""
 
 
 def inspect_file(path: str | Path, asked: WeightsOptions | None = None) -> Inspection:
@@ -73,11 +71,7 @@ def inspect_file(path: str | Path, asked: WeightsOptions | None = None) -> Inspe
         found=found,
         doubts=tuple(doubts),
         problem=problem,
-        tensors=tuple(
-            f"{c.path or 'top'}: {key} {tuple(t.shape)}"
-            for c in (containers(raw.value) if problem else ()) for key, t in c.tensors.items()
-        ),
-    )  # fmt: skip
+    )
 
 
 def _state(readings: list[Reading], branch: str, asked: WeightsOptions) -> str:
@@ -215,7 +209,9 @@ def _print_table(found: Inspection, *, keys: bool) -> None:
         for key, reason in found.found.reading.dropped.items():
             print(printable(f"{key} dropped: {reason}"))
     elif keys:
-        print("\n".join(map(printable, found.tensors)))
+        for container in containers(load_file(found.path).value):
+            for key, tensor in container.tensors.items():
+                print(printable(f"{container.path[:200] or 'top'}: {key[:200]} {tuple(tensor.shape)}"))
 
 
 def main(argv: list[str]) -> int:

@@ -16,6 +16,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def load_file(path: str | Path) -> RawFile:
     """Read `path`, however it is packed. Raises UserError for what is no checkpoint or not safe to read."""
     path = Path(path)
     if not path.exists():
-        there = [p.name for p in path.parent.glob("*") if p.is_file()] if path.parent.is_dir() else []
+        there = [p.name for p in islice(path.parent.glob("*"), 1000)] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, there, n=1)
         raise UserError(f"{path}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
     if path.is_dir():

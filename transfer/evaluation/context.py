@@ -24,6 +24,7 @@ from transfer.evaluation import results
 from transfer.evaluation.features import Extractor, Features, extract_all, make_extractor
 from transfer.evaluation.pooled_features import LAST
 from transfer.evaluation.protocol import Protocol
+from transfer.evaluation.provenance import weights_name
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.split_checks import check_pair, doubts_about
 from transfer.evaluation.tokens import Positions, at_size, needs_other_positions
@@ -334,7 +335,7 @@ def judge_frozen(
 def spell(r: Result) -> str:
     """One line for people."""
     figures = "  ".join(f"{k} {v:.2f}" for k, v in r.metrics.items())
-    who = r.label or Path(r.weights["path"]).name
+    who = r.label or weights_name(str(r.weights["path"]))
     share = "" if r.label_percent == 100 else f" with {r.label_percent:g} % of the labels"
     name = f"{r.protocol['name']}@{r.protocol['version']}"
     at = "last epoch" if r.epoch is None else f"epoch {r.epoch}"

@@ -151,7 +151,7 @@ def load_protocol(name: str, task: str | None = None) -> Protocol:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         if Path(f"{name}.yaml").is_file():
-            hint = f" (that of a file is given with its suffix: {name}.yaml)"
+            hint = f" (your file is named with its suffix: {name}.yaml)"
         raise UserError(f"unknown protocol {name!r}{hint}; choose one of: {', '.join(known)}")
     protocol = _read(path)
     shipped = FOLDER / f"{protocol}.yaml"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections import defaultdict
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,9 @@ PINNED = "COMMIT"
 """File of a copy of the code that was pinned for a job: the commit it was copied from."""
 GENERIC = ("backbone", "checkpoint")
 """How names of files begin that say nothing of what is in them."""
+SUFFIX = re.compile(
+    r"(?<=[^/.])(\.(pth|pt|ckpt|pkl))?\.(pth|pt|ckpt|pkl|tar|safetensors|bin|npz|gz|zip)$", re.IGNORECASE
+)
 
 
 @cache
@@ -34,19 +39,44 @@ def commit() -> str | None:
 
 
 def weights_name(path: str) -> str:
-    """A short name for weights without a label: the file's without its suffix; its folder's before what many
-    files are named."""
+    """A short name for weights without a label: the file's, without suffix, after its folder's where many
+    files have that name."""
     if path in ("", RAW_PIXELS):
         return path.replace("-", " ") or "random initialisation"
     if path.startswith("zoo:"):
         return path.removeprefix("zoo:")
-    folder, name = Path(path).parent.name, Path(without_suffix(path)).name
-    return f"{folder}/{name}" if name.startswith(GENERIC) else name
+    folder, name = Path(path).parent.name, Path(_without_suffix(path)).name
+    return f"{folder}/{name}" if folder and name.startswith(GENERIC) else name
 
 
-def without_suffix(path: str) -> str:
-    """model of model.pth and model.pth.tar, run.100ep of run.100ep.pth."""
-    return re.sub(r"(\.(pth|pt|ckpt|pkl))?\.\w+$", "", path)
+def file_labels(paths: Sequence[str]) -> dict[str, str]:
+    """The labels of weights without one: `weights_name`, with as much of the folder as tells files apart."""
+    paths = [*dict.fromkeys(paths)]
+    alike: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        alike[weights_name(path)].append(path)
+    found: dict[str, str] = {}
+    for name, places in alike.items():
+        stems = [_without_suffix(path) for path in places]
+        names = short_names(stems if len(set(stems)) == len(stems) else places)
+        found |= dict(zip(places, [name] if len(places) == 1 else names))
+    return found if len(set(found.values())) == len(found) else dict(zip(paths, short_names(paths)))
+
+
+def short_names(paths: list[str]) -> list[str]:
+    """The fewest last parts of each path that tell all of them apart."""
+    parts = [p.strip("/").split("/") for p in paths]
+    longest = max((len(p) for p in parts), default=1)
+    for count in range(1, longest + 1):
+        names = ["/".join(p[-count:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(i + 1) for i in range(len(paths))]
+
+
+def _without_suffix(path: str) -> str:
+    """model of model.pth and model.pth.tar, run.100ep of run.100ep.pth and run.100ep."""
+    return SUFFIX.sub("", path)
 
 
 def kept_epoch(path: str) -> int | None:

@@ -86,7 +86,7 @@ class InspectSettings(WeightsOptions):
     branch: Literal["online", "ema"] | None = None
     """Which branch to load; default: online, else ema; of zoo:NAME the one that is published."""
     keys: bool = False
-    """List every tensor, used and dropped."""
+    """List every tensor, used and dropped, or all of a file in which no backbone was found."""
     json: bool = False
     """Print JSON instead of a table."""
 

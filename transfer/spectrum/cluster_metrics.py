@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from transfer.evaluators.knn_vote import knn_evaluate
@@ -21,8 +22,6 @@ def clid(x_ND: np.ndarray | Tensor, *, clusters: int, neighbours: int, seed: int
     to Evaluate Self-Supervised Learning Methods", https://arxiv.org/abs/2206.01251, who take the
     classifier's performance while it is given one image after the other.
     """
-    from sklearn.cluster import KMeans
-
     x = as_matrix(x_ND).float()
     found = KMeans(min(clusters, len(x) // 2), n_init=1, random_state=seed).fit_predict(x.numpy())
     order = np.random.default_rng(seed).permutation(len(x))

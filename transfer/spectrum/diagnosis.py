@@ -31,14 +31,14 @@ from transfer.evaluation.context import Evaluation, backbone_of, judge_frozen, o
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.pooled_features import LAST, STAGES, columns
 from transfer.evaluation.protocol import Protocol, load_protocol, want
-from transfer.evaluation.provenance import weights_name
+from transfer.evaluation.provenance import file_labels
 from transfer.evaluation.results import Clock, Result
 from transfer.evaluation.transforms import ImageValues
 from transfer.options.commands import SpectrumSettings, parse
 from transfer.options.evaluation import EvaluationSettings
 from transfer.spectrum import diagnosis_pictures
 from transfer.spectrum.cluster_metrics import clid, neural_collapse
-from transfer.spectrum.half_samples import intervals
+from transfer.spectrum.half_samples import MOST, intervals
 from transfer.spectrum.rank_metrics import rank_metrics, spectrum
 from transfer.spectrum.view_metrics import MOST_FEATURES, alignment, lidar, uniformity
 
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 SPECTRA = "spectra.json"
 Metrics = Callable[[np.ndarray], Mapping[str, float]]
 """Of some of the images, by position."""
+WIDE = 4096  # features: metrics of more are computed one after the other, for their memory
 VIEW_BATCH = 32  # images whose views are made at once
 
 
@@ -184,7 +185,12 @@ def _judge(
     with Progress((values.repeats + 1) * len(parts), label="metrics", unit="round") as bar:
         for part, n in parts:
             found, its = intervals(
-                part, n, repeats=values.repeats, told=lambda: bar.update(1), ratios=("condition_number",)
+                part,
+                n,
+                repeats=values.repeats,
+                told=lambda: bar.update(1),
+                ratios=("condition_number",),
+                at_once=MOST if x_ND.shape[1] <= WIDE else 1,
             )
             metrics, ranges = metrics | found, ranges | its
     notes += [f"{k} cannot be told of these features" for k, v in metrics.items() if not math.isfinite(v)]
@@ -199,7 +205,8 @@ def _judge(
     sizes = sorted({*(s for s in values.sizes if s < len(x_ND)), len(x_ND)})
     by_images = {str(n): _finite(rank_metrics(x_ND[order[:n]], decay_range=last)) for n in sizes}
     said = {
-        "name": evaluation.settings.label or weights_name(evaluation.settings.weights), "n": len(x_ND),
+        "name": evaluation.settings.label or file_labels(settings.weights)[evaluation.settings.weights],
+        "n": len(x_ND),
         "step": int(evaluation.backbone.metadata.get("step") or 0), "by_images": by_images,
         "layers": {stage: spectrum(x).tolist() for stage, x in by_layer.items()},
     }  # fmt: skip

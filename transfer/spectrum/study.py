@@ -168,7 +168,7 @@ def study(settings: StudySettings) -> Path:
     same |= {"spectra": "float64", "zero_init_last": False}
     done = read_jsonl(output / "runs.jsonl")
     if any(run["settings"] != same for run in done):
-        raise UserError(f"{output} holds runs of other settings: take another --output, or those settings")
+        raise UserError(f"{output} holds runs of other settings or an earlier version: take another --output")
     save_settings(settings, output / "config.yaml")
     bank = _pixels(train, settings.bank, seed=0)
     queries = _pixels(test, settings.queries, seed=0)

@@ -123,7 +123,7 @@ def test_a_full_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert run(main, []) == 1
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "(CUDA out of memory. Tried to allocate 2.00 GiB); what was" in said
+    assert said.count("\n") == 1 and "(CUDA out of memory. Tried to allocate 2.00 GiB); a smaller" in said
 
 
 def test_a_long_mistake_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:

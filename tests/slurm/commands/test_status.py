@@ -214,7 +214,7 @@ def test_a_look_at_hundreds_of_jobs_is_one_question(tmp_path: Path, monkeypatch:
         f"""#!/bin/bash
 echo "$@" >> {tmp_path}/asked
 if [ -e {tmp_path}/forgotten ] && [[ "$*" == *--jobs* ]]; then echo "Invalid job id specified" >&2; exit 1; fi
-for i in $(seq 60 79); do echo "$i|RUNNING"; done; echo "9999|RUNNING"
+for i in $(seq 60 79); do echo "$i|RUNNING|None"; done; echo "80|PENDING|Priority"; echo "9999|RUNNING|None"
 """
     )
     squeue.chmod(0o755)
@@ -230,7 +230,8 @@ for i in $(seq 60 79); do echo "$i|RUNNING"; done; echo "9999|RUNNING"
     views = status.look_now(tmp_path)
     (asked,) = (tmp_path / "asked").read_text().splitlines()
     assert "60," in asked and ",99" in asked and "59" not in asked
-    assert [sum(v.state == s for v in views) for s in (DONE, RUNNING, FAILED)] == [60, 20, 20]
+    assert [sum(v.state == s for v in views) for s in (DONE, RUNNING, QUEUED, FAILED)] == [60, 20, 1, 19]
+    assert next(v for v in views if v.name == "knn/80").detail == "interrupted 1 time, Priority"
     (tmp_path / "forgotten").touch()
     assert status.look_now(tmp_path) == views
     assert len((tmp_path / "asked").read_text().splitlines()) == 3

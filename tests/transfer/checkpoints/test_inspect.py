@@ -59,7 +59,6 @@ def test_an_incomplete_file_shows_what_is_there(tmp_path: Path, capsys: pytest.C
     assert main(["inspect", path, "--json"]) == 2
     said = json.loads(capsys.readouterr().out)
     assert not said["loads"] and "missing: layer3.1.conv1.weight" in said["problem"]
-    assert len(said["tensors"]) == 108
     assert main(["inspect", path, "--keys"]) == 2
     assert "\nstate_dict: module.encoder_q.conv1.weight (64, 3, 7, 7)\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no such file; did you mean m\.pth"):

@@ -14,6 +14,8 @@ from pretrain.common.errors import UserError
 from pretrain.network.model import build_backbone
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Result, check, read
+from transfer.evaluators import knn
+from transfer.report import command
 from transfer.spectrum import diagnosis
 from transfer.spectrum.diagnosis import read_spectra
 from transfer.spectrum.rank_metrics import rank_metrics
@@ -34,9 +36,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return found
 
 
-def _protocol(folder: Path) -> str:
+def _protocol(folder: Path, **other: int) -> str:
     values = dict(load_protocol("spectrum@1").values)
-    values |= {"images": 64, "sizes": [40], "view_images": 16, "views": 2, "repeats": 2, "clusters": 4}
+    values |= {
+        "images": 64,
+        "sizes": [40],
+        "view_images": 16,
+        "views": 2,
+        "repeats": 2,
+        "clusters": 4,
+    } | other
     path = folder / "short@1.yaml"
     path.write_text(yaml.safe_dump({"task": "spectrum", "title": "t", "source": "s", "values": values}))
     return str(path)
@@ -79,6 +88,23 @@ def test_checkpoints_are_diagnosed_once(
     capsys.readouterr()
     diagnosis.main(argv)
     assert capsys.readouterr().out.count("finished already") == 2 and len(read(tmp_path / "out")) == 2
+
+
+def test_a_report_tells_the_features_of_layers_from_those_of_knn(
+    weights: list[str], cifar_folder: Path, tmp_path: Path
+) -> None:
+    """Both are in one cache, of the same weights and images."""
+    out = tmp_path / "out"
+    shared = [
+        "--weights", weights[0], "--dataset", "imagefolder", "--data-dir", str(cifar_folder), "--output",
+        str(out), "--precision", "float32", "--random-init", "true",
+    ]  # fmt: skip
+    diagnosis.main([*shared, "--protocol", _protocol(tmp_path, images=100_000), "--no-views"])
+    (of_layers,) = (out / "features").glob("*/meta.json")
+    of_layers.parent.rename(out / "features" / "0")  # found first
+    knn.main([*shared, "--protocol", "solo_knn@2"])
+    command.main([str(out), "--output", str(tmp_path / "report")])
+    assert "of the 6 nearest to each of" in (tmp_path / "report/index.html").read_text()
 
 
 def test_raw_pixels_have_no_layers(cifar_folder: Path, tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 
 from pretrain.common.files import whole_number
 from pretrain.data.transfer_sets import metric_of
+from transfer.evaluation.provenance import short_names
 from transfer.options.weights import RAW_PIXELS
 from transfer.report.evidence.collect import Evidence
 from transfer.report.evidence.compare import Summary, Trial
-from transfer.report.evidence.labels import file_name, short_names
+from transfer.report.evidence.labels import file_name
 from transfer.report.evidence.records import Record
 
 TASK_NAMES = {

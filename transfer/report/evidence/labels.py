@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from transfer.evaluation.provenance import weights_name, without_suffix
+from transfer.evaluation.provenance import file_labels
 from transfer.report.evidence.records import Record
 
 
@@ -58,19 +58,6 @@ def _told_apart(records: list[Record]) -> list[Record]:
     ]
 
 
-def file_labels(paths: Sequence[str]) -> dict[str, str]:
-    """The labels of weights without one: `weights_name`, with as much of the folder as tells files apart."""
-    alike: dict[str, list[str]] = defaultdict(list)
-    for path in dict.fromkeys(paths):
-        alike[weights_name(path)].append(path)
-    found: dict[str, str] = {}
-    for name, places in alike.items():
-        stems = [without_suffix(path) for path in places]
-        names = short_names(stems if len(set(stems)) == len(stems) else places)
-        found |= dict(zip(places, [name] if len(places) == 1 else names))
-    return found
-
-
 def printable(value: Any) -> Any:
     """Texts anywhere in `value` without control characters, which a terminal would act on."""
     if isinstance(value, str):
@@ -92,14 +79,3 @@ def printable(value: Any) -> Any:
 def file_name(text: str) -> str:
     """`text` in letters, digits, points, dashes and underscores alone, as a file's name may have it."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:100] or "unnamed"
-
-
-def short_names(paths: list[str]) -> list[str]:
-    """The fewest last parts of each path that tell all of them apart."""
-    parts = [p.strip("/").split("/") for p in paths]
-    longest = max((len(p) for p in parts), default=1)
-    for count in range(1, longest + 1):
-        names = ["/".join(p[-count:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [str(i + 1) for i in range(len(paths))]

@@ -38,7 +38,7 @@ def judged(evidence: Evidence) -> Table | None:
         path = str(weights.get("path") or "")
         here = "stale: changed since" if "weights file" in record.stale else _presence(path, record.sha256)
         rows[key] = [
-            cell(record.label), cell(Path(path).name if record.sha256 else weights_name(path), note=path),
+            cell(record.label), cell(_file(path), note=path),
             cell(record.sha256[:16] or "-"),
             cell(weights.get("format") or "-"), cell(weights.get("branch") or "-"),
             cell(record["arch"] or "-"), cell(_short(settings.get("parameters"))),
@@ -54,6 +54,10 @@ def judged(evidence: Evidence) -> Table | None:
     ]  # fmt: skip
     body = [[*row[:7], _at_sizes(sizes[key]), *row[7:], cell(counts[key])] for key, row in rows.items()]
     return table("judged", "What was evaluated", columns, body, _twins(evidence.records))
+
+
+def _file(path: str) -> str:
+    return weights_name(path) if path in ("", RAW_PIXELS) or path.startswith("zoo:") else Path(path).name
 
 
 def _at_sizes(found: dict[int, str]) -> Cell:

@@ -15,6 +15,7 @@ from pretrain.common.output_folder import read_config
 from pretrain.data.cache import checksum_of
 from pretrain.data.datasets import ImageDataset, open_dataset
 from transfer.evaluation.feature_cache import FORMAT, mapped
+from transfer.evaluation.pooled_features import LAST, stages_of
 from transfer.evaluators.nearest import nearest
 from transfer.report.evidence.grouping import Results
 from transfer.report.evidence.records import Record
@@ -78,14 +79,17 @@ def _picture(method: str, record: Record, name: str) -> Shown:
 
 def _features(cache: Path, record: Record, data: ImageDataset) -> np.ndarray:
     """The cached features of all images of `data` under the record's weights."""
-    weights = record["weights"] or {}
+    weights, settings = record["weights"] or {}, record["settings"] or {}
     branch = weights.get("branch")
+    stages = stages_of(tuple(settings.get("features") or LAST))  # other commands may share the cache
     for file in sorted(cache.glob("*/meta.json")):
         meta = json.loads(file.read_text(encoding="utf-8"))
         if (
             meta["format"] == FORMAT
             and meta["weights"].startswith(f"{record.sha256} {branch} ")
             and (meta["split"], meta["data"], meta["n"]) == (data.split, data.fingerprint, len(data))
+            and tuple(meta.get("stages", LAST)) == tuple(stages)
+            and settings.get("precision") in (None, meta["precision"])
             and record["image_size"] in (None, meta["transform"].get("size"))
             and all(weights.get(k) in (None, meta["transform"].get(k)) for k in ("mean", "std"))
         ):

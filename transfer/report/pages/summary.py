@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from transfer.options.weights import RAW_PIXELS
 from transfer.report.evidence.compare import CANNOT, Difference
@@ -34,25 +35,30 @@ def summary(results: Results) -> str:
         return (
             f"Nothing can be compared with {best}: no other row has a figure of the same task and protocol."
         )
-    above = [pair for pair in pairs if pair[2].points < 0]
+    above = [pair for pair in pairs if round(pair[2].points, 9) < 0]
     columns = list(dict.fromkeys(task for task, _, _ in pairs))
     behind = {task for task, _, _ in above}
     told = [f"{best} has the highest figure in {_of(len(columns) - len(behind), len(columns))}."]
     if above:
-        more = f"; and {len(above) - MOST_TOLD} more" if len(above) > MOST_TOLD else ""
-        told.append(f"Above it: {'; '.join(_spelt(*pair) for pair in above[:MOST_TOLD])}{more}.")
-    if level := [f"{other} in {task.title} on {task.dataset}" for task, other, d in pairs if d.points == 0]:
-        told.append(f"Level with it: {'; '.join(level[:MOST_TOLD])}.")
+        told.append(f"Above it: {'; '.join(_spelt(*pair) for pair in above[:MOST_TOLD])}{_more(above)}.")
+    level = [f"{o} in {task.title} on {task.dataset}" for task, o, d in pairs if not round(d.points, 9)]
+    if level:
+        told.append(f"Level with it: {'; '.join(level[:MOST_TOLD])}{_more(level)}.")
     verdicts = Counter(d.verdict for _, _, d in pairs)
     if len(pairs) > 1:
-        counts = ", ".join(f"{n} {_is(verdict, n)}" for verdict, n in verdicts.items())
-        told.append(f"Of its {len(pairs)} differences from other rows, {counts}.")
-    else:
+        counts = [f"{n} {_is(verdict, n)}" for verdict, n in verdicts.items()]
+        counts = [", ".join(counts[:-1]), counts[-1]] if len(counts) > 1 else counts
+        told.append(f"Of its {len(pairs)} differences from other rows, {' and '.join(counts)}.")
+    elif not level:
         told.append(f"The difference {_is(pairs[0][2].verdict, 1)}.")
     if any(d.p is not None and d.noise != "noise" for _, _, d in pairs):
         told.append(ABOUT_CHECKPOINTS)
     pixels = [task for task, other, _ in above if task.name == "knn" and _is_pixels(results, other, task)]
     return " ".join([*told, *([_about_pixels(best, pixels)] if pixels else [])])
+
+
+def _more(pairs: Sequence[object]) -> str:
+    return f"; and {len(pairs) - MOST_TOLD} more" if len(pairs) > MOST_TOLD else ""
 
 
 def _is(verdict: str, count: int) -> str:

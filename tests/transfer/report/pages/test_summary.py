@@ -67,7 +67,8 @@ def test_raw_pixels_above_the_best_model_are_explained(tmp_path: Path, dataset: 
     assert told.startswith("a has the highest figure in no column. Above it: raw pixels in k-NN on ")
     assert f"{dataset}, by 0.40 points (within the noise of the test images). " in told
     assert (
-        "Of its 2 differences from other rows, 1 is beyond the noise of the test images, 1 is within" in told
+        "Of its 2 differences from other rows, 1 is beyond the noise of the test images and 1 is within"
+        in told
     )
     assert why in told and ("such as cifar10" in told) == (dataset == "fashion_mnist")
     assert told.count(ABOUT_CHECKPOINTS) == 1
