@@ -90,10 +90,12 @@ def test_an_kendall() -> None:
 
 
 def test_pictures_of_a_diagnosis_stand_in_its_section(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a/results.jsonl", _lines(0, 50, 100)[:1])
+    one, other = _lines(0, 50, 100)[0], _lines(1, 50, 100)[0]
+    write_lines(tmp_path / "a/results.jsonl", [one, other])
     (tmp_path / "a/pictures").mkdir()
     (tmp_path / "a/spectra.json").write_text(json.dumps({}))
     (tmp_path / "a/pictures/spectra.svg").write_text('<svg viewBox="0 0 10 10"></svg>')
-    assert [p.section for p in collect([tmp_path]).pictures] == ["spectrum"]
+    (picture,) = collect([tmp_path]).pictures
+    assert (picture.section, picture.caption) == ("spectrum", "a: spectra")  # not of either checkpoint
     (tmp_path / "a/spectra.json").unlink()
     assert [p.section for p in collect([tmp_path]).pictures] == ["predictions"]

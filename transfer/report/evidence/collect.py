@@ -202,5 +202,7 @@ def _label(folder: Path, root: Path, lines: list[dict[str, Any]], *, qualified: 
 
 def _label_and_seed(folder: Path, root: Path) -> str:
     lines = read_jsonl(folder / "results.jsonl")
+    if len({str(line.get("weights")) for line in lines}) > 1:  # pictures of several in one
+        lines = []
     seed = lines[-1].get("seed") if lines else None
     return _label(folder, root, lines) + ("" if seed is None else f", seed {seed}")
