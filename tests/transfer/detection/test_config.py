@@ -103,7 +103,7 @@ def unused(reads: Reads, default: CfgNode, refused: Mapping[str, str]) -> set[st
         "train_loop",
         "precise_bn",
         "protocol",
-        "pixels/sets",
+        "semantic/sets",
     )
     ours = "\n".join((folder / f"{name}.py").read_text() for name in names)
     unread = {key for key in flat(default) if key not in reads.keys and f"cfg.{key}" not in ours}
