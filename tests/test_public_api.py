@@ -94,6 +94,9 @@ def test_a_module_is_judged_as_its_features_are(cifar_folder: Path, tmp_path: Pa
     by_command = transfer.evaluate(network, "linear", protocol="cached_linear@1", **arguments)
     last = next(r for r in by_command if r.selection != "best" and r.epoch == 12)
     assert probed["top1"] == pytest.approx(last.metrics["top1"], abs=1e-4)
+    tensors = (torch.as_tensor(x) for x in (train.labels_N, queries, test.labels_N))
+    learnt = torch.from_numpy(bank).requires_grad_()  # as a network gives them
+    assert probed == transfer.linear_probe(learnt, *tensors)
     with pytest.raises(ValueError, match="no option labels"):
         transfer.evaluate(network, "knn", protocol="solo_knn@1", labels="x", **arguments)
 

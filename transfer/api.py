@@ -90,10 +90,10 @@ def linear_probe(
     if values.method != "heads" or values.augmentation:
         raise UserError(f"protocol {loaded}: wanted one of heads on cached features, such as cached_linear@1")
     device = device or local_device()
-    labels, test_labels = (np.asarray(x, np.int64) for x in (train_labels_N, test_labels_M))
+    labels, test_labels = (_on_cpu(x, np.int64) for x in (train_labels_N, test_labels_M))
     fit, aside = held_out_split(labels, values.held_out_percent, seed)
-    given = (np.asarray(train_ND)[fit], np.asarray(train_ND)[aside], np.asarray(test_MD))
-    features = [np.array(x, np.float32) for x in given]  # copies, to be scaled in place
+    train_ND, test_MD = (_on_cpu(x, np.float32) for x in (train_ND, test_MD))
+    features = [np.array(x) for x in (train_ND[fit], train_ND[aside], test_MD)]  # copies, scaled in place
     scale(values.scaling, *features)
     train, held, test = (
         Labelled(features_ND=torch.from_numpy(x).to(device), labels_N=torch.from_numpy(y).to(device))
@@ -111,6 +111,13 @@ def linear_probe(
     scores = linear.judge_heads(heads, classes, held if len(aside) else None, test)
     best = linear.first_largest([m["top1"] for m in scores["held"]]) if len(aside) else 0
     return scores["test"][best]
+
+
+def _on_cpu(x: np.ndarray | Tensor, dtype: Any) -> np.ndarray:
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        x = x.float() if x.is_floating_point() else x  # NumPy has no bfloat16
+    return np.asarray(x, dtype)
 
 
 def evaluate(
