@@ -47,10 +47,11 @@ def intervals(
             found.append(values)
             told()
     whole, *of_halves = found
+    values_of = {name: [half.get(name, math.nan) for half in of_halves] for name in whole}
     return dict(whole), {
-        name: _around(value, [half.get(name, math.nan) for half in of_halves], ratio=name in ratios)
-        for name, value in whole.items()
-        if np.isfinite([value, *(half.get(name, math.nan) for half in of_halves)]).all()
+        name: _around(whole[name], values, ratio=name in ratios)
+        for name, values in values_of.items()
+        if np.isfinite([whole[name], *values]).all()
     }
 
 

@@ -88,7 +88,7 @@ def _features(cache: Path, record: Record, data: ImageDataset) -> np.ndarray:
             meta["format"] == FORMAT
             and meta["weights"].startswith(f"{record.sha256} {branch} ")
             and (meta["split"], meta["data"], meta["n"]) == (data.split, data.fingerprint, len(data))
-            and tuple(meta.get("stages", LAST)) == tuple(stages)
+            and tuple(meta.get("stages", LAST)) == stages
             and settings.get("precision") in (None, meta["precision"])
             and record["image_size"] in (None, meta["transform"].get("size"))
             and all(weights.get(k) in (None, meta["transform"].get(k)) for k in ("mean", "std"))
