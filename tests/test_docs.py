@@ -195,6 +195,11 @@ class Command(NamedTuple):
     section: str
     line: str
 
+    @property
+    def is_a_name(self) -> bool:
+        """Whether it names a subcommand, as a sentence does, and is not to be run as it stands."""
+        return re.fullmatch(r"intl-\w+ [a-z][a-z-]*", self.line) is not None
+
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 PROGRAMS = r"make|python|torchrun|intl-\w+|(?:\S*/)?bin/python"
@@ -293,7 +298,7 @@ def test_commands_are_found_where_they_stand() -> None:
 make one   # why
 ## no heading
 ```
-Says `python -m transfer inspect FILE`, `--branch ema` and `make()`.
+Says `python -m transfer inspect FILE`, `--branch ema` and `make()`; names `intl-transfer spectrum`.
 ## Second
 ```sh
 $ torchrun --nproc-per-node 2 \\
@@ -306,8 +311,10 @@ images -> pretrain
     assert commands_of("p", text) == [
         ("p", "", "make one"),
         ("p", "", "python -m transfer inspect FILE"),
+        ("p", "", "intl-transfer spectrum"),
         ("p", "Second", "torchrun --nproc-per-node 2    -m pretrain"),
     ]
+    assert [c.is_a_name for c in commands_of("p", text)] == [False, False, True, False]
     assert parts("torchrun --nproc-per-node 2 -m pretrain --seed 1") == ("pretrain", "", ["--seed"])
 
 
