@@ -95,7 +95,9 @@ def _run(
         os.environ.update(env)
         os.chdir(cwd or os.getcwd())
         sys.argv = [program, *words]
-        torch.set_num_threads(int(env.get("OMP_NUM_THREADS", "1")))
+        torch.set_num_threads(
+            1
+        )  # OpenMP's other threads are not in a forked child, which would wait for them
         code = main(words) or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -362,8 +362,8 @@ def test_two_ranks_step_as_one(cifar_folder: Path, tmp_path: Path) -> None:
 
 
 def test_two_ranks_make_the_control_of_one(cifar_folder: Path, tmp_path: Path) -> None:
-    train(tiny(cifar_folder, tmp_path / "one", epochs=0), CPU)
-    wait_ranks(start_ranks(tiny(cifar_folder, tmp_path / "two", epochs=0)), 0)
+    for name, world in (("one", 1), ("two", 2)):  # each with one thread: equal to the bit
+        wait_ranks(start_ranks(tiny(cifar_folder, tmp_path / name, epochs=0), world=world), 0)
     assert differing(tmp_path / "one", tmp_path / "two") == []
 
 
