@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tarfile
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -245,6 +248,32 @@ def test_the_list_of_a_large_set_is_kept_as_long_as_it_is_true(
     count(seen + 5, 8)
     (train / "dog" / "0.png").unlink()
     count(seen + 6, 7)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_threads_read_the_folders_of_a_disk_that_is_waited_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    classes = [f"c{i}" for i in range(6)]
+    for i, name in enumerate(classes):
+        picture(root / "more" / name / "b.png", side=i + 1)
+        picture(root / "more" / name / "a.png")
+    walk, readers = folders._walk, []
+
+    def slow(*words: Path) -> folders._Part:
+        readers.append(threading.current_thread())
+        if waits:
+            time.sleep(0.1)
+        return walk(*words)
+
+    monkeypatch.setattr(folders, "_walk", slow)
+    if not waits:
+        monkeypatch.setattr(folders, "WAITING", math.inf)  # the tests' machine may be busy
+    listing = list_images(root / "more", classes)
+    assert listing.files == [f"{name}/{x}.png" for name in classes for x in "ab"]
+    assert listing.labels_N.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert listing.stats_N2.tolist() == folders.stats_of(root / "more", listing.files).tolist()
+    assert [t is threading.main_thread() for t in readers] == [True] + 5 * [not waits]
 
 
 def test_ranks_of_one_launch_look_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
