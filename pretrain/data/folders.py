@@ -1,8 +1,8 @@
 """Image folders: which files lie under a folder, their classes, sizes and times.
 
-Listing and looking at a million files takes half a minute on a local disk and many on a shared one, for every
-command and every rank. The list of a folder with more than LARGE images is therefore kept in the user's cache
-folder. It is used again as long as no folder in it has another modification time (which any file added,
+Listing and looking at a million files takes ten seconds on a local disk and minutes on a shared one, for
+every command and every rank. The list of a folder with more than LARGE images is therefore kept in the user's
+cache folder. It is used again as long as no folder in it has another modification time (which any file added,
 removed or renamed changes) and SAMPLE of its files, drawn anew each time, are as they were. What that misses
 is a file of a large set that was overwritten in place: `touch` its folder after such a change.
 """

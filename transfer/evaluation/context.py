@@ -334,7 +334,7 @@ def judge_frozen(
 
 def spell(r: Result) -> str:
     """One line for people."""
-    figures = "  ".join(f"{k} {v:.2f}" for k, v in r.metrics.items())
+    figures = "  ".join(f"{k} {v:.2f}" if abs(v) < 1e5 else f"{k} {v:.2e}" for k, v in r.metrics.items())
     who = r.label or weights_name(str(r.weights["path"]))
     share = "" if r.label_percent == 100 else f" with {r.label_percent:g} % of the labels"
     name = f"{r.protocol['name']}@{r.protocol['version']}"

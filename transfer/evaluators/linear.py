@@ -129,10 +129,8 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
     if is_main() and train is None:
         need_space(path, 2 * size_of(heads.state()), "the heads' checkpoints")
     diverged: set[int] = set()
-    bar = Progress(
-        steps * values.epochs, label=f"linear probe, {len(heads)} heads", start=done,
-        file=settings.output / "progress.json",
-    )  # fmt: skip
+    label = f"linear probe, {len(heads)} head{'s' if len(heads) > 1 else ''}"
+    bar = Progress(steps * values.epochs, label=label, start=done, file=settings.output / "progress.json")
 
     def features(epoch: int, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         if train is not None:

@@ -118,9 +118,12 @@ def _top(near: Tensor, k: int) -> tuple[Tensor, Tensor]:
     value, index = near.topk(wide, dim=1)
     if wide > k:
         tied = (value[:, k - 1] == value[:, k]).nonzero().flatten()
-        if len(tied):  # which of the equal ones are in is open as well
-            exact_value, exact_index = near[tied].sort(dim=1, descending=True, stable=True)
-            value[tied], index[tied] = exact_value[:, :wide], exact_index[:, :wide]
+        if len(tied):  # which of the equal ones are in is open as well: the first columns are
+            near, last = near[tied], value[tied, k - 1 : k]
+            column = torch.arange(near.shape[1], dtype=torch.int32, device=near.device)
+            place = torch.where(near == last, -column, -near.shape[1]).masked_fill_(near > last, 1)
+            index[tied, :k] = place.topk(k, dim=1).indices
+            value[tied, :k] = near.gather(1, index[tied, :k])
     return _in_order(value[:, :k], index[:, :k], k)
 
 
