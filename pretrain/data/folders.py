@@ -186,8 +186,10 @@ def _walks(top: Path, classes: Sequence[str]) -> Iterator[_Part]:
     """
     for at, name in enumerate(classes, 1):
         began, worked = time.perf_counter(), time.thread_time()
-        yield _walk(top, name)
-        if time.perf_counter() - began > WAITING * (time.thread_time() - worked):
+        part = _walk(top, name)
+        waited = time.perf_counter() - began > WAITING * (time.thread_time() - worked)
+        yield part
+        if waited:
             with ThreadPoolExecutor(THREADS) as pool:
                 yield from pool.map(lambda name: _walk(top, name), classes[at:])
             return
