@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pretrain.common.process_group import world_size
+from pretrain.common.progress import counted
 from pretrain.input_pipeline import InputPipeline
 from pretrain.learner import Learner, choose_dtype
 from pretrain.settings import Settings, recorded
@@ -132,4 +133,4 @@ def set_up(settings: Settings, device: torch.device) -> None:
 
 def _words(settings: Settings) -> str:
     threads = settings.threads if isinstance(settings.threads, int) else torch.get_num_threads()
-    return f"{settings.precision}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{settings.precision}, {counted(threads, 'thread')}"

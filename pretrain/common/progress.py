@@ -91,6 +91,11 @@ class Progress:
             self._bar.stop()
 
 
+def counted(count: int, noun: str) -> str:
+    """1 GPU, 2 GPUs, 3 batches."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("ch") else "s")
+
+
 def _spell(values: dict[str, float | str]) -> str:
     return " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
 

@@ -17,12 +17,12 @@ from typing import Any, Literal
 from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
 from pretrain.common.output_folder import check_folder
+from pretrain.common.progress import counted
 from pretrain.common.word_lists import spread
 from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.snapshot import pin
 from slurm.state.step_files import Record
-from slurm.state.step_state import counted
 from slurm.state.suite_lock import WRITES, is_suite, locked, refuse_other_configuration, set_aside
 from slurm.steps import tasks
 from slurm.steps.graph import Graph, Step

@@ -10,13 +10,13 @@ from pathlib import Path
 from pretrain.common.cli import parse_settings, save_settings
 from pretrain.common.errors import UserError
 from pretrain.common.output_folder import check_folder
+from pretrain.common.progress import counted
 from pretrain.common.word_lists import spread
 from pretrain.settings import Settings as PretrainSettings
 from pretrain.settings import refuse_code
 from slurm.commands.outcome import show_outcome
 from slurm.execution.local import LocalRun, Machine
 from slurm.execution.snapshot import code_files, pin, untracked
-from slurm.state.step_state import counted
 from slurm.state.suite_lock import WRITES, is_suite, locked, refuse_other_configuration, set_aside
 from slurm.steps import checks
 from slurm.steps.graph import Graph

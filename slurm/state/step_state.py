@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.common.progress import counted
 from slurm.state.local_process import LocalProcess
 from slurm.state.step_files import Record, records
 
@@ -77,11 +78,6 @@ def look(record: Record, live: str | None) -> View:
             CANCELLED, f"never started: it needs {', '.join(lacking)}" if lacking else "before it started"
         )
     return view(WAITING)
-
-
-def counted(count: int, noun: str) -> str:
-    """1 GPU, 2 GPUs, 3 batches."""
-    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("ch") else "s")
 
 
 def _times(count: int) -> str:

@@ -24,7 +24,7 @@ from pretrain.common.collectives import any_rank, gather_objects
 from pretrain.common.errors import UserError
 from pretrain.common.machine import computes_bfloat16, cores_of_rank
 from pretrain.common.process_group import barrier, is_main, rank, world_size
-from pretrain.common.progress import Progress
+from pretrain.common.progress import Progress, counted
 from pretrain.common.signals import StopSignals
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.images import BrokenImage
@@ -223,7 +223,7 @@ def refuse_broken(messages: Sequence[str], most: int) -> None:
         names = ", ".join(m.partition(": ")[0] for m in messages[:MOST_NAMED])
         more = f" and {len(messages) - MOST_NAMED} more, all in the log" if len(messages) > MOST_NAMED else ""
         raise UserError(
-            f"{len(messages)} image{'s' if len(messages) > 1 else ''} cannot be read and --max-broken-images "
+            f"{counted(len(messages), 'image')} cannot be read and --max-broken-images "
             f"is {most}: {names}{more}; repair or remove them (the features of all others are kept), or "
             "allow them with that option: results then state how many were evaluated"
         )

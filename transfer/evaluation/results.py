@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from pretrain.common.files import append_jsonl, read_jsonl
+from pretrain.common.progress import counted
 from transfer.evaluation.provenance import commit
 
 logger = logging.getLogger(__name__)
@@ -193,8 +194,9 @@ def read(path: str | Path) -> list[Result]:
         except (TypeError, ValueError) as error:
             wrong.append(str(error).removeprefix("Result.__init__() "))
     if wrong:
-        lines = f"{len(wrong)} line{'s' if len(wrong) > 1 else ''}"
-        logger.warning("%s: %s without a result left out (%s)", path, lines, "; ".join(wrong[:3]))
+        logger.warning(
+            "%s: %s without a result left out (%s)", path, counted(len(wrong), "line"), "; ".join(wrong[:3])
+        )
     return found
 
 

@@ -23,7 +23,7 @@ from pretrain.common.collectives import any_rank
 from pretrain.common.errors import RunFailed, UserError
 from pretrain.common.output_folder import need_space
 from pretrain.common.process_group import barrier, is_main, rank, sent, world_size
-from pretrain.common.progress import Progress
+from pretrain.common.progress import Progress, counted
 from pretrain.common.signals import StopSignals
 from pretrain.data.transfer_sets import metric_of
 from pretrain.data.voc07 import refuse_voc07
@@ -129,7 +129,7 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
     if is_main() and train is None:
         need_space(path, 2 * size_of(heads.state()), "the heads' checkpoints")
     diverged: set[int] = set()
-    label = f"linear probe, {len(heads)} head{'s' if len(heads) > 1 else ''}"
+    label = f"linear probe, {counted(len(heads), 'head')}"
     bar = Progress(steps * values.epochs, label=label, start=done, file=settings.output / "progress.json")
 
     def features(epoch: int, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
