@@ -25,8 +25,10 @@ from pretrain.views.batch import moved
 from pretrain.views.colours import draw_colours, finish
 from pretrain.views.loader import FIRST_COLOUR_SLOT
 from tests.helpers.training import differing, stop_after_epoch_one, tiny, weights
+from transfer.api import linear_probe
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.transforms import EvalTransform
+from transfer.evaluators import linear_features
 from transfer.evaluators.knn_vote import knn_evaluate
 
 pytestmark = [
@@ -206,3 +208,18 @@ def test_neighbours_of_features_on_the_gpu_are_the_cpus(metric: str, vote: str, 
         for device in (torch.device("cpu"), gpu)
     ]  # fmt: skip
     assert found[1] == pytest.approx(found[0], abs=1e-9)
+
+
+def test_a_probe_of_features_that_a_gpu_has_no_room_for_reads_them_batch_by_batch(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g = np.random.default_rng(0)
+    labels = g.integers(0, 5, 900)
+    x = (g.normal(size=(900, 24)) + np.eye(5, 24)[labels]).astype(np.float32)
+    parts = (x[:700], labels[:700], x[700:], labels[700:])
+    found = []
+    for share in (linear_features.GPU_SHARE, 0.0):
+        monkeypatch.setattr(linear_features, "GPU_SHARE", share)
+        found.append(linear_probe(*parts, device=gpu))
+    on_cpu = linear_probe(*parts, device=torch.device("cpu"))
+    assert found[1] == found[0] and found[0]["top1"] == pytest.approx(on_cpu["top1"], abs=1.5)  # 3 of 200

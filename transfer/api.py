@@ -19,11 +19,12 @@ from transfer.checkpoints.backbone import Backbone, backbone_of_module, load_bac
 from transfer.conversion import convert as conversion
 from transfer.evaluation import results
 from transfer.evaluation.features import extract, make_extractor
+from transfer.evaluation.feature_scaling import ScaledRows, scaling
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Result
 from transfer.evaluation.transforms import ImageValues, eval_transform
 from transfer.evaluators import knn, linear, semisup
-from transfer.evaluators.linear_features import Labelled, held_out_split, scale
+from transfer.evaluators.linear_features import Labelled, held_out_split
 from transfer.evaluators.linear_protocol import LinearProtocol
 from transfer.options.commands import SETTINGS
 from transfer.options.weights import ConvertSettings
@@ -93,18 +94,21 @@ def linear_probe(
     labels, test_labels = (_on_cpu(x, np.int64) for x in (train_labels_N, test_labels_M))
     fit, aside = held_out_split(labels, values.held_out_percent, seed)
     train_ND, test_MD = (_on_cpu(x, np.float32) for x in (train_ND, test_MD))
-    features = [np.array(x) for x in (train_ND[fit], train_ND[aside], test_MD)]  # copies, scaled in place
-    scale(values.scaling, *features)
+    scaled = scaling(values.scaling, train_ND, fit)
     train, held, test = (
-        Labelled(features_ND=torch.from_numpy(x).to(device), labels_N=torch.from_numpy(y).to(device))
-        for x, y in zip(features, (labels[fit], labels[aside], test_labels))
+        Labelled.on(device, ScaledRows(x_ND=x_ND, rows_N=rows_N, scaled=scaled), labels_N[rows_N])
+        for x_ND, rows_N, labels_N in (
+            (train_ND, fit, labels),
+            (train_ND, aside, labels),
+            (test_MD, np.arange(len(test_MD)), test_labels),
+        )
     )
     classes = int(max(labels.max(), test_labels.max())) + 1
-    sets = {"given": torch.arange(train.features_ND.shape[1])}
+    sets = {"given": torch.arange(train_ND.shape[1])}
     heads = linear.heads_of(values, sets, classes, seed=seed, device=device)
 
     def batches_of(_: int, rows: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        return linear.cached(train, rows)
+        return (train[b] for b in rows)
 
     for _ in linear.train_heads(heads, values, len(fit), batches_of, seed=seed):
         pass

@@ -47,7 +47,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any]]] = {
     ),
     "average_precision": (average_precision, [BINARY, X[:, 0]], {}),
     "unit_length": (unit_length, [X], {}),
-    "mean_and_std": (mean_and_std, [X], {}),
+    "mean_and_std": (mean_and_std, [X, Y], {}),
     "held_out_split": (held_out_split, [Y, 10, 0], {}),
     "places": (places, [T, L, T > 0], {}),
     "percentages": (percentages, [L, L, 4], {}),

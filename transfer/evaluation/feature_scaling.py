@@ -1,43 +1,86 @@
-"""Scaling a matrix of features in place, with no second matrix of its size at any time.
+"""Rows of a matrix of features, scaled as they are read: the matrix may be a mapped file larger than memory.
 
-N images, D features. Sums and products are in float64, a block of rows at a time; what is stored is of the
-matrix's own dtype.
+N images, D features, B rows of a batch or block. Sums and products are in float64; what is read is float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 BLOCK_BYTES = 1 << 24  # of one block in float64
+Scaling = Literal["none", "standardise", "l2", "centred l2"]
+Scaled = Callable[[np.ndarray], np.ndarray]
 
 
-def mean_and_std(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True, kw_only=True)
+class ScaledRows:
+    """The rows `rows_N` of `x_ND` through `scaled`; `x_ND` itself stays as it is."""
+
+    x_ND: np.ndarray
+    rows_N: np.ndarray
+    scaled: Scaled
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
+        """B x D, float32, a copy."""
+        return self.scaled(self.x_ND[self.rows_N[which]]).astype(np.float32, copy=False)
+
+    def on(self, device: torch.device) -> Tensor:
+        """All of them, N x D, on `device`."""
+        whole_ND = torch.empty(len(self), self.x_ND.shape[1], device=device)
+        for rows in _blocks(len(self), self.x_ND.shape[1]):
+            whole_ND[rows] = torch.from_numpy(self[rows])
+        return whole_ND
+
+
+def scaling(kind: Scaling, x_ND: np.ndarray, rows_N: np.ndarray) -> Scaled:
+    """What scales B x D features as a protocol says; mean and standard deviation are those of the rows given."""
+    if kind == "standardise":
+        mean_D, std_D = mean_and_std(x_ND, rows_N)
+        return lambda x_BD: standardised(x_BD, mean_D, std_D)
+    if kind == "centred l2":
+        return lambda x_BD: of_unit_length(x_BD - x_BD.mean(1, keepdims=True, dtype=np.float64))
+    return of_unit_length if kind == "l2" else unscaled
+
+
+def unscaled(x_BD: np.ndarray) -> np.ndarray:
+    """As they are."""
+    return x_BD
+
+
+def mean_and_std(x_ND: np.ndarray, rows_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and (population) standard deviation of each feature, float64, in two passes over the rows."""
-    mean_D = sum((x.sum(0) for _, x in _blocks(x_ND)), np.zeros(x_ND.shape[1])) / len(x_ND)
-    squares = (np.square(x - mean_D).sum(0) for _, x in _blocks(x_ND))
-    return mean_D, np.sqrt(sum(squares, np.zeros(x_ND.shape[1])) / len(x_ND))
+
+    def blocks() -> Iterator[np.ndarray]:
+        return (x_ND[rows_N[b]].astype(np.float64) for b in _blocks(len(rows_N), x_ND.shape[1]))
+
+    zero_D = np.zeros(x_ND.shape[1])
+    mean_D = sum((x.sum(0) for x in blocks()), zero_D) / len(rows_N)
+    return mean_D, np.sqrt(sum((np.square(x - mean_D).sum(0) for x in blocks()), zero_D) / len(rows_N))
 
 
-def standardise(x_ND: np.ndarray, mean_D: np.ndarray, std_D: np.ndarray) -> None:
-    """(x - mean) / std in place; 0 for a feature that never changed: it says nothing, whatever it is here."""
+def standardised(x_BD: np.ndarray, mean_D: np.ndarray, std_D: np.ndarray) -> np.ndarray:
+    """(x - mean) / std; 0 for a feature that never changed: it says nothing, whatever it is here."""
     changes = std_D > 1e-6 * float(std_D.max())
     scale_D = np.divide(1.0, std_D, out=np.zeros_like(std_D), where=changes)
-    for rows, x in _blocks(x_ND):
-        x_ND[rows] = (x - mean_D) * scale_D
+    return (x_BD - mean_D) * scale_D
 
 
-def to_unit_length(x_ND: np.ndarray, *, plus: float = 0.0) -> None:
-    """Each row divided by its length + plus, in place; a row of zeros stays as it is."""
-    for rows, x in _blocks(x_ND):
-        length = np.linalg.norm(x, axis=1, keepdims=True) + plus
-        x_ND[rows] = x / np.where(length > 0, length, 1.0)
+def of_unit_length(x_BD: np.ndarray) -> np.ndarray:
+    """Each row divided by its length; a row of zeros stays as it is."""
+    x_BD = x_BD.astype(np.float64)
+    length = np.linalg.norm(x_BD, axis=1, keepdims=True)
+    return x_BD / np.where(length > 0, length, 1.0)
 
 
-def _blocks(x_ND: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Which rows, and these in float64."""
-    step = max(1, BLOCK_BYTES // (8 * x_ND.shape[1]))
-    for start in range(0, len(x_ND), step):
-        rows = slice(start, start + step)
-        yield rows, x_ND[rows].astype(np.float64)
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, BLOCK_BYTES // (8 * width))
+    return (slice(start, start + step) for start in range(0, rows, step))

@@ -134,7 +134,7 @@ def run_heads(evaluation: Evaluation, extractor: Extractor, values: LinearProtoc
 
     def features(epoch: int, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
         if train is not None:
-            return cached(train, batches)
+            return (train[b] for b in batches)
         return _augmented(evaluation, extractor, values, fit, batches, epoch)
 
     project = settings.wandb if isinstance(settings, LinearSettings) else None
@@ -224,13 +224,6 @@ def train_heads(
             yield done, loss
 
 
-def cached(train: Labelled, batches: list[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features B x D and labels B of each batch of rows."""
-    for b in batches:
-        index = sent(b, train.features_ND.device)
-        yield train.features_ND[index], train.labels_N[index]
-
-
 def _augmented(
     evaluation: Evaluation,
     extractor: Extractor,
@@ -263,13 +256,14 @@ def judge_heads(
     for name, part in (("held", held), ("test", test)):
         if part is None:
             continue
-        place_HN = part.labels_N.new_empty(len(heads), len(part.labels_N))
-        for start in range(0, len(part.labels_N), rows):
+        place_HN = part.labels_N.new_empty(len(heads), len(part))
+        for start in range(0, len(part), rows):
             block = slice(start, start + rows)
-            logits = heads.logits(part.features_ND[block])
+            features, labels = part[block]
+            logits = heads.logits(features)
             logits = torch.where(torch.isfinite(logits), logits, torch.full_like(logits, -math.inf))
             for head, own in enumerate(logits.unbind(1)):
-                place_HN[head, block] = places(own, part.labels_N[block])
+                place_HN[head, block] = places(own, labels)
         out[name] = [percentages(place_N, part.labels_N, classes) for place_N in place_HN]
     return out
 
@@ -327,6 +321,12 @@ def _report(
         logger.warning(
             "%s; copy the protocol %s into a file of your own with smaller learning_rates, and give it as "
             "--protocol", learnt_nothing[0], evaluation.protocol,
+        )  # fmt: skip
+    rates, chosen = sorted({rate for rate, *_ in heads.grid}), heads.grid[head_last][0]
+    if len(rates) > 1 and chosen in (rates[0], rates[-1]) and is_main():
+        logger.info(
+            "the best learning rate, %g, is the %s that %s tries: one beyond it may be better still", chosen,
+            "smallest" if chosen == rates[0] else "largest", evaluation.protocol,
         )  # fmt: skip
     if values.choose_epoch == "last":
         return [line(best if len(heads) > 1 else "last", last, head_last)]

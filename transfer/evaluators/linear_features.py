@@ -3,26 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.common.process_group import sent
 from pretrain.data.datasets import ImageDataset
 from pretrain.data.transfer_sets import validation_files
 from transfer.evaluation.context import Evaluation
-from transfer.evaluation.feature_scaling import mean_and_std, standardise, to_unit_length
-from transfer.evaluation.features import Extractor
+from transfer.evaluation.feature_scaling import Scaled, ScaledRows, scaling, unscaled
+from transfer.evaluation.features import Extractor, Features
 from transfer.evaluators.linear_protocol import LinearProtocol
+
+
+GPU_SHARE = 0.5  # of a GPU's free memory, which features may take so that they need not be sent every epoch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labelled:
-    """Features of one part with their labels, on the device of the heads or memory-mapped."""
+    """Features of one part, N x D, with their labels."""
 
-    features_ND: Tensor
+    features_ND: Tensor | ScaledRows
     labels_N: Tensor
+    """On the device of the heads."""
+
+    @classmethod
+    def on(cls, device: torch.device, features: ScaledRows, labels_N: np.ndarray) -> Labelled:
+        """For heads on `device`: the features there too on a GPU with room for them, else read when asked for."""
+        labels = torch.from_numpy(labels_N).to(device)
+        if device.type == "cuda":
+            needed = 4 * len(features) * features.x_ND.shape[1]
+            if needed <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+                return cls(features_ND=features.on(device), labels_N=labels)
+        return cls(features_ND=features, labels_N=labels)
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def __getitem__(self, which: slice | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Features B x D and labels B of some rows, on the labels' device."""
+        device = self.labels_N.device
+        place = which if isinstance(which, slice) else sent(which, device)
+        if isinstance(self.features_ND, Tensor):
+            return self.features_ND[place], self.labels_N[place]
+        return sent(self.features_ND[which], device), self.labels_N[place]
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All features and labels."""
+        x = self.features_ND
+        return x if isinstance(x, Tensor) else x.on(self.labels_N.device), self.labels_N
 
 
 def held_out_part(train: ImageDataset, values: LinearProtocol, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,21 +83,6 @@ def held_out_split(
     return np.setdiff1d(np.arange(len(labels_N)), kept), kept
 
 
-def scale(
-    scaling: Literal["none", "standardise", "l2", "centred l2"], fit_ND: np.ndarray, *others: np.ndarray
-) -> None:
-    """Scale features in place as a protocol says; mean and standard deviation are those of `fit_ND`."""
-    if scaling == "standardise":
-        mean_D, std_D = mean_and_std(fit_ND)
-        for x_ND in (fit_ND, *others):
-            standardise(x_ND, mean_D, std_D)
-    elif scaling in ("l2", "centred l2"):
-        for x_ND in (fit_ND, *others) if scaling == "centred l2" else ():
-            x_ND -= x_ND.mean(1, keepdims=True)
-        for x_ND in (fit_ND, *others):
-            to_unit_length(x_ND)
-
-
 def cached_parts(
     evaluation: Evaluation, extractor: Extractor, values: LinearProtocol
 ) -> tuple[Labelled | None, Labelled | None, Labelled, np.ndarray]:
@@ -79,25 +94,20 @@ def cached_parts(
     train, test, device = evaluation.train, evaluation.test, extractor.device
     fit, aside = held_out_part(train, values, evaluation.seed or 0)
 
-    def labelled(x_ND: np.ndarray, labels_N: np.ndarray) -> Labelled:
-        return Labelled(
-            features_ND=torch.from_numpy(x_ND).to(device), labels_N=torch.from_numpy(labels_N).to(device)
-        )
+    def part(data: ImageDataset, found: Features, rows_N: np.ndarray, scaled: Scaled = unscaled) -> Labelled:
+        features = ScaledRows(x_ND=found.x_ND, rows_N=rows_N, scaled=scaled)
+        return Labelled.on(device, features, data.labels_N[found.positions_N[rows_N]])
 
     if values.augmentation:
         tested, *asides = evaluation.features(
             extractor, (test, None), *([(train, aside)] if len(aside) else [])
         )
-        kept = [labelled(np.array(f.x_ND), train.labels_N[f.positions_N]) for f in asides]
-        judged = labelled(np.array(tested.x_ND), test.labels_N[tested.positions_N])
-        return None, kept[0] if kept else None, judged, fit
+        kept = [part(train, found, np.arange(len(found.x_ND))) for found in asides]
+        return None, kept[0] if kept else None, part(test, tested, np.arange(len(tested.x_ND))), fit
     # all of the training images: the same file that k-NN uses
-    tested, every = evaluation.features(extractor, (test, None), (train, None))
-    test_ND, test_labels_N = np.array(tested.x_ND), test.labels_N[tested.positions_N]
-    row_N = np.full(len(train), -1)
-    row_N[every.positions_N] = np.arange(len(every.positions_N))
-    fit, aside = fit[row_N[fit] >= 0], aside[row_N[aside] >= 0]
-    fit_ND, aside_ND = every.x_ND[row_N[fit]], every.x_ND[row_N[aside]]  # copies, unlike the cached file
-    scale(values.scaling, fit_ND, aside_ND, test_ND)
-    held = labelled(aside_ND, train.labels_N[aside]) if len(aside) else None
-    return labelled(fit_ND, train.labels_N[fit]), held, labelled(test_ND, test_labels_N), fit
+    tested, trained = evaluation.features(extractor, (test, None), (train, None))
+    fit_N, aside_N = (np.flatnonzero(np.isin(trained.positions_N, chosen)) for chosen in (fit, aside))
+    scaled = scaling(values.scaling, trained.x_ND, fit_N)
+    held = part(train, trained, aside_N, scaled) if len(aside_N) else None
+    judged = part(test, tested, np.arange(len(tested.x_ND)), scaled)
+    return part(train, trained, fit_N, scaled), held, judged, trained.positions_N[fit_N]

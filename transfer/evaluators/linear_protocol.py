@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from transfer.evaluation.feature_scaling import Scaling
 from transfer.evaluation.pooled_features import LAST, WINDOWS, stages_of
 from transfer.evaluation.protocol import want
 from transfer.evaluation.transforms import ImageValues
@@ -61,7 +62,7 @@ class LinearProtocol(ImageValues):
     """Of the heads. normal: N(0, 0.01), bias 0; uniform: nn.Linear's own."""
     pooling: Literal["average", "6x6"] = "average"
     """Of the last stage's map: to one number a channel, or, for svm, by windows of 6 x 6 with stride 1."""
-    scaling: Literal["none", "standardise", "l2", "centred l2"] = "none"
+    scaling: Scaling = "none"
     """Of cached features: each to mean 0 and variance 1 over training images, or each image to length 1;
     centred l2: after the mean of its own features is taken out."""
     held_out_percent: float = 0.0
@@ -123,6 +124,8 @@ class LinearProtocol(ImageValues):
             raise ValueError(f"pooling {self.pooling}: only svm takes another than average")
         if len(self.features) > 1 and self.scaling in ("l2", "centred l2"):
             raise ValueError("scaling l2 is of an image's whole features: it wants a single set of them")
+        if self.augmentation and self.scaling != "none":
+            raise ValueError(f"scaling {self.scaling}: of cached features only, not with augmentation")
         want(
             self.grid_size <= MOST_HEADS, "learning_rates", self.learning_rates, f"{MOST_HEADS} heads at most"
         )

@@ -154,14 +154,15 @@ def run_logreg(evaluation: Evaluation, extractor: Extractor, values: LinearProto
         metric = metric_of(evaluation.test.name)
         file = evaluation.settings.output / "progress.json"
         with Progress(len(values.costs) + 1, label="logistic regression", unit="fit", file=file) as bar:
-            chosen, x_ND, labels_N, choice = 0, train.features_ND, train.labels_N, {}
+            (x_ND, labels_N), chosen, choice = train.whole(), 0, {}
             if held is not None:
+                held_MD, held_M = held.whole()
                 scores = sweep(
-                    x_ND, labels_N, held.features_ND, held.labels_N, classes, costs=values.costs,
+                    x_ND, labels_N, held_MD, held_M, classes, costs=values.costs,
                     iterations=values.iterations, metric=metric, bar=bar,
                 )  # fmt: skip
                 chosen = max(range(len(scores)), key=lambda i: (scores[i], -i))
-                x_ND, labels_N = torch.cat([x_ND, held.features_ND]), torch.cat([labels_N, held.labels_N])
+                x_ND, labels_N = torch.cat([x_ND, held_MD]), torch.cat([labels_N, held_M])
                 choice = {f"held_out_{metric}": round(scores[chosen], 4), "chosen_on": "held-out"}
             fit = fit_logreg(
                 x_ND, labels_N, classes, cost=values.costs[chosen], iterations=values.iterations,
@@ -178,7 +179,8 @@ def run_logreg(evaluation: Evaluation, extractor: Extractor, values: LinearProto
                 "with more iterations"
             )
             logger.warning("%s", warnings[0])
-        metrics = accuracy(fit.scores(test.features_ND), test.labels_N)
+        test_MD, test_M = test.whole()
+        metrics = accuracy(fit.scores(test_MD), test_M)
         found = [
             evaluation.result(
                 metrics,

@@ -26,7 +26,7 @@ from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear
 from transfer.evaluators.epoch_order import epoch_batches, steps_of
 from transfer.evaluators.heads import HeadGrid, HeadGrids, rate_factor
-from transfer.evaluators.linear_features import held_out_part, held_out_split, scale
+from transfer.evaluators.linear_features import held_out_part, held_out_split
 from transfer.evaluators.logreg import fit_logreg
 
 
@@ -364,6 +364,20 @@ def test_heads_that_learn_nothing_are_marked(
         caplog.clear()
 
 
+@pytest.mark.parametrize(
+    ("rates", "told"), [([1e-6, 1e-3], "largest"), ([1e-3, 1e38], "smallest"), ([1e-6, 1e-3, 1e38], None)]
+)
+def test_a_best_learning_rate_at_the_end_of_the_grid_is_told(
+    rates: list[float], told: str | None, cifar_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    values = {"augmentation": False, "scaling": "standardise", "epochs": 3, "held_out_percent": 20}
+    protocol = own(tmp_path, learning_rates=rates, **values)
+    assert linear.main(argv("raw-pixels", cifar_folder, tmp_path / "o", protocol)) == 0
+    messages = [r.getMessage() for r in caplog.records if "the best learning rate" in r.getMessage()]
+    assert len(messages) == (told is not None) and all(f"0.001, is the {told}" in text for text in messages)
+
+
 def test_the_last_iteration_alone_is_reported_where_the_protocol_says_so(
     cifar_folder: Path, tmp_path: Path
 ) -> None:
@@ -474,10 +488,3 @@ def test_a_regression_without_intercept_is_scikit_learns_kind_of_minimum() -> No
     assert free.objective < fit.objective and float(free.bias_C.norm()) > 1e-3
     values = load_protocol("msn_low_shot@1").settings(linear.LinearProtocol)
     assert 1 / values.costs[0] == 0.0025 and values.stages == ("block-1.cls.unnormed",)
-
-
-def test_centred_features_have_length_one() -> None:
-    x = np.array([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]], np.float32)  # less 3 and 1: (-2, -1, 3), (-1, -1, 2)
-    scale("centred l2", x)
-    wanted = [[-2 / 14**0.5, -1 / 14**0.5, 3 / 14**0.5], [-1 / 6**0.5, -1 / 6**0.5, 2 / 6**0.5]]
-    np.testing.assert_allclose(x, wanted, rtol=1e-6)
