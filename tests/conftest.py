@@ -44,7 +44,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread() -> None:
     """Several test workers share the cores: one torch thread each, here and in what tests start.
 
     TEST_THREADS: so many, for tests/matrix.py.
@@ -52,7 +52,8 @@ def _one_thread() -> Iterator[None]:
     threads = os.environ.get("TEST_THREADS", "1")
     torch.set_num_threads(int(threads))
     os.environ.setdefault("OMP_NUM_THREADS", threads)
-    yield
+    # OpenMP's other threads are not in a forked child, which would wait for them.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @pytest.fixture(scope="session", autouse=True)

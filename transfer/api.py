@@ -18,8 +18,8 @@ from pretrain.data.datasets import ImageDataset
 from transfer.checkpoints.backbone import Backbone, backbone_of_module, load_backbone
 from transfer.conversion import convert as conversion
 from transfer.evaluation import results
-from transfer.evaluation.features import extract, make_extractor
 from transfer.evaluation.feature_scaling import ScaledRows, scaling
+from transfer.evaluation.features import extract, make_extractor
 from transfer.evaluation.protocol import load_protocol
 from transfer.evaluation.results import Result
 from transfer.evaluation.transforms import ImageValues, eval_transform

@@ -7,7 +7,6 @@ R-CNN on each backbone, frozen, on the same budget; the report.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -189,36 +188,40 @@ def _detections(root: Path, converted: dict[Target, Step], scenes: Step, asked: 
     ]  # fmt: skip
 
 
-REST = 230
-"""Steps of pretraining in float32 that take as long as all that comes after it, in float32 too where a CPU
-has nothing faster. Measured on two cores of an AMD EPYC without AVX-512."""
+REST = {"fashion_mnist": 370, "cifar10": 140}
+"""Steps of the recipe's pretraining in float32 that take as long as all else, in float32 too where a CPU has
+nothing faster: the first measured on two cores of an AMD EPYC without AVX-512, the second from the
+multiply-adds at its size of views."""
 
 
 def _say_how_long(pretrain: Step) -> None:
-    """Print how long pretraining and the whole will take, from a few of its steps on noise."""
+    """Print how long pretraining and the whole will take, from a few of its steps."""
     import torch
 
     from pretrain.data.datasets import open_dataset
+    from pretrain.input_pipeline import InputPipeline
     from pretrain.learner import choose_dtype
     from pretrain.plan import Plan
     from pretrain.settings import parse_recipe
     from pretrain.tuning import seconds_of_a_step
 
     settings = parse_recipe(list(pretrain.argv))
-    images = len(open_dataset(settings.dataset, settings.data_dir, "train", labelled=False))
-    views = [torch.randn(settings.batch_global, 3, side, side) for side in settings.view_sizes]
+    images = open_dataset(settings.dataset, settings.data_dir, "train", labelled=False)
+    cpu = torch.device("cpu")
+    pipeline = InputPipeline.of(settings, images, cpu)
 
     def seconds(precision: Any) -> float:
-        changed = dataclasses.replace(settings, precision=precision)
-        return seconds_of_a_step(changed, itertools.repeat(views))
+        loaded = (pipeline.finished(batch) for batch in pipeline.batches(0, 10_000))
+        return seconds_of_a_step(dataclasses.replace(settings, precision=precision), loaded)
 
     float32 = seconds("float32")
-    native = choose_dtype(settings.precision, torch.device("cpu")) != torch.float32
+    native = choose_dtype(settings.precision, cpu) != torch.float32
     step = min(float32, seconds(settings.precision)) if native else float32
-    pretraining = step * Plan.of(settings, images, 1).steps / 60
+    pretraining = step * Plan.of(settings, len(images), 1).steps / 60
+    whole = pretraining + REST[settings.dataset] * float32 / 60
     print(
         f"timed on this machine: pretraining will take about {pretraining:.0f} min, all of it about "
-        f"{pretraining + REST * float32 / 60:.0f}, more where other programs want the same cores",
+        f"{whole:.0f}, more where other programs want the same cores",
         file=sys.stderr,
     )
 

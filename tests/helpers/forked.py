@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-import torch
-
 PROGRAMS = ("pretrain", "transfer", "slurm")
 MODULES = {"transfer.train_net"}
 """Further modules to run: each has a `main(argv) -> exit code`."""
@@ -95,9 +93,6 @@ def _run(
         os.environ.update(env)
         os.chdir(cwd or os.getcwd())
         sys.argv = [program, *words]
-        torch.set_num_threads(
-            1
-        )  # OpenMP's other threads are not in a forked child, which would wait for them
         code = main(words) or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import multiprocessing as mp
 
 from pretrain.common.cli import save_settings
@@ -64,7 +63,6 @@ def fork_ranks(world: int, work: Callable[..., None], *arguments: Any) -> list[m
 
 
 def _forked(r: int, world: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
     os.environ.update(variables(r, world, port))
     try:
         with process_group():

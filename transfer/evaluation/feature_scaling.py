@@ -42,7 +42,7 @@ class ScaledRows:
 
 
 def scaling(kind: Scaling, x_ND: np.ndarray, rows_N: np.ndarray) -> Scaled:
-    """What scales B x D features as a protocol says; mean and standard deviation are those of the rows given."""
+    """What scales B x D features as a protocol says; mean and deviation are those of the rows given."""
     if kind == "standardise":
         mean_D, std_D = mean_and_std(x_ND, rows_N)
         return lambda x_BD: standardised(x_BD, mean_D, std_D)

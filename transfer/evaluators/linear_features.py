@@ -16,7 +16,6 @@ from transfer.evaluation.feature_scaling import Scaled, ScaledRows, scaling, uns
 from transfer.evaluation.features import Extractor, Features
 from transfer.evaluators.linear_protocol import LinearProtocol
 
-
 GPU_SHARE = 0.5  # of a GPU's free memory, which features may take so that they need not be sent every epoch
 
 
@@ -30,7 +29,7 @@ class Labelled:
 
     @classmethod
     def on(cls, device: torch.device, features: ScaledRows, labels_N: np.ndarray) -> Labelled:
-        """For heads on `device`: the features there too on a GPU with room for them, else read when asked for."""
+        """For heads on `device`: the features too on a GPU with room for them, else read when asked for."""
         labels = torch.from_numpy(labels_N).to(device)
         if device.type == "cuda":
             needed = 4 * len(features) * features.x_ND.shape[1]

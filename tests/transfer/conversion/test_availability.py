@@ -39,7 +39,6 @@ def train_net_without_detectron2(*words: str) -> subprocess.CompletedProcess[str
 
 def transfer_without_detectron2(commands: list[str]) -> None:
     """Imported anew, where PyTorch alone is there already."""
-    torch.set_num_threads(1)  # OpenMP's others are not in a forked child, which would wait for them
     logging.root.handlers.clear()  # pytest's; the command sets its own
     for name in [n for n in sys.modules if n.partition(".")[0] in ("detectron2", "transfer")]:
         del sys.modules[name]

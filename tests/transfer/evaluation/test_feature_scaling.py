@@ -31,7 +31,9 @@ def plain(kind: Scaling, x: np.ndarray, fit: np.ndarray) -> np.ndarray:
         return np.where(std > 1e-9, (exact - exact[fit].mean(0)) / np.maximum(std, 1e-9), 0)
     if kind == "centred l2":
         exact = exact - exact.mean(1, keepdims=True)
-    return exact if kind == "none" else exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
+    return (
+        exact if kind == "none" else exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
+    )
 
 
 def scaled_rows(kind: Scaling, x: np.ndarray, fit: np.ndarray, rows: np.ndarray | None = None) -> ScaledRows:
