@@ -29,14 +29,19 @@ class ScaledRows:
     def __len__(self) -> int:
         return len(self.rows_N)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N, D."""
+        return len(self), self.x_ND.shape[1]
+
     def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
         """B x D, float32, a copy."""
         return self.scaled(self.x_ND[self.rows_N[which]]).astype(np.float32, copy=False)
 
     def on(self, device: torch.device) -> Tensor:
         """All of them, N x D, on `device`."""
-        whole_ND = torch.empty(len(self), self.x_ND.shape[1], device=device)
-        for rows in _blocks(len(self), self.x_ND.shape[1]):
+        whole_ND = torch.empty(self.shape, device=device)
+        for rows in _blocks(*self.shape):
             whole_ND[rows] = torch.from_numpy(self[rows])
         return whole_ND
 

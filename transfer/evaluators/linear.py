@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = "linear.pt"
 Judge = Callable[[Evaluation, Extractor, LinearProtocol], list[Result]]
-LOGITS_BYTES = 1 << 28  # of one block of images when heads are evaluated
+BLOCK_BYTES = 1 << 28  # of one block of logits, or of features in float64, when heads are evaluated
 
 
 def main(argv: list[str]) -> int:
@@ -251,11 +251,11 @@ def judge_heads(
     heads: HeadGrids, classes: int, held: Labelled | None, test: Labelled
 ) -> dict[str, list[dict[str, float]]]:
     """Accuracies of every head on the held-out part and on the test images."""
-    rows = max(1, LOGITS_BYTES // (4 * classes * len(heads)))
     out = {}
     for name, part in (("held", held), ("test", test)):
         if part is None:
             continue
+        rows = max(1, BLOCK_BYTES // max(4 * classes * len(heads), 8 * part.features_ND.shape[1]))
         place_HN = part.labels_N.new_empty(len(heads), len(part))
         for start in range(0, len(part), rows):
             block = slice(start, start + rows)

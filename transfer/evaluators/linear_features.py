@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +33,7 @@ class Labelled:
         """For heads on `device`: the features too on a GPU with room for them, else read when asked for."""
         labels = torch.from_numpy(labels_N).to(device)
         if device.type == "cuda":
-            needed = 4 * len(features) * features.x_ND.shape[1]
-            if needed <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+            if 4 * math.prod(features.shape) <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
                 return cls(features_ND=features.on(device), labels_N=labels)
         return cls(features_ND=features, labels_N=labels)
 

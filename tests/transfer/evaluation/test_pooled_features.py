@@ -139,7 +139,7 @@ def test_judging_block_by_block_is_judging_at_once(monkeypatch: pytest.MonkeyPat
         return logits(self, x)
 
     monkeypatch.setattr(HeadGrids, "logits", noted)
-    monkeypatch.setattr(transfer.evaluators.linear, "LOGITS_BYTES", 4 * 4 * 2 * 16)  # 16 images
+    monkeypatch.setattr(transfer.evaluators.linear, "BLOCK_BYTES", 8 * 6 * 16)  # 16 images
     found = linear.judge_heads(heads, 4, None, part)
     assert asked == [16, 16, 16, 2] and list(found) == ["test"]
     assert found["test"][0] == accuracy(logits(heads, part.features_ND)[:, 0], part.labels_N)
