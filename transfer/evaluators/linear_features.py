@@ -32,10 +32,9 @@ class Labelled:
     def on(cls, device: torch.device, features: ScaledRows, labels_N: np.ndarray) -> Labelled:
         """For heads on `device`: the features too on a GPU with room for them, else read when asked for."""
         labels = torch.from_numpy(labels_N).to(device)
-        if device.type == "cuda":
-            if 4 * math.prod(features.shape) <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
-                return cls(features_ND=features.on(device), labels_N=labels)
-        return cls(features_ND=features, labels_N=labels)
+        room = GPU_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else -1
+        held = features.on(device) if 4 * math.prod(features.shape) <= room else features
+        return cls(features_ND=held, labels_N=labels)
 
     def __len__(self) -> int:
         return len(self.labels_N)
