@@ -92,8 +92,8 @@ class Progress:
 
 
 def counted(count: int, noun: str) -> str:
-    """1 GPU, 2 GPUs, 3 batches."""
-    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("ch") else "s")
+    """1 GPU, 2 GPUs, 3 batches, 4 epochs."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("tch") else "s")
 
 
 def _spell(values: dict[str, float | str]) -> str:

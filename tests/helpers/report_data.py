@@ -37,7 +37,7 @@ def record(label: str, task: str, metrics: dict[str, float], **changes: Any) -> 
         "task": task, "dataset": "fashion_mnist", "split": "test", "n": 10_000, "metrics": metrics,
         "protocol": protocol, "weights": {**WEIGHTS[label], "branch": "online"}, "arch": "resnet18",
         "label": label, "image_size": 48, "seconds": 12.5, "started_at": "2026-01-02T03:04:05+00:00",
-        "device": "CPU (x86_64, 1 threads)", "versions": {"torch": "2.15.0"}, "commit": "0123456789abcdef",
+        "device": "CPU (x86_64, 1 thread)", "versions": {"torch": "2.15.0"}, "commit": "0123456789abcdef",
     }  # fmt: skip
     return dataclasses.asdict(Result(**{**values, **changes}))
 

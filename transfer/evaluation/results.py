@@ -247,7 +247,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or "CPU" with its number of cores in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
 
 
 @cache

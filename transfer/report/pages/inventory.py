@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pretrain.common.output_folder import read_config
+from pretrain.common.progress import counted
 from pretrain.settings import RECIPES
 from transfer.evaluation.provenance import weights_name
 from transfer.options.weights import RAW_PIXELS
@@ -26,11 +27,14 @@ def judged(evidence: Evidence) -> Table | None:
     rows: dict[tuple[str, ...], list[Cell]] = {}
     counts: dict[tuple[str, ...], int] = {}
     sizes: dict[tuple[str, ...], dict[int, str]] = {}
+    parameters: dict[tuple[str, ...], str] = {}  # which results of detection do not say
     for record in evidence.records:
         weights, settings = record["weights"] or {}, record["settings"] or {}
         key = (record.label, *record.identity)
         counts[key] = counts.get(key, 0) + 1
         at = sizes.setdefault(key, {})
+        if "parameters" in settings:
+            parameters[key] = _short(settings["parameters"])
         if isinstance(record["image_size"], int) and isinstance(settings.get("multiply_adds"), int):
             at[record["image_size"]] = _short(settings["multiply_adds"])
         if key in rows:
@@ -41,7 +45,7 @@ def judged(evidence: Evidence) -> Table | None:
             cell(record.label), cell(_file(path), note=path),
             cell(record.sha256[:16] or "-"),
             cell(weights.get("format") or "-"), cell(weights.get("branch") or "-"),
-            cell(record["arch"] or "-"), cell(_short(settings.get("parameters"))),
+            cell(record["arch"] or "-"),
             cell(pretraining_of(path) or "-"),
             cell(here, kind=STALE if here.startswith("stale") else ""),
         ]  # fmt: skip
@@ -52,7 +56,10 @@ def judged(evidence: Evidence) -> Table | None:
         Cell(text="multiply-adds", note="of an image: convolutions, matrix products"), "pretraining",
         "file today", "results",
     ]  # fmt: skip
-    body = [[*row[:7], _at_sizes(sizes[key]), *row[7:], cell(counts[key])] for key, row in rows.items()]
+    body = [
+        [*row[:6], cell(parameters.get(key, "-")), _at_sizes(sizes[key]), *row[6:], cell(counts[key])]
+        for key, row in rows.items()
+    ]
     return table("judged", "What was evaluated", columns, body, _twins(evidence.records))
 
 
@@ -98,7 +105,7 @@ def pretraining_of(path: str) -> str:
     values = read_config(Path(path).parent) if path else {}
     if not {"epochs", "dataset", "batch_global", "seed"} <= set(values):
         return ""
-    parts = [_recipe(values), f"{values['dataset']}", f"{values['epochs']} epochs"]
+    parts = [_recipe(values), f"{values['dataset']}", counted(values["epochs"], "epoch")]
     if values.get("max_steps"):
         parts.append(f"at most {values['max_steps']} steps")
     views = "+".join(str(v) for v in values.get("view_sizes") or [])
