@@ -247,7 +247,9 @@ def parts(line: str) -> tuple[str, str, list[str]] | None:
     if module.partition(".")[0] not in ("pretrain", "transfer", "slurm"):
         return None
     sub = rest[0] if module in ("transfer", "slurm") and rest and not rest[0].startswith("-") else ""
-    return module, sub, [w.partition("=")[0] for w in rest if w.startswith("--")]
+    # a word with a space is the quoted text of an option, such as --linear-options "--seed 1"
+    names = [w.partition("=")[0] for w in rest if w.startswith("--")]
+    return module, sub, [name for name in names if " " not in name]
 
 
 KINDS = {

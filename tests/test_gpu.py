@@ -26,6 +26,7 @@ from pretrain.views.colours import draw_colours, finish
 from pretrain.views.loader import FIRST_COLOUR_SLOT
 from tests.helpers.training import differing, stop_after_epoch_one, tiny, weights
 from transfer.api import linear_probe
+from transfer.evaluation.feature_scaling import ScaledRows
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.transforms import EvalTransform
 from transfer.evaluators import linear_features
@@ -217,9 +218,13 @@ def test_a_probe_of_features_that_a_gpu_has_no_room_for_reads_them_batch_by_batc
     labels = g.integers(0, 5, 900)
     x = (g.normal(size=(900, 24)) + np.eye(5, 24)[labels]).astype(np.float32)
     parts = (x[:700], labels[:700], x[700:], labels[700:])
-    found = []
-    for share in (linear_features.GPU_SHARE, 0.0):
+    found, held = [], []
+    on = ScaledRows.on
+    monkeypatch.setattr(ScaledRows, "on", lambda *args: held.append(args) or on(*args))
+    for share, parts_held in ((linear_features.GPU_SHARE, 3), (0.0, 0)):
         monkeypatch.setattr(linear_features, "GPU_SHARE", share)
+        held.clear()
         found.append(linear_probe(*parts, device=gpu))
+        assert len(held) == parts_held
     on_cpu = linear_probe(*parts, device=torch.device("cpu"))
     assert found[1] == found[0] and found[0]["top1"] == pytest.approx(on_cpu["top1"], abs=1.5)  # 3 of 200

@@ -90,7 +90,7 @@ def linear_probe(
     values = loaded.settings(LinearProtocol)
     if values.method != "heads" or values.augmentation:
         raise UserError(f"protocol {loaded}: wanted one of heads on cached features, such as cached_linear@1")
-    device = device or local_device()
+    device = local_device() if device is None else torch.device(device)
     labels, test_labels = (_on_cpu(x, np.int64) for x in (train_labels_N, test_labels_M))
     fit, aside = held_out_split(labels, values.held_out_percent, seed)
     train_ND, test_MD = (_on_cpu(x, np.float32) for x in (train_ND, test_MD))

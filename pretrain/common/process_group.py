@@ -66,9 +66,11 @@ def process_group(timeout_min: float = 30) -> Iterator[torch.device]:
 
 
 def sent(array: np.ndarray, device: torch.device) -> Tensor:
-    """A small array as a tensor on `device`, or on its way there: the host does not wait for the GPU."""
+    """A batch's array as a tensor on `device`, or on its way there: the host does not wait for the GPU."""
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def barrier() -> None:

@@ -82,7 +82,8 @@ def main(argv: list[str]) -> int | None:
         run = LocalRun(graph, root, load_profile("local", []), pin(root))
         _say_what_comes(graph, run.machine, root)
         if not Record(root, "pretrain").done:
-            _say_how_long(graph.steps["pretrain"])
+            shipped = asked.recipe is None and not asked.pretrain_options
+            _say_how_long(graph.steps["pretrain"], REST[asked.dataset] if shipped else None)
         views = run.run()
     return show_outcome(root, views)
 
@@ -188,14 +189,15 @@ def _detections(root: Path, converted: dict[Target, Step], scenes: Step, asked: 
     ]  # fmt: skip
 
 
-REST = {"fashion_mnist": 400, "cifar10": 150}
-"""Steps of the recipe's pretraining in float32 that take as long as all else, in float32 too where a CPU has
-nothing faster: the first measured on two cores of an AMD EPYC without AVX-512, the second from the
-multiply-adds at its size of views."""
+REST = {"fashion_mnist": 380, "cifar10": 140}
+"""Steps of the shipped recipe's pretraining in float32 that take as long as all that comes after it, in
+float32 too where a CPU has nothing faster: of the first measured on two cores of an AMD EPYC without AVX-512,
+of the second from the multiply-adds at its size of views."""
 
 
-def _say_how_long(pretrain: Step) -> None:
-    """Print how long pretraining and the whole will take, from a few of its steps."""
+def _say_how_long(pretrain: Step, rest: int | None) -> None:
+    """Print how long pretraining will take on this CPU, from a few of its steps, and how long the whole where
+    all that comes after it takes as long as `rest` of them."""
     import torch
 
     from pretrain.data.datasets import open_dataset
@@ -207,6 +209,9 @@ def _say_how_long(pretrain: Step) -> None:
 
     settings = parse_recipe(list(pretrain.argv))
     images = open_dataset(settings.dataset, settings.data_dir, "train", labelled=False)
+    steps = Plan.of(settings, len(images), 1).steps
+    if not steps or torch.cuda.is_available():
+        return
     cpu = torch.device("cpu")
     pipeline = InputPipeline.of(settings, images, cpu)
 
@@ -217,13 +222,10 @@ def _say_how_long(pretrain: Step) -> None:
     float32 = seconds("float32")
     native = choose_dtype(settings.precision, cpu) != torch.float32
     step = min(float32, seconds(settings.precision)) if native else float32
-    pretraining = step * Plan.of(settings, len(images), 1).steps / 60
-    whole = pretraining + REST[settings.dataset] * float32 / 60
-    print(
-        f"timed on this machine: pretraining will take about {pretraining:.0f} min, all of it about "
-        f"{whole:.0f}, more where other programs want the same cores",
-        file=sys.stderr,
-    )
+    told = f"pretraining will take about {step * steps / 60:.0f} min"
+    if rest is not None:
+        told += f", all of it about {(step * steps + float32 * rest) / 60:.0f}"
+    print(f"timed on this machine: {told}, more where other programs want the same cores", file=sys.stderr)
 
 
 def _say_what_comes(graph: Graph, machine: Machine, root: Path) -> None:

@@ -49,7 +49,7 @@ LISTS = (
     "--detection-data",
     "--sem-seg-data",
 )
-TEXTS = ("--pretrain-options", "--linear-options", "--semisup-options", "--detection-options")
+TEXTS = tuple(f"--{kind}-options" for kind in ("pretrain", "knn", "linear", "semisup", "detection"))
 
 
 def main(argv: list[str]) -> int | None:

@@ -82,6 +82,8 @@ class Suite(WeightsOptions):
     pretrain_options: str = ""
     """Further options for pretraining, as one text quoted as in a shell: "--epochs 2". The k-NN
     accuracy of the running backbone is logged every --hook-every-epochs, unless this says "--hook null"."""
+    knn_options: str = ""
+    """Further options for k-NN: "--image-size 32"."""
     linear_options: str = ""
     """Further options for the linear probe."""
     semisup_options: str = ""
@@ -135,7 +137,7 @@ class Suite(WeightsOptions):
             raise UserError("--sweep and --pretrain-seeds go with --recipe; --weights are trained already")
         if not self.data_dir and (self.recipe or set(self.tasks).intersection(CLASSIFICATION)):
             raise UserError("wanted --data-dir, the folder of the labelled images")
-        for kind in ("pretrain", "linear", "semisup", "detection"):
+        for kind in ("pretrain", "knn", "linear", "semisup", "detection"):
             self.options_of(kind)
         if self.cluster == "slurm" and not self.profile:
             raise UserError("--cluster slurm wants --profile: copy one of slurm/profiles and adapt it")
@@ -321,15 +323,9 @@ def _judged(root: Path, target: Target, images: Images, task: str, asked: Suite)
     """One classification task: k-NN and what is published once, the others for each seed."""
     if task == REPRODUCE:
         return [tasks.reproduction(root, target, images, asked.zoo)]
-    if task == "knn":
-        return [tasks.classification(
-            root, target, images, kind="knn", protocol=asked.protocols["knn"], seed=None
-        )]  # fmt: skip
-    if task == "linear":
-        kind, extra = "linear", asked.options_of("linear")
-    else:
-        kind = "semisup"
-        extra = ["--label-percent", task.removeprefix("semisup"), *asked.options_of("semisup")]
+    kind = task if task in ("knn", "linear") else "semisup"
+    labels = ["--label-percent", task.removeprefix("semisup")] if kind == "semisup" else []
+    seeds: Sequence[int | None] = [None] if kind == "knn" else range(asked.seeds)
     return [
         tasks.classification(
             root,
@@ -338,8 +334,8 @@ def _judged(root: Path, target: Target, images: Images, task: str, asked: Suite)
             kind=kind,
             protocol=asked.protocols[kind],
             seed=seed,
-            extra=extra,
+            extra=[*labels, *asked.options_of(kind)],
             folder=task,
         )
-        for seed in range(asked.seeds)
+        for seed in seeds
     ]

@@ -50,7 +50,10 @@ def scaling(kind: Scaling, x_ND: np.ndarray, rows_N: np.ndarray) -> Scaled:
     """What scales B x D features as a protocol says; mean and deviation are those of the rows given."""
     if kind == "standardise":
         mean_D, std_D = mean_and_std(x_ND, rows_N)
-        return lambda x_BD: standardised(x_BD, mean_D, std_D)
+        # 0 for a feature that never changed: it says nothing, whatever it is elsewhere
+        changes = std_D > 1e-6 * float(std_D.max())
+        scale_D = np.divide(1.0, std_D, out=np.zeros_like(std_D), where=changes)
+        return lambda x_BD: (x_BD - mean_D) * scale_D
     if kind == "centred l2":
         return lambda x_BD: of_unit_length(x_BD - x_BD.mean(1, keepdims=True, dtype=np.float64))
     return of_unit_length if kind == "l2" else unscaled
@@ -70,13 +73,6 @@ def mean_and_std(x_ND: np.ndarray, rows_N: np.ndarray) -> tuple[np.ndarray, np.n
     zero_D = np.zeros(x_ND.shape[1])
     mean_D = sum((x.sum(0) for x in blocks()), zero_D) / len(rows_N)
     return mean_D, np.sqrt(sum((np.square(x - mean_D).sum(0) for x in blocks()), zero_D) / len(rows_N))
-
-
-def standardised(x_BD: np.ndarray, mean_D: np.ndarray, std_D: np.ndarray) -> np.ndarray:
-    """(x - mean) / std; 0 for a feature that never changed: it says nothing, whatever it is here."""
-    changes = std_D > 1e-6 * float(std_D.max())
-    scale_D = np.divide(1.0, std_D, out=np.zeros_like(std_D), where=changes)
-    return (x_BD - mean_D) * scale_D
 
 
 def of_unit_length(x_BD: np.ndarray) -> np.ndarray:

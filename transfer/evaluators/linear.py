@@ -323,7 +323,8 @@ def _report(
             "--protocol", learnt_nothing[0], evaluation.protocol,
         )  # fmt: skip
     rates, chosen = sorted({rate for rate, *_ in heads.grid}), heads.grid[head_last][0]
-    if len(rates) > 1 and chosen in (rates[0], rates[-1]) and is_main():
+    at_the_end = len(rates) > 1 and chosen in (rates[0], rates[-1])
+    if at_the_end and not learnt_nothing and is_main():
         logger.info(
             "the best learning rate, %g, is the %s that %s tries: one beyond it may be better still", chosen,
             "smallest" if chosen == rates[0] else "largest", evaluation.protocol,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from transfer.evaluation.context import Evaluation
 from transfer.evaluation.feature_scaling import Scaled, ScaledRows, scaling, unscaled
 from transfer.evaluation.features import Extractor, Features
 from transfer.evaluators.linear_protocol import LinearProtocol
+
+logger = logging.getLogger(__name__)
 
 GPU_SHARE = 0.5  # of a GPU's free memory, which features may take so that they need not be sent every epoch
 
@@ -32,9 +35,17 @@ class Labelled:
     def on(cls, device: torch.device, features: ScaledRows, labels_N: np.ndarray) -> Labelled:
         """For heads on `device`: the features too on a GPU with room for them, else read when asked for."""
         labels = torch.from_numpy(labels_N).to(device)
-        room = GPU_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else -1
-        held = features.on(device) if 4 * math.prod(features.shape) <= room else features
-        return cls(features_ND=held, labels_N=labels)
+        if device.type != "cuda":
+            return cls(features_ND=features, labels_N=labels)
+        torch.cuda.empty_cache()  # what the extraction leaves is room too
+        needed, free = 4 * math.prod(features.shape), torch.cuda.mem_get_info(device)[0]
+        if needed <= GPU_SHARE * free:
+            return cls(features_ND=features.on(device), labels_N=labels)
+        logger.info(
+            "%.1f GB of features are more than %g of the GPU's %.1f GB that are free: read batch by batch",
+            needed / 1e9, GPU_SHARE, free / 1e9,
+        )  # fmt: skip
+        return cls(features_ND=features, labels_N=labels)
 
     def __len__(self) -> int:
         return len(self.labels_N)

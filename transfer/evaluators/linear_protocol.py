@@ -124,8 +124,11 @@ class LinearProtocol(ImageValues):
             raise ValueError(f"pooling {self.pooling}: only svm takes another than average")
         if len(self.features) > 1 and self.scaling in ("l2", "centred l2"):
             raise ValueError("scaling l2 is of an image's whole features: it wants a single set of them")
-        if self.augmentation and self.scaling != "none":
-            raise ValueError(f"scaling {self.scaling}: of cached features only, not with augmentation")
+        cached = "of features that are computed once: set augmentation: false"
+        if self.augmentation and self.method == "logreg":
+            raise ValueError(f"method logreg is {cached}")
+        if self.augmentation and self.method == "heads" and self.scaling != "none":
+            raise ValueError(f"scaling {self.scaling} is {cached}")
         want(
             self.grid_size <= MOST_HEADS, "learning_rates", self.learning_rates, f"{MOST_HEADS} heads at most"
         )

@@ -74,6 +74,12 @@ def test_images_to_report_and_nothing_twice(few_garments: Path, tmp_path: Path) 
     assert "Traceback" not in other.stderr
 
 
+def test_a_batch_of_more_images_than_there_are_is_one_line(few_garments: Path, tmp_path: Path) -> None:
+    done = run_demo(few_garments, tmp_path / "demo", "--pretrain-options", "--batch-global 1000")
+    assert done.returncode == 2 and "more than the 320" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -192,13 +192,15 @@ def test_a_hook_in_a_suites_file_is_asked_for_on_the_command_line(
 def test_further_options_are_quoted_as_in_a_shell(tmp_path: Path, recipe: Path) -> None:
     words = "--wandb 'two words' --epochs 2 --epochs=3"
     asked = Suite(
-        output=str(tmp_path), recipe=str(recipe), data_dir=str(tmp_path), tasks=["linear"], control=True,
-        pretrain_options=words, linear_options='--label "my INTL"',
+        output=str(tmp_path), recipe=str(recipe), data_dir=str(tmp_path), tasks=["knn", "linear"],
+        control=True, pretrain_options=words, knn_options="--image-size 24",
+        linear_options='--label "my INTL"',
     )  # fmt: skip
     assert asked.pretraining is not None
     assert (asked.pretraining.wandb, asked.pretraining.epochs) == ("two words", 3)
     steps = suite_graph(tmp_path, asked, load_profile("local", [])).steps
     assert "two words" in steps["pretrain"].argv and steps["linear/intl/seed0"].argv[-1] == "my INTL"
+    assert steps["knn/intl"].argv[-2:] == ("--image-size", "24")
     assert [w for w in steps["control"].argv if w.startswith("--epochs")] == ["--epochs"]
     with pytest.raises(UserError, match="--linear-options --label 'my: No closing quotation"):
         Suite(output="o", weights=["w"], data_dir=".", tasks=["linear"], linear_options="--label 'my")

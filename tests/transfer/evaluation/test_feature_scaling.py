@@ -18,8 +18,8 @@ KINDS: tuple[Scaling, ...] = ("none", "standardise", "l2", "centred l2")
 
 def features(n: int = 500, d: int = 24) -> np.ndarray:
     x = np.random.default_rng(0).normal(100, 3, (n, d)).astype(np.float32)
-    x[:, 7] = 2.5  # never changes
-    x[10] = 0
+    x[:, 7] = 2.5  # never changes in rows that are fitted on
+    x[10] = 0  # none of those
     return x
 
 

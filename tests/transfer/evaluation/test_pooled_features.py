@@ -91,6 +91,8 @@ def test_windows_of_the_last_map_are_vissls_features() -> None:
         ({"features": ("layer4", "layer3"), "scaling": "l2", "choose_on": "reported"}, "single set"),
         ({"features": ("layer3",), "method": "svm", "costs": (1.0,)}, "svm takes layer4 alone"),
         ({"features": ("layer4", "layer3"), "method": "logreg", "costs": (1.0,)}, "logreg one set"),
+        ({"scaling": "l2"}, "scaling l2 is of features that are computed once: set augmentation: false"),
+        ({"method": "logreg", "costs": (1.0,)}, "logreg is of features .* set augmentation: false"),
     ],
 )
 def test_a_protocol_that_makes_no_sense_is_refused(values: dict, message: str) -> None:
@@ -125,10 +127,11 @@ def test_each_head_of_rates_decays_and_features_trains_as_it_would_alone(optimiz
         HeadGrids({"few": sets["few"]}, 3, rates=[0.3], decays=[0.0]).load(grids.state())
 
 
-def test_judging_block_by_block_is_judging_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [6, 2])  # the features take more memory than the logits, and less
+def test_judging_block_by_block_is_judging_at_once(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(3)
-    part = Labelled(features_ND=torch.randn(50, 6, generator=g), labels_N=torch.arange(50) % 4)
-    heads = HeadGrids({"all": torch.arange(6)}, 4, rates=[0.1, 1.0], decays=[0.0], seed=1)
+    part = Labelled(features_ND=torch.randn(50, width, generator=g), labels_N=torch.arange(50) % 4)
+    heads = HeadGrids({"all": torch.arange(width)}, 4, rates=[0.1, 1.0], decays=[0.0], seed=1)
     heads.step(part.features_ND, part.labels_N, factor=1.0)
     heads.grids["all"].parameters[0][:, 1] = float("nan")  # a head that has diverged
     asked: list[int] = []
@@ -139,7 +142,7 @@ def test_judging_block_by_block_is_judging_at_once(monkeypatch: pytest.MonkeyPat
         return logits(self, x)
 
     monkeypatch.setattr(HeadGrids, "logits", noted)
-    monkeypatch.setattr(transfer.evaluators.linear, "BLOCK_BYTES", 8 * 6 * 16)  # 16 images
+    monkeypatch.setattr(transfer.evaluators.linear, "BLOCK_BYTES", max(8 * width, 4 * 4 * 2) * 16)
     found = linear.judge_heads(heads, 4, None, part)
     assert asked == [16, 16, 16, 2] and list(found) == ["test"]
     assert found["test"][0] == accuracy(logits(heads, part.features_ND)[:, 0], part.labels_N)

@@ -378,6 +378,25 @@ def test_a_best_learning_rate_at_the_end_of_the_grid_is_told(
     assert len(messages) == (told is not None) and all(f"0.001, is the {told}" in text for text in messages)
 
 
+def test_images_that_cannot_be_read_are_as_if_they_were_not_there(few_images: Path, tmp_path: Path) -> None:
+    protocol = own(
+        tmp_path, augmentation=False, scaling="standardise", epochs=2, batch=50, learning_rates=[1e-2],
+        choose_on="reported",
+    )  # fmt: skip
+    found = {}
+    for name in ("broken", "absent"):
+        folder = tmp_path / name
+        shutil.copytree(few_images, folder)
+        for part in ("train", "test"):
+            images = sorted((folder / part).rglob("*.jpg"))
+            image = images[len(images) // 2]
+            image.write_bytes(b"no image") if name == "broken" else image.unlink()
+        words = [*argv("raw-pixels", folder, tmp_path / f"of_{name}", protocol), "--max-broken-images", "2"]
+        assert linear.main(words) == 0
+        found[name] = [(r.metrics, r.n) for r in results.read(tmp_path / f"of_{name}")]
+    assert found["broken"] == found["absent"] and {n for _, n in found["absent"]} == {19}
+
+
 def test_the_last_iteration_alone_is_reported_where_the_protocol_says_so(
     cifar_folder: Path, tmp_path: Path
 ) -> None:
