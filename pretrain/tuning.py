@@ -63,18 +63,19 @@ def chosen(settings: Settings, device: torch.device, pipeline: InputPipeline, st
     trials = [
         dataclasses.replace(settings, **dict(zip(asked, v))) for v in itertools.product(*asked.values())
     ]
-    best = trials[0] if len(trials) == 1 else _fastest(trials, _small_steps(pipeline))
+    best = trials[0] if len(trials) == 1 else _fastest(trials, views_to_time(pipeline, IMAGES))
     step, why = how_to_step(best, device, choose_dtype(best.precision, device), steps)
     if device.type != "cpu":
         logger.info("--step %s: %s", step, why)
     return dataclasses.replace(best, step=step)  # type: ignore[arg-type]
 
 
-def _small_steps(of_run: InputPipeline) -> Iterator[list[Tensor]]:
-    """The views of one small step after the other, loaded as the run's are."""
-    few = dataclasses.replace(of_run, batch_global=min(IMAGES, of_run.batch_global))
-    for batch in few.batches(0, 10_000):
-        yield few.finished(moved(batch, few.device))
+def views_to_time(pipeline: InputPipeline, most: int | None = None) -> Iterator[list[Tensor]]:
+    """The views of one step after the other, of at most so many images, loaded as a run's are."""
+    if most is not None:
+        pipeline = dataclasses.replace(pipeline, batch_global=min(most, pipeline.batch_global))
+    for batch in pipeline.batches(0, 10_000):
+        yield pipeline.finished(moved(batch, pipeline.device))
 
 
 def _fastest(trials: list[Settings], loader: Iterator[list[Tensor]]) -> Settings:

@@ -205,7 +205,7 @@ def _say_how_long(pretrain: Step, rest: int | None) -> None:
     from pretrain.learner import choose_dtype
     from pretrain.plan import Plan
     from pretrain.settings import parse_recipe
-    from pretrain.tuning import seconds_of_a_step
+    from pretrain.tuning import seconds_of_a_step, views_to_time
 
     settings = parse_recipe(list(pretrain.argv))
     images = open_dataset(settings.dataset, settings.data_dir, "train", labelled=False)
@@ -213,11 +213,10 @@ def _say_how_long(pretrain: Step, rest: int | None) -> None:
     if not steps or torch.cuda.is_available():
         return
     cpu = torch.device("cpu")
-    pipeline = InputPipeline.of(settings, images, cpu)
+    views = views_to_time(InputPipeline.of(settings, images, cpu))
 
     def seconds(precision: Any) -> float:
-        loaded = (pipeline.finished(batch) for batch in pipeline.batches(0, 10_000))
-        return seconds_of_a_step(dataclasses.replace(settings, precision=precision), loaded)
+        return seconds_of_a_step(dataclasses.replace(settings, precision=precision), views)
 
     float32 = seconds("float32")
     native = choose_dtype(settings.precision, cpu) != torch.float32

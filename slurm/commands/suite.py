@@ -21,7 +21,7 @@ from slurm.state.suite_lock import WRITES, is_suite, locked, refuse_other_config
 from slurm.steps import checks
 from slurm.steps.graph import Graph
 from slurm.steps.resources import Resources, load_profile
-from slurm.steps.suite import Suite, suite_graph
+from slurm.steps.suite import WITH_OPTIONS, Suite, suite_graph
 
 SUBMIT_LOCK_WAIT_S = 120
 DESCRIPTION = """Pretrain by a recipe or take checkpoints, evaluate them, report: on SLURM or on this machine.
@@ -49,7 +49,7 @@ LISTS = (
     "--detection-data",
     "--sem-seg-data",
 )
-TEXTS = tuple(f"--{kind}-options" for kind in ("pretrain", "knn", "linear", "semisup", "detection"))
+TEXTS = tuple(f"--{kind}-options" for kind in WITH_OPTIONS)
 
 
 def main(argv: list[str]) -> int | None:

@@ -28,6 +28,8 @@ from transfer.zoo.manifest import PREFIX
 
 REPRODUCE = "reproduce"
 CLASSIFICATION = ("knn", "linear", "semisup1", "semisup10", REPRODUCE)
+WITH_OPTIONS = ("pretrain", "knn", "linear", "semisup", "detection")
+"""Kinds of steps that take further options, as a text: --KIND-options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ class Suite(WeightsOptions):
             raise UserError("--sweep and --pretrain-seeds go with --recipe; --weights are trained already")
         if not self.data_dir and (self.recipe or set(self.tasks).intersection(CLASSIFICATION)):
             raise UserError("wanted --data-dir, the folder of the labelled images")
-        for kind in ("pretrain", "knn", "linear", "semisup", "detection"):
+        for kind in WITH_OPTIONS:
             self.options_of(kind)
         if self.cluster == "slurm" and not self.profile:
             raise UserError("--cluster slurm wants --profile: copy one of slurm/profiles and adapt it")

@@ -75,11 +75,12 @@ def mean_and_std(x_ND: np.ndarray, rows_N: np.ndarray) -> tuple[np.ndarray, np.n
     return mean_D, np.sqrt(sum((np.square(x - mean_D).sum(0) for x in blocks()), zero_D) / len(rows_N))
 
 
-def of_unit_length(x_BD: np.ndarray) -> np.ndarray:
-    """Each row divided by its length; a row of zeros stays as it is."""
+def of_unit_length(x_BD: np.ndarray, *, plus: float = 0.0) -> np.ndarray:
+    """A copy in float64 with each row divided by its length + plus; a row of zeros stays as it is."""
     x_BD = x_BD.astype(np.float64)
-    length = np.linalg.norm(x_BD, axis=1, keepdims=True)
-    return x_BD / np.where(length > 0, length, 1.0)
+    length = np.linalg.norm(x_BD, axis=1, keepdims=True) + plus
+    x_BD /= np.where(length > 0, length, 1.0)
+    return x_BD
 
 
 def _blocks(rows: int, width: int) -> Iterator[slice]:

@@ -103,7 +103,10 @@ def cached_parts(
     train, test, device = evaluation.train, evaluation.test, extractor.device
     fit, aside = held_out_part(train, values, evaluation.seed or 0)
 
-    def part(data: ImageDataset, found: Features, rows_N: np.ndarray, scaled: Scaled = unscaled) -> Labelled:
+    def part(
+        data: ImageDataset, found: Features, rows_N: np.ndarray | None = None, scaled: Scaled = unscaled
+    ) -> Labelled:
+        rows_N = np.arange(len(found.x_ND)) if rows_N is None else rows_N
         features = ScaledRows(x_ND=found.x_ND, rows_N=rows_N, scaled=scaled)
         return Labelled.on(device, features, data.labels_N[found.positions_N[rows_N]])
 
@@ -111,12 +114,12 @@ def cached_parts(
         tested, *asides = evaluation.features(
             extractor, (test, None), *([(train, aside)] if len(aside) else [])
         )
-        kept = [part(train, found, np.arange(len(found.x_ND))) for found in asides]
-        return None, kept[0] if kept else None, part(test, tested, np.arange(len(tested.x_ND))), fit
+        kept = [part(train, found) for found in asides]
+        return None, kept[0] if kept else None, part(test, tested), fit
     # all of the training images: the same file that k-NN uses
     tested, trained = evaluation.features(extractor, (test, None), (train, None))
     fit_N, aside_N = (np.flatnonzero(np.isin(trained.positions_N, chosen)) for chosen in (fit, aside))
     scaled = scaling(values.scaling, trained.x_ND, fit_N)
     held = part(train, trained, aside_N, scaled) if len(aside_N) else None
-    judged = part(test, tested, np.arange(len(tested.x_ND)), scaled)
+    judged = part(test, tested, scaled=scaled)
     return part(train, trained, fit_N, scaled), held, judged, trained.positions_N[fit_N]

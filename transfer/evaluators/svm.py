@@ -32,6 +32,7 @@ from pretrain.data.datasets import ImageDataset
 from pretrain.data.voc07 import NAME, open_voc07
 from transfer.checkpoints.backbone import Backbone
 from transfer.evaluation.context import Evaluation, judge_frozen, open_pair, set_up
+from transfer.evaluation.feature_scaling import of_unit_length
 from transfer.evaluation.features import Extractor
 from transfer.evaluation.protocol import Protocol
 from transfer.evaluation.results import Clock, Result
@@ -131,9 +132,7 @@ def _svm(cost: float, iterations: int, seed: int) -> Any:
 
 def unit_length(features_ND: np.ndarray) -> np.ndarray:
     """A copy with each row divided by its length (plus 1e-5), in float64: both as VISSL."""
-    x_ND = np.array(features_ND, np.float64)
-    x_ND /= np.sqrt(np.einsum("nd,nd->n", x_ND, x_ND))[:, None] + 1e-5
-    return x_ND
+    return of_unit_length(features_ND, plus=1e-5)
 
 
 def evaluate_voc(
